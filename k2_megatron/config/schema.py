@@ -1,0 +1,224 @@
+"""The sections of a run's TOML file as frozen pydantic models: names, types, ranges, defaults, and what each means.
+
+In: the tables of one TOML file. Out: typed sections that `tree.Config` holds. A check that needs one field alone is
+written here as its type; a check that needs several fields is in `checks.py`. Optional fields are left out of the file
+to switch the feature off: TOML has no null, and a zero that means "off" would be a second way of saying it.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(gt=0)]
+CountInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+CountFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+BetaFloat = Annotated[float, Field(ge=0, lt=1)]
+PathText = Annotated[str, Field(min_length=1)]
+Backend = Literal["auto", "cuda", "cpu", "torch"]
+
+
+class Section(BaseModel):
+    """One table of the file: frozen, strict about types (no "4" for 4, no true for 1), closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class Run(Section):
+    """Where the run lives and what its random numbers start from."""
+
+    folder: PathText
+    """Run folder (journal, ledger, checkpoints). A relative path is relative to the current directory."""
+    seed: CountInt
+    """Seed of the initial weights, of the data order and of anything else random in the run."""
+
+
+class Kernels(Section):
+    """Which backend computes each of our ops; `kernels = "cpu"` in the file is short for `{default = "cpu"}`."""
+
+    default: Backend = "auto"
+    """Backend of every op that has no entry of its own; "auto" takes the fastest that this machine can run."""
+    rms_norm: Backend | None = None
+    """Backend of RMSNorm, alone and fused with the residual addition."""
+    rotary: Backend | None = None
+    """Backend of the rotary position embedding."""
+    cross_entropy: Backend | None = None
+    """Backend of the vocabulary-parallel cross entropy."""
+    swiglu: Backend | None = None
+    """Backend of SwiGLU."""
+    adamw: Backend | None = None
+    """Backend of the AdamW update."""
+
+    def backend(self, op: str) -> str:
+        """Backend asked for `op` (a field of this table other than default)."""
+        return getattr(self, op) or self.default
+
+
+def _kernels_from_text(value: object) -> object:
+    return {"default": value} if isinstance(value, str) else value
+
+
+class Model(Section):
+    """Shape of the Llama-like decoder: RMSNorm, RoPE, SwiGLU, untied embeddings, no biases."""
+
+    layers: PositiveInt
+    """Transformer layers."""
+    hidden_size: PositiveInt
+    """Width H of the residual stream."""
+    ffn_hidden_size: PositiveInt
+    """Width F of SwiGLU: gate and up each project H to F, down projects F to H."""
+    heads: PositiveInt
+    """Query heads; hidden_size / heads is the head dimension."""
+    kv_heads: PositiveInt
+    """Key and value heads; equal to heads for multi-head attention, fewer for grouped-query attention."""
+    vocab_size: PositiveInt
+    """Rows of the embedding and of the output matrix, unused rows included; nothing is padded behind your back."""
+    sequence_length: PositiveInt
+    """Tokens S of one training sequence; a row of the data holds S + 1, inputs and targets overlapping by S."""
+    rope_base: PositiveFloat = 10000.0
+    """Base of the rotary frequencies base^(-2i/D)."""
+    norm_epsilon: PositiveFloat = 1e-5
+    """Added to the mean square inside RMSNorm."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights; output projections get init_std / sqrt(2 * layers)."""
+    implementation: Literal["k2", "transformer_engine"] = "k2"
+    """Whose layers megatron-core's GPTModel is built from: ours, or Transformer Engine's."""
+    kernels: Annotated[Kernels, BeforeValidator(_kernels_from_text)] = Kernels()
+    """Backend of our ops: a name for all of them, or a table with a default and entries per op."""
+
+    @property
+    def head_dim(self) -> int:
+        """Dimension D of one attention head."""
+        return self.hidden_size // self.heads
+
+
+class Parallel(Section):
+    """The layout: how many ways each dimension is cut. Ranks = tensor * pipeline * context * data."""
+
+    tensor: PositiveInt = 1
+    """Tensor-parallel ranks that share each matrix."""
+    pipeline: PositiveInt = 1
+    """Pipeline stages that share the layers."""
+    virtual_pipeline: PositiveInt = 1
+    """Model chunks per stage; above 1 selects the interleaved schedule."""
+    context: PositiveInt = 1
+    """Context-parallel ranks that share each sequence."""
+    data: PositiveInt = 1
+    """Data-parallel replicas. Under torchrun and srun it is derived from the number of ranks and this value is not
+    read; a plain start uses it to know how many local ranks to start."""
+    ranks: PositiveInt | None = None
+    """Instead of data: the number of ranks the run is meant for, from which data follows. Resolved when loaded."""
+    sequence: bool = False
+    """Sequence parallelism: norms and residuals hold S / tensor positions a rank."""
+    distributed_optimizer: bool = False
+    """Shard the optimizer state over the data-parallel (times context-parallel) ranks."""
+
+
+class Data(Section):
+    """What is read. Paths that are relative are relative to the current directory; they are opened when training."""
+
+    train: PathText
+    """Training rows: a plan folder, or the prefix of a .bin/.idx pair."""
+    held_out: PathText | None = None
+    """Rows that are evaluated and never trained on, in the same two forms."""
+    tokenizer: PathText | None = None
+    """Tokenizer file or folder: checked against vocab_size, and used to print text."""
+
+
+class BatchRamp(Section):
+    """Global batch that grows from `start` to train.global_batch by `increment`, over the first `samples` samples."""
+
+    start: PositiveInt
+    """Global batch of the first step, in sequences."""
+    increment: PositiveInt
+    """Growth of the global batch from one stage of the ramp to the next, in sequences."""
+    samples: PositiveInt
+    """Samples over which the ramp runs; each of its stages gets an equal share."""
+
+
+class Train(Section):
+    """The loop: how long, how much a step, in which precision."""
+
+    steps: PositiveInt
+    """Optimizer updates of the whole run."""
+    micro_batch: PositiveInt
+    """Sequences in one forward pass of one data-parallel rank."""
+    global_batch: PositiveInt
+    """Sequences in one optimizer update, over all data-parallel ranks."""
+    batch_ramp: BatchRamp | None = None
+    """Grow the global batch at the start of the run; left out, every step has train.global_batch."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of weights and activations. Main parameters, gradient accumulation, gradient reduction and optimizer
+    state are float32 with either."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass: none, attention alone, or each whole layer."""
+    deterministic: bool = False
+    """Ask every library for bitwise repeatable algorithms, at some cost in speed."""
+    evaluate_every_steps: PositiveInt | None = None
+    """Evaluate on data.held_out after every so many steps, and after the last; left out: never."""
+    evaluate_batches: PositiveInt | None = None
+    """Global batches (of train.global_batch sequences) read in one evaluation."""
+
+
+class Optimizer(Section):
+    """AdamW with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101) and its learning-rate schedule."""
+
+    learning_rate: PositiveFloat
+    """Peak learning rate, reached at the end of the warm-up."""
+    min_learning_rate: CountFloat | None = None
+    """Learning rate at the end of the decay (cosine, wsd)."""
+    warmup_steps: CountInt = 0
+    """Steps of linear growth from 0 to learning_rate."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: cosine to train.steps; constant, then a decay over the last decay_steps; or constant."""
+    decay_steps: PositiveInt | None = None
+    """Length of the final decay of "wsd" (warm-up, stable, decay), in steps."""
+    beta1: BetaFloat = 0.9
+    """Decay of the first moment."""
+    beta2: BetaFloat = 0.95
+    """Decay of the second moment."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: CountFloat = 0.1
+    """Decoupled weight decay of the matrices; norms have none."""
+    clip_grad_norm: PositiveFloat | None = None
+    """Scale gradients down to this global L2 norm when they exceed it; left out: no clipping."""
+
+
+class Checkpoint(Section):
+    """When the run is saved, and what of it is kept. The last step is always saved and always kept."""
+
+    every_steps: PositiveInt = 1000
+    """Steps between two checkpoints: a chunk, in K2's words."""
+    chunks: PositiveInt | None = None
+    """Instead of every_steps: cut the run into this many equal chunks, with a checkpoint at the end of each.
+    Resolved into every_steps when loaded."""
+    keep_last: PositiveInt | None = None
+    """Newest checkpoints that are kept; left out, all of them are."""
+    keep_every_steps: PositiveInt | None = None
+    """Checkpoints at multiples of this are kept whatever their age; a multiple of the distance between two."""
+    asynchronous: bool = False
+    """Write in the background while training goes on."""
+
+
+class Log(Section):
+    """What is shown. The journal itself always has every step."""
+
+    every_steps: PositiveInt = 1
+    """Steps between two lines on the console."""
+    tensorboard: bool = False
+    """Mirror the journal into TensorBoard files in the run folder."""
+    wandb: PathText | None = None
+    """Mirror the journal into this Weights & Biases project."""
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "run": Run,
+    "model": Model,
+    "parallel": Parallel,
+    "data": Data,
+    "train": Train,
+    "optimizer": Optimizer,
+    "checkpoint": Checkpoint,
+    "log": Log,
+}

@@ -1,0 +1,27 @@
+"""Python values as TOML text. Only what a configuration holds: tables one level deep, inline tables, plain values."""
+
+import json
+from typing import Any
+
+
+def toml_value(value: Any) -> str:
+    """One value as TOML; text is quoted as a basic string, whose escapes are JSON's."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        # JSON leaves DEL as it is, TOML wants it escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    return str(value)
+
+
+def toml_document(tables: dict[str, dict[str, Any]]) -> str:
+    """A document of named tables, in the order given."""
+    blocks = []
+    for name, table in tables.items():
+        lines = [f"[{name}]", *(f"{key} = {toml_value(value)}" for key, value in table.items())]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n"

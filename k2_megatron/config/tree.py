@@ -1,0 +1,149 @@
+"""Config: the frozen tree of one run, with every number that follows from it.
+
+In: valid sections. Out: derived numbers as properties and functions of the step. Nothing that can be computed is ever
+asked for in a file, so there is one place for each number. Steps are counted from 0: `global_batch_at(step)` is the
+batch of the update that follows `step` finished ones.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from k2_megatron.config import batch
+from k2_megatron.config.checks import problems_of
+from k2_megatron.config.problems import raise_problems
+from k2_megatron.config.schema import Checkpoint, Data, Log, Model, Optimizer, Parallel, Run, Train
+from k2_megatron.config.toml_text import toml_document
+
+# What may change in the life of a run without its becoming another run: layout, speed, saving and showing. Data paths
+# are among them because files move; the data has a fingerprint of its own.
+FREE_SECTIONS = ("parallel", "data", "checkpoint", "log")
+FREE_KEYS = (
+    "run.folder",
+    "model.implementation",
+    "model.kernels",
+    "train.micro_batch",
+    "train.recompute",
+    "train.deterministic",
+    "train.evaluate_every_steps",
+    "train.evaluate_batches",
+)
+
+
+class Config(BaseModel):
+    """One run, whole and consistent: constructing it checks all sections against each other (ValueError)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run: Run
+    model: Model
+    parallel: Parallel = Field(default_factory=Parallel)
+    data: Data
+    train: Train
+    optimizer: Optimizer
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    log: Log = Field(default_factory=Log)
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "Config":
+        raise_problems("configuration", problems_of(self))
+        return self
+
+    # Layout
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one replica of the model: tensor * pipeline * context."""
+        return self.parallel.tensor * self.parallel.pipeline * self.parallel.context
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the whole run."""
+        return self.model_parallel_size * self.parallel.data
+
+    @property
+    def layers_per_chunk(self) -> int:
+        """Transformer layers in one model chunk (a stage holds virtual_pipeline of them)."""
+        return self.model.layers // (self.parallel.pipeline * self.parallel.virtual_pipeline)
+
+    # Batches, samples and tokens
+
+    @property
+    def batch_stages(self) -> tuple[batch.Stage, ...]:
+        """Spans of steps with one global batch each; the last has no end."""
+        ramp, full = self.train.batch_ramp, self.train.global_batch
+        if ramp is None:
+            return batch.constant_stages(full)
+        return batch.ramp_stages(ramp.start, ramp.increment, ramp.samples, full)
+
+    def global_batch_at(self, step: int) -> int:
+        """Sequences in update number `step` (from 0), over all data-parallel ranks."""
+        return batch.stage_at(self.batch_stages, step).global_batch
+
+    def micro_batches_at(self, step: int) -> int:
+        """Micro-batches that each data-parallel rank accumulates in update number `step` (from 0)."""
+        return self.global_batch_at(step) // (self.train.micro_batch * self.parallel.data)
+
+    def consumed_samples_at(self, step: int) -> int:
+        """Samples consumed when `step` updates are done: the number of the next update's first sample."""
+        return batch.consumed_samples(self.batch_stages, step)
+
+    def consumed_tokens_at(self, step: int) -> int:
+        """Trained positions (samples * sequence_length) when `step` updates are done."""
+        return self.consumed_samples_at(step) * self.model.sequence_length
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in one update of the full global batch."""
+        return self.train.global_batch * self.model.sequence_length
+
+    @property
+    def total_samples(self) -> int:
+        """Sequences of the whole run."""
+        return self.consumed_samples_at(self.train.steps)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.consumed_tokens_at(self.train.steps)
+
+    # Checkpoints
+
+    @property
+    def steps_per_chunk(self) -> int:
+        """Steps between two checkpoints, which K2 calls a chunk."""
+        return self.checkpoint.every_steps
+
+    @property
+    def checkpoints(self) -> int:
+        """Checkpoints that the whole run writes, the one after the last step included."""
+        return -(-self.train.steps // self.checkpoint.every_steps)
+
+    # The tree as text
+
+    def to_toml(self) -> str:
+        """The resolved tree as TOML: every value written out, defaults included. `load_config` reads it back equal."""
+        return toml_document(self.model_dump(exclude_none=True))
+
+    def flat(self) -> dict[str, Any]:
+        """Every value under its dotted key; tables inside a section stay whole."""
+        tree = self.model_dump()
+        return {f"{name}.{key}": value for name, section in tree.items() for key, value in section.items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the training itself: two configurations share it when, on the same data, they train the same weights
+        up to rounding, whatever the layout, the kernels, the paths and what is saved or shown. 16 hex digits."""
+        shaping = {
+            key: value
+            for key, value in self.flat().items()
+            if key not in FREE_KEYS and key.split(".")[0] not in FREE_SECTIONS
+        }
+        return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
+
+    def differences(self, other: "Config") -> dict[str, tuple[Any, Any]]:
+        """Dotted keys whose values differ, each with (ours, other's)."""
+        theirs = other.flat()
+        return {key: (value, theirs[key]) for key, value in self.flat().items() if value != theirs[key]}
