@@ -1,0 +1,180 @@
+"""AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2) over many tensors at once, in mcore's Apex slot.
+
+    p = p * (1 - learning_rate * weight_decay)
+    m = m + (g - m) * (1 - beta1),   v = beta2 * v + (1 - beta2) * g^2
+    p = p - learning_rate / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + epsilon)
+
+In:   fp32 parameters (mcore's main parameters or shards of them) with gradients; optionally the model's low-precision copy
+      of each, written in the same pass.      Out: parameters, exp_avg and exp_avg_sq (fp32) updated in place.
+Where Apex keeps it, so here: `step` is an int in the parameter group, not a tensor in the state (loading a
+fully_reshardable checkpoint through mcore's distributed optimizer needs it there).
+"""
+
+from __future__ import annotations
+
+from array import array
+
+import torch
+
+from k2_megatron.kernels import peers
+from k2_megatron.kernels.checks import (
+    FLOATS,
+    require,
+    require_backend_device,
+    require_contiguous,
+    require_dtype,
+    require_shape,
+)
+from k2_megatron.kernels.library import DTYPE_CODES, address_of, addresses, pointer, register, run
+
+OP = "adamw"
+
+
+class AdamW(torch.optim.Optimizer):
+    """Decoupled weight decay, bias correction, fp32 states; `backend` as in dispatch.py ("apex": its multi-tensor kernel).
+
+    mcore passes adam_w_mode (True) besides torch's arguments; anything else it might ask of an optimizer (states in low
+    precision, capturable) is refused by name. model_copies maps a parameter to the tensor that its rounded value goes to.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        backend: str = "torch",
+        adam_w_mode: bool = True,
+        bias_correction: bool = True,
+        **unsupported,
+    ):
+        refused = {name: value for name, value in unsupported.items() if value}
+        require(
+            not refused, OP, f"options {refused} are not offered (states are fp32, parameters are fp32 main copies)"
+        )
+        require(adam_w_mode and bias_correction, OP, "only decoupled weight decay with bias correction is offered: "
+                f"adam_w_mode is {adam_w_mode}, bias_correction {bias_correction}")  # fmt: skip
+        require(lr >= 0 and eps >= 0 and weight_decay >= 0, OP, f"lr {lr}, eps {eps}, weight_decay {weight_decay}; "
+                "none may be negative")  # fmt: skip
+        require(0 <= betas[0] < 1 and 0 <= betas[1] < 1, OP, f"betas are {betas}; both lie in [0, 1)")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.backend = backend
+        self.model_copies: dict[torch.Tensor, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def step(self, closure=None, *, gradient_scale: torch.Tensor | None = None):
+        """One update. gradient_scale [1] fp32 on the parameters' device multiplies every gradient (clipping, loss scale)."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for tensors in self._lists(group):
+                self._update(group, *tensors, gradient_scale)
+        return loss
+
+    def _lists(self, group):
+        """Parameters, gradients, both moments and model copies (or None), one set of lists for each pair of dtypes."""
+        sets: dict[tuple, tuple[list, ...]] = {}
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            require(not parameter.grad.is_sparse, OP, "a gradient is sparse; only dense ones are offered")
+            state = self.state[parameter]
+            if not state:
+                state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
+                state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
+            copy = self.model_copies.get(parameter)
+            key = (parameter.device, parameter.grad.dtype, None if copy is None else copy.dtype)
+            row = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], copy)
+            for column, tensor in zip(sets.setdefault(key, ([], [], [], [], [])), row, strict=True):
+                column.append(tensor)
+        return sets.values()
+
+    def _update(self, group, parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale):
+        copies = [] if copies[0] is None else copies
+        beta1, beta2 = group["betas"]
+        numbers = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["step"])
+        if self.backend == "torch":
+            adamw_reference_(parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale, *numbers)
+        elif self.backend == "apex":
+            _check(parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale)
+            peers.adamw_(parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale, *numbers)
+        else:
+            require_backend_device(OP, self.backend, parameters[0])
+            STEP(parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale, *numbers)
+
+
+def adamw_reference_(
+    parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale, learning_rate, beta1, beta2, epsilon, weight_decay,
+    step,
+):  # fmt: skip
+    """The equation with torch's _foreach operations, in place, in the parameters' dtype."""
+    gradients = [gradient.to(moment.dtype) for gradient, moment in zip(gradients, exp_avg, strict=True)]
+    if gradient_scale is not None:
+        gradients = torch._foreach_mul(gradients, gradient_scale.reshape(()))
+    torch._foreach_mul_(parameters, 1 - learning_rate * weight_decay)
+    torch._foreach_lerp_(exp_avg, gradients, 1 - beta1)
+    torch._foreach_mul_(exp_avg_sq, beta2)
+    torch._foreach_addcmul_(exp_avg_sq, gradients, gradients, 1 - beta2)
+    denominators = torch._foreach_sqrt(exp_avg_sq)
+    torch._foreach_div_(denominators, (1 - beta2**step) ** 0.5)
+    torch._foreach_add_(denominators, epsilon)
+    torch._foreach_addcdiv_(parameters, exp_avg, denominators, -learning_rate / (1 - beta1**step))
+    if copies:
+        torch._foreach_copy_(copies, parameters)
+
+
+def _check(parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale):
+    lists = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "gradients": gradients}
+    if copies:
+        lists["model_copies"] = copies
+    for name, tensors in lists.items():
+        require(len(tensors) == len(parameters), OP, f"{len(tensors)} {name} for {len(parameters)} parameters")
+    device = parameters[0].device if parameters else None
+    for index, parameter in enumerate(parameters):
+        row = {"parameters": parameter} | {name: tensors[index] for name, tensors in lists.items()}
+        for name, tensor in row.items():
+            label = f"{name}[{index}]"
+            first = lists[name][0].dtype if name in ("gradients", "model_copies") else torch.float32
+            require_dtype(
+                OP, label, tensor, FLOATS if index == 0 and name in ("gradients", "model_copies") else (first,)
+            )
+            require_shape(OP, label, tensor, parameter.shape, f"parameters[{index}]'s shape")
+            require_contiguous(OP, label, tensor)
+            require(tensor.device == device, OP, f"{label} is on {tensor.device}, parameters[0] on {device}")
+    if gradient_scale is not None:
+        require_dtype(OP, "gradient_scale", gradient_scale, (torch.float32,))
+        require(
+            gradient_scale.numel() == 1, OP, f"gradient_scale has {gradient_scale.numel()} elements; it must have one"
+        )
+        require(gradient_scale.device == device, OP, f"gradient_scale is on {gradient_scale.device}, not on {device}")
+
+
+def _step_fake(parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale, *numbers):
+    _check(parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale)
+
+
+def _step_op(parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale, learning_rate, beta1, beta2, epsilon,
+             weight_decay, step):  # fmt: skip
+    _check(parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale)
+    if not parameters:
+        return
+    lists = [addresses(tensors) for tensors in (parameters, gradients, exp_avg, exp_avg_sq, copies)]
+    sizes = array("q", [parameter.numel() for parameter in parameters])
+    model_dtype = copies[0].dtype if copies else torch.float32
+    run(OP, "adamw", parameters[0].device, *(address_of(pointers) if pointers else 0 for pointers in lists),
+        address_of(sizes), len(parameters), learning_rate, beta1, beta2, epsilon, weight_decay, step,
+        pointer(gradient_scale), DTYPE_CODES[gradients[0].dtype], DTYPE_CODES[model_dtype])  # fmt: skip
+
+
+STEP = register(
+    "adamw_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
+    "Tensor(d!)[] model_copies, Tensor? gradient_scale, float learning_rate, float beta1, float beta2, float epsilon, "
+    "float weight_decay, int step) -> ()",
+    _step_op,
+    _step_fake,
+)

@@ -1,0 +1,86 @@
+"""Argument checks of every operation: each names the op, the tensor, what was found and what is allowed.
+
+In:   an op's name and its tensors by name.      Out: nothing, or a ValueError. No check reads a tensor's elements.
+They run on real and on fake tensors alike, before a pointer reaches C++, which checks nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MAXIMUM_HIDDEN_SIZE = 65_536
+
+
+def require(condition: bool, op: str, message: str) -> None:
+    if not condition:
+        raise ValueError(f"{op}: {message}")
+
+
+def require_dtype(op: str, name: str, tensor: torch.Tensor, allowed: Sequence[torch.dtype]) -> None:
+    if tensor.dtype not in allowed:
+        names = ", ".join(str(dtype) for dtype in allowed)
+        raise ValueError(f"{op}: {name} is {tensor.dtype}; allowed: {names}")
+
+
+def require_shape(op: str, name: str, tensor: torch.Tensor, shape: Sequence[int], meaning: str) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; needed: {tuple(shape)} = {meaning}")
+
+
+def require_contiguous(op: str, name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"{op}: {name} of shape {tuple(tensor.shape)} has strides {tuple(tensor.stride())}; it must be contiguous "
+            f"(call {name}.contiguous() where it is made: no copy is made here)"
+        )
+
+
+def require_one_device(op: str, **tensors: torch.Tensor) -> None:
+    (first_name, first), *rest = tensors.items()
+    for name, tensor in rest:
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device}, {first_name} on {first.device}; they must be together"
+            )
+
+
+def require_backend_device(op: str, backend: str, tensor: torch.Tensor) -> None:
+    """The compiled backends are named after the device they run on."""
+    if backend in ("cpu", "cuda") and tensor.device.type != backend:
+        raise ValueError(
+            f"{op}: backend {backend!r} was asked for tensors on {tensor.device}; they must be on {backend}"
+        )
+
+
+def byte_span(tensor: torch.Tensor) -> tuple[int, int]:
+    """First byte of a real tensor, and the one after its last."""
+    if tensor.numel() == 0:
+        return tensor.data_ptr(), tensor.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def require_separate(op: str, written: str, tensor: torch.Tensor, **others: torch.Tensor) -> None:
+    """Refuses a buffer to be written whose bytes lie between the first and the last byte of another argument."""
+    start, end = byte_span(tensor)
+    for name, other in others.items():
+        other_start, other_end = byte_span(other)
+        if start < other_end and other_start < end:
+            raise ValueError(f"{op}: {written} (written) shares memory with {name}; they must not overlap")
+
+
+def require_own_elements(op: str, name: str, tensor: torch.Tensor) -> None:
+    """Refuses a tensor written in place that holds one memory cell under two indices (an expanded tensor)."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size <= 1:
+            continue
+        if stride < reach:
+            raise ValueError(
+                f"{op}: {name} of shape {tuple(tensor.shape)} has strides {tuple(tensor.stride())}: elements overlap, "
+                "and it is written in place; pass a tensor with its own memory"
+            )
+        reach = stride * (size - 1) + reach

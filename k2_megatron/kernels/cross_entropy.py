@@ -1,0 +1,139 @@
+"""Cross-entropy over logits whose vocabulary is sharded across a tensor-parallel group.
+
+    lse = log sum_v exp(z_v),   p = exp(z - lse),   e = label_smoothing,   sums over the V columns of all ranks
+    loss = lse - (1 - e) * z_label - e / V * sum_v z_v + z_loss * lse^2
+    grad_z = grad_loss * (p * (1 + 2 * z_loss * lse) - e / V - (1 - e) * [v == label])
+
+Sources: vocabulary parallelism, Shoeybi et al. 2019 (arXiv 1909.08053) section 3; label smoothing, Szegedy et al. 2016
+(arXiv 1512.00567) section 7; z-loss, Chowdhery et al. 2022 (arXiv 2204.02311) section 5; one-pass statistics, Milakov &
+Gimelshein 2018 (arXiv 1805.02867).
+
+In:   logits [S, B, V/tp] fp32, bf16 or fp16, this rank's columns; labels [S, B] int64 global ids.   Out: loss [S, B] fp32.
+One pass over the shard gives 3 numbers a token (4 with smoothing); ONE all-gather of them; every rank merges them in rank
+order, so all ranks hold the same bits. The backward of the compiled backends writes the gradient into the logits' own
+storage: a bf16 logit costs 2 bytes forward and 4 backward, and no buffer besides. A world of one communicates nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from k2_megatron.kernels import peers
+from k2_megatron.kernels.checks import require, require_backend_device, require_contiguous, require_dtype, require_shape
+from k2_megatron.kernels.cross_entropy_steps import OP, CompiledSteps, ReferenceSteps, Settings, check_rows
+
+STEPS = {"torch": ReferenceSteps, "cpu": CompiledSteps, "cuda": CompiledSteps}
+
+
+def vocab_parallel_cross_entropy(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    ignore_index: int = -100,
+    backend: str,
+) -> torch.Tensor:
+    """loss [S, B] fp32 (any leading shape serves). With backend "cpu" or "cuda" the logits are spent by the backward, which
+    therefore runs once; a second one is refused. A label that is neither ignore_index nor in [0, V): ValueError on a CPU;
+    on a GPU, and in compiled graphs, where looking would wait for the device, a NaN loss and gradient."""
+    require(logits.dim() >= 2, OP, f"logits have shape {tuple(logits.shape)}; needed: [S, B, V/tp]")
+    require_shape(OP, "labels", labels, logits.shape[:-1], "logits' shape without the vocabulary")
+    require_dtype(OP, "labels", labels, (torch.int64,))
+    require_contiguous(OP, "labels", labels)
+    settings = settings_for(logits.shape[-1], group, label_smoothing, z_loss, ignore_index)
+    check_labels(labels, settings)
+    if backend == "transformer_engine":
+        return peers.cross_entropy(logits, labels, group, settings)
+    require(backend in STEPS, OP, f"no backend {backend!r}; known: cuda, cpu, torch, transformer_engine")
+    require_backend_device(OP, backend, logits)
+    if backend != "torch":
+        check_rows(_flat(logits), labels.view(-1))
+    return _VocabParallelCrossEntropy.apply(logits, labels, group, settings, STEPS[backend])
+
+
+def cross_entropy_reference(logits, labels, label_smoothing=0.0, z_loss=0.0, ignore_index=-100):
+    """The equation on whole rows [..., V] by torch's autograd: what every other path is compared with."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    lse = wide.logsumexp(-1)
+    ignored = labels == ignore_index
+    target = wide.gather(-1, torch.where(ignored, 0, labels).unsqueeze(-1)).squeeze(-1)
+    loss = lse - (1 - label_smoothing) * target - label_smoothing * wide.mean(-1) + z_loss * lse.square()
+    return loss.masked_fill(ignored, 0)
+
+
+def settings_for(columns, group, label_smoothing, z_loss, ignore_index) -> Settings:
+    require(0 <= label_smoothing < 1, OP, f"label_smoothing is {label_smoothing}; it lies in [0, 1)")
+    require(z_loss >= 0, OP, f"z_loss is {z_loss}; it cannot be negative")
+    ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
+    return Settings(rank * columns, ranks * columns, float(label_smoothing), float(z_loss), ignore_index)
+
+
+def check_labels(labels, settings):
+    """Reads the labels, so on a CPU only."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = (labels != settings.ignore_index) & ((labels < 0) | (labels >= settings.vocabulary_size))
+    if wrong.any():
+        place = tuple(int(i) for i in wrong.nonzero()[0])
+        raise ValueError(
+            f"{OP}: labels[{', '.join(map(str, place))}] is {int(labels[place])}; allowed: 0 to "
+            f"{settings.vocabulary_size - 1} (ids are global), and ignore_index {settings.ignore_index}"
+        )
+
+
+def gather_statistics(statistics, group):
+    """[planes, T] of each rank -> [ranks, planes, T] on every rank: the one collective."""
+    if group is None or group.size() == 1:
+        return statistics.unsqueeze(0)
+    everyone = statistics.new_empty((group.size(), *statistics.shape))
+    dist.all_gather_into_tensor(everyone, statistics, group=group)
+    return everyone
+
+
+def spend(ctx):
+    """Marks the logits as overwritten; compiled graphs run a backward once by construction."""
+    if torch.compiler.is_compiling():
+        return
+    if getattr(ctx, "spent", False):
+        raise RuntimeError(
+            f"{OP}: the logits were overwritten by the gradient in an earlier backward of this loss; run one backward "
+            "(no retain_graph), or use backend 'torch', which keeps them"
+        )
+    ctx.spent = True
+
+
+def _flat(logits):
+    try:
+        return logits.view(-1, logits.shape[-1])
+    except RuntimeError as error:
+        raise ValueError(
+            f"{OP}: logits of shape {tuple(logits.shape)} have strides {tuple(logits.stride())}; rows must lie at one "
+            "stride (call logits.contiguous() where they are made: no copy is made here)"
+        ) from error
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, labels, group, settings, steps):
+        rows, flat_labels = _flat(logits) if steps is CompiledSteps else logits.flatten(0, -2), labels.view(-1)
+        statistics = gather_statistics(steps.statistics(rows, flat_labels, settings), group)
+        loss, lse = steps.loss(statistics, flat_labels, settings)
+        ctx.save_for_backward(logits, flat_labels, lse)
+        ctx.settings, ctx.steps = settings, steps
+        return loss.view(labels.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        if ctx.steps is CompiledSteps:
+            spend(ctx)
+        logits, labels, lse = ctx.saved_tensors
+        logits = logits.detach()
+        # reshape keeps the zero strides of an expanded gradient (that of a sum or a mean); else it copies T values.
+        gradient = ctx.steps.gradient(logits.view(-1, logits.shape[-1]) if ctx.steps is CompiledSteps
+                                      else logits.flatten(0, -2), labels, lse, grad_loss.reshape(-1), ctx.settings)  # fmt: skip
+        return gradient.view(logits.shape), None, None, None, None

@@ -1,0 +1,199 @@
+"""The three steps of vocab-parallel cross-entropy (equations in cross_entropy.py), as torch references and as compiled ops.
+
+    statistics: logits [T, V] of a shard, labels [T]  -> [planes, T]: max, sum of exp(z - max), the label's logit if it is
+                this shard's (else 0), and with label smoothing the sum of the logits
+    loss:       statistics of all shards [ranks, planes, T] -> loss [T], lse [T], merged in rank order
+    gradient:   logits, lse, grad_loss [T] -> gradient [T, V]; the compiled one overwrites the logits
+
+Rows may start at any multiple of the element size: K2's shard is 4004 columns wide. A label outside the vocabulary that is
+not ignore_index reads nothing and gives NaN, in the loss and in the gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from k2_megatron.kernels.checks import (
+    FLOATS,
+    require,
+    require_contiguous,
+    require_dtype,
+    require_one_device,
+    require_own_elements,
+    require_shape,
+)
+from k2_megatron.kernels.library import DTYPE_CODES, pointer, register, run
+
+OP = "cross_entropy"
+
+
+@dataclass(frozen=True)
+class Settings:
+    vocabulary_start: int  # this shard's first column
+    vocabulary_size: int  # columns of all shards
+    label_smoothing: float
+    z_loss: float
+    ignore_index: int
+
+    @property
+    def planes(self) -> int:
+        return 4 if self.label_smoothing else 3
+
+
+class ReferenceSteps:
+    """The equations in torch; fp32 arithmetic (fp64 for fp64 logits). The gradient is a new tensor."""
+
+    @staticmethod
+    def statistics(logits, labels, settings):
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        maximum = wide.amax(-1) if wide.shape[1] else wide.new_full((len(wide),), -torch.inf)
+        shift = torch.where(maximum == -torch.inf, 0, maximum)
+        total = (wide - shift[:, None]).exp().sum(-1)
+        local = labels - settings.vocabulary_start
+        owned = (local >= 0) & (local < wide.shape[1])
+        target = wide.gather(1, torch.where(owned, local, 0)[:, None])[:, 0]
+        planes = [maximum, total, torch.where(owned, target, 0)]
+        return torch.stack([*planes, wide.sum(-1)] if settings.planes == 4 else planes)
+
+    @staticmethod
+    def loss(all_statistics, labels, settings):
+        maximum = all_statistics[:, 0].amax(0)
+        shift = torch.where(maximum == -torch.inf, 0, maximum)
+        lse = shift + (all_statistics[:, 1] * (all_statistics[:, 0] - shift).exp()).sum(0).log()
+        smoothing = settings.label_smoothing
+        loss = lse - (1 - smoothing) * all_statistics[:, 2].sum(0) + settings.z_loss * lse.square()
+        if smoothing:
+            loss = loss - smoothing / settings.vocabulary_size * all_statistics[:, 3].sum(0)
+        known = (labels >= 0) & (labels < settings.vocabulary_size)
+        return torch.where(labels == settings.ignore_index, 0, torch.where(known, loss, torch.nan)), lse
+
+    @staticmethod
+    def gradient(logits, labels, lse, grad_loss, settings):
+        smoothing = settings.label_smoothing
+        gradient = (logits.to(lse.dtype) - lse[:, None]).exp() * (1 + 2 * settings.z_loss * lse[:, None])
+        columns = torch.arange(logits.shape[1], device=logits.device) + settings.vocabulary_start
+        gradient = gradient - smoothing / settings.vocabulary_size
+        gradient = gradient - (1 - smoothing) * (columns == labels[:, None])
+        known = (labels >= 0) & (labels < settings.vocabulary_size)
+        scale = torch.where(known, grad_loss, torch.nan)
+        zero = (labels == settings.ignore_index) | (grad_loss == 0)
+        return torch.where(zero[:, None], 0, gradient * scale[:, None]).to(logits.dtype)
+
+
+class CompiledSteps:
+    """The same by csrc/; the gradient is the logits' storage."""
+
+    @staticmethod
+    def statistics(logits, labels, settings):
+        return STATISTICS(logits, labels, settings.vocabulary_start, settings.planes)
+
+    @staticmethod
+    def loss(all_statistics, labels, settings):
+        return LOSS(
+            all_statistics,
+            labels,
+            settings.vocabulary_size,
+            settings.label_smoothing,
+            settings.z_loss,
+            settings.ignore_index,
+        )
+
+    @staticmethod
+    def gradient(logits, labels, lse, grad_loss, settings):
+        GRADIENT(
+            logits, labels, lse, grad_loss, settings.vocabulary_start, settings.vocabulary_size, settings.label_smoothing,
+            settings.z_loss, settings.ignore_index,
+        )  # fmt: skip
+        return logits
+
+
+def check_rows(logits, labels):
+    """logits [T, V] with dense columns and any row stride of at least V; labels [T] int64."""
+    require(logits.dim() == 2, OP, f"logits have shape {tuple(logits.shape)}; needed here: [T, V]")
+    require_dtype(OP, "logits", logits, FLOATS)
+    rows, columns = logits.shape
+    require(columns > 0, OP, "logits have 0 columns; a shard needs at least one")
+    dense = (columns == 1 or logits.stride(1) == 1) and (rows <= 1 or logits.stride(0) >= columns)
+    require(
+        dense, OP, f"logits of shape {tuple(logits.shape)} have strides {tuple(logits.stride())}; columns must be dense"
+    )
+    require_dtype(OP, "labels", labels, (torch.int64,))
+    require_shape(OP, "labels", labels, (rows,), "one label a row of logits")
+    require_contiguous(OP, "labels", labels)
+    require_one_device(OP, logits=logits, labels=labels)
+
+
+def _statistics_fake(logits, labels, vocabulary_start, planes):
+    check_rows(logits, labels)
+    return logits.new_empty((planes, logits.shape[0]), dtype=torch.float32)
+
+
+def _statistics_op(logits, labels, vocabulary_start, planes):
+    statistics = _statistics_fake(logits, labels, vocabulary_start, planes)
+    run(OP, "cross_entropy_statistics", logits.device, pointer(logits), logits.stride(0), pointer(labels),
+        pointer(statistics), planes, *logits.shape, vocabulary_start, DTYPE_CODES[logits.dtype])  # fmt: skip
+    return statistics
+
+
+def _loss_fake(all_statistics, labels, vocabulary_size, label_smoothing, z_loss, ignore_index):
+    require_dtype(OP, "all_statistics", all_statistics, (torch.float32,))
+    require(all_statistics.dim() == 3 and all_statistics.shape[1] in (3, 4), OP,
+            f"all_statistics has shape {tuple(all_statistics.shape)}; needed: [ranks, 3 or 4, T]")  # fmt: skip
+    require_contiguous(OP, "all_statistics", all_statistics)
+    require_dtype(OP, "labels", labels, (torch.int64,))
+    require_shape(OP, "labels", labels, all_statistics.shape[2:], "[T] of all_statistics")
+    require_contiguous(OP, "labels", labels)
+    require_one_device(OP, all_statistics=all_statistics, labels=labels)
+    return torch.empty_like(labels, dtype=torch.float32), torch.empty_like(labels, dtype=torch.float32)
+
+
+def _loss_op(all_statistics, labels, vocabulary_size, label_smoothing, z_loss, ignore_index):
+    loss, lse = _loss_fake(all_statistics, labels, vocabulary_size, label_smoothing, z_loss, ignore_index)
+    run(OP, "cross_entropy_loss", labels.device, pointer(all_statistics), *all_statistics.shape[:2], pointer(labels),
+        pointer(loss), pointer(lse), len(labels), vocabulary_size, label_smoothing, z_loss, ignore_index)  # fmt: skip
+    return loss, lse
+
+
+def _gradient_fake(
+    logits, labels, lse, grad_loss, vocabulary_start, vocabulary_size, label_smoothing, z_loss, ignore_index
+):
+    check_rows(logits, labels)
+    for name, values in (("lse", lse), ("grad_loss", grad_loss)):
+        require_dtype(OP, name, values, (torch.float32,))
+        require_shape(OP, name, values, labels.shape, "[T] like labels")
+    require_contiguous(OP, "lse", lse)
+    require_own_elements(OP, "logits", logits)
+    require_one_device(OP, logits=logits, lse=lse, grad_loss=grad_loss)
+
+
+def _gradient_op(
+    logits, labels, lse, grad_loss, vocabulary_start, vocabulary_size, label_smoothing, z_loss, ignore_index
+):
+    _gradient_fake(
+        logits, labels, lse, grad_loss, vocabulary_start, vocabulary_size, label_smoothing, z_loss, ignore_index
+    )
+    run(OP, "cross_entropy_gradient", logits.device, pointer(logits), logits.stride(0), pointer(labels), pointer(lse),
+        pointer(grad_loss), grad_loss.stride(0), pointer(logits), logits.stride(0), *logits.shape, vocabulary_start,
+        vocabulary_size, label_smoothing, z_loss, ignore_index, DTYPE_CODES[logits.dtype])  # fmt: skip
+    torch.autograd.graph.increment_version(logits)
+
+
+STATISTICS = register(
+    "cross_entropy_statistics(Tensor logits, Tensor labels, int vocabulary_start, int planes) -> Tensor",
+    _statistics_op,
+    _statistics_fake,
+)
+LOSS = register(
+    "cross_entropy_loss(Tensor all_statistics, Tensor labels, int vocabulary_size, float label_smoothing, float z_loss, "
+    "int ignore_index) -> (Tensor, Tensor)",
+    _loss_op,
+    _loss_fake,
+)
+GRADIENT = register(
+    "cross_entropy_gradient_(Tensor(a!) logits, Tensor labels, Tensor lse, Tensor grad_loss, int vocabulary_start, "
+    "int vocabulary_size, float label_smoothing, float z_loss, int ignore_index) -> ()",
+    _gradient_op,
+    _gradient_fake,
+)

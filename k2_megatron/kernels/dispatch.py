@@ -1,0 +1,80 @@
+"""Which backend runs each operation, and why.
+
+In:   an op, the backend asked for ("auto", or a name), the device type.   Out: a Choice, or a ValueError with the remedy.
+"auto" takes our compiled kernels for that device where they are built, else the torch reference. Apex and Transformer Engine
+run only when asked for by name: their kernels are peers to compare with, not the default.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+import torch
+
+OPS = ("rms_norm", "rotary", "cross_entropy", "swiglu", "adamw")
+BACKENDS = ("cuda", "cpu", "torch", "apex", "transformer_engine")
+PEER_OPS = {"apex": ("rms_norm", "adamw"), "transformer_engine": ("rms_norm", "rotary", "cross_entropy")}
+REBUILD = "build it with `pip install --no-build-isolation -e .`"
+
+
+@dataclass(frozen=True)
+class Choice:
+    op: str
+    backend: str
+    reason: str
+
+
+@cache
+def extension(backend: str) -> tuple[ModuleType | None, str]:
+    """The compiled module of "cpu" or "cuda" and "", or None and why there is none."""
+    name = f"k2_megatron._{backend}"
+    if importlib.util.find_spec(name) is None:
+        needs = "nvcc and K2_BUILD_CUDA=1" if backend == "cuda" else "a C++17 compiler"
+        return None, f"{name} is not built ({needs}; {REBUILD})"
+    try:
+        return importlib.import_module(name), ""
+    except ImportError as error:
+        return None, f"{name} does not load ({error}); {REBUILD}"
+
+
+def obstacle(op: str, backend: str, device_type: str) -> str:
+    """Why `backend` cannot run `op` on this device, "" if it can."""
+    if backend == "torch":
+        return ""
+    if backend in PEER_OPS:
+        if op not in PEER_OPS[backend]:
+            return f"{backend} has no {op} (it offers {', '.join(PEER_OPS[backend])})"
+        if device_type != "cuda":
+            return f"{backend} runs on CUDA devices, not on {device_type!r}"
+        if importlib.util.find_spec(backend) is None:
+            return f"the package {backend} is not installed"
+        return ""
+    if backend != device_type:
+        return f"backend {backend!r} runs on {backend} tensors, and this run's device is {device_type!r}"
+    if backend == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return extension(backend)[1]
+
+
+def choose_backend(op: str, requested: str, device_type: str) -> Choice:
+    """Resolves "auto" or one backend's name for one op on device_type ("cpu" or "cuda").
+
+    Raises ValueError where the op or the backend is unknown, or where an explicit request cannot be met.
+    """
+    if op not in OPS:
+        raise ValueError(f"kernels: unknown op {op!r}; known: {', '.join(OPS)}")
+    if requested == "auto":
+        reason = (
+            obstacle(op, device_type, device_type) if device_type in ("cpu", "cuda") else "no kernels for this device"
+        )
+        return Choice(op, "torch", reason) if reason else Choice(op, device_type, f"compiled kernels for {device_type}")
+    if requested not in BACKENDS:
+        raise ValueError(f"kernels: {op} asks for backend {requested!r}; known: auto, {', '.join(BACKENDS)}")
+    reason = obstacle(op, requested, device_type)
+    if reason:
+        raise ValueError(f'kernels: {op} asks for backend {requested!r}: {reason}. Use "auto" or "torch" for this op')
+    return Choice(op, requested, "asked for")

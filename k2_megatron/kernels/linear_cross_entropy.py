@@ -1,0 +1,106 @@
+"""Output projection and cross-entropy together, over chunks of tokens, so that the logits never exist all at once.
+
+    logits = hidden @ weight^T,   loss and grad_logits as in cross_entropy.py
+    grad_hidden = grad_logits @ weight (summed over the group),   grad_weight = grad_logits^T @ hidden
+
+In:   hidden [T, H], the same on every rank of the group; weight [V/tp, H], this rank's rows; labels [T] int64 global ids.
+Out:  loss [T] fp32.
+Forward: each chunk's logits are reduced to 3 or 4 numbers a token and dropped; one all-gather after the last chunk.
+Backward: each chunk's logits are computed again, turned into their gradient in place, and used up. The losses are per token
+and so is their gradient, which only the backward knows: the gradient cannot be finished in the forward. The weight's gradient
+accumulates in fp32 and is rounded once. The price is one more GEMM of the head; worth it where T * V/tp logits are too many
+to hold, not for K2's own 4004 columns a rank.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from k2_megatron.kernels.checks import (
+    FLOATS,
+    require,
+    require_backend_device,
+    require_dtype,
+    require_one_device,
+    require_shape,
+)
+from k2_megatron.kernels.cross_entropy import STEPS, check_labels, gather_statistics, settings_for
+
+OP = "linear_cross_entropy"
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    chunk_tokens: int = 1024,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    ignore_index: int = -100,
+    reduce_hidden_gradient: bool = True,
+    backend: str,
+) -> torch.Tensor:
+    """loss [T] fp32. reduce_hidden_gradient=False leaves the sum of grad_hidden over the group to the caller (sequence
+    parallelism reduce-scatters it instead). ValueError for shapes, dtypes, devices and labels out of range (on a CPU)."""
+    allowed = FLOATS if backend != "torch" else (*FLOATS, torch.float64)
+    require(hidden.dim() == 2, OP, f"hidden has shape {tuple(hidden.shape)}; needed: [T, H]")
+    require(weight.dim() == 2, OP, f"weight has shape {tuple(weight.shape)}; needed: [V/tp, H]")
+    require_dtype(OP, "hidden", hidden, allowed)
+    require_dtype(OP, "weight", weight, (hidden.dtype,))
+    require_shape(OP, "weight", weight, (weight.shape[0], hidden.shape[1]), "[V/tp, H] with hidden's H")
+    require_dtype(OP, "labels", labels, (torch.int64,))
+    require_shape(OP, "labels", labels, hidden.shape[:1], "[T] of hidden")
+    require_one_device(OP, hidden=hidden, weight=weight, labels=labels)
+    require(chunk_tokens > 0, OP, f"chunk_tokens is {chunk_tokens}; it must be positive")
+    require(backend in STEPS, OP, f"no backend {backend!r}; known: cuda, cpu, torch")
+    require_backend_device(OP, backend, hidden)
+    settings = settings_for(weight.shape[0], group, label_smoothing, z_loss, ignore_index)
+    check_labels(labels, settings)
+    return _LinearCrossEntropy.apply(
+        hidden, weight, labels.contiguous(), group, chunk_tokens, settings, reduce_hidden_gradient, STEPS[backend]
+    )
+
+
+def _add_product_(total, a, b):
+    """total fp32 (fp64) += a^T @ b, the product's sums in the GEMM's fp32 accumulator."""
+    if a.dtype == total.dtype:
+        total.addmm_(a.t(), b)
+    elif a.is_cuda:
+        total.add_(torch.mm(a.t(), b, out_dtype=total.dtype))
+    else:
+        total.addmm_(a.to(total.dtype).t(), b.to(total.dtype))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, group, chunk_tokens, settings, reduce_hidden_gradient, steps):
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        statistics = hidden.new_empty((settings.planes, len(hidden)), dtype=wide)
+        for start in range(0, len(hidden), chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            statistics[:, chunk] = steps.statistics(hidden[chunk] @ weight.t(), labels[chunk], settings)
+        loss, lse = steps.loss(gather_statistics(statistics, group), labels, settings)
+        ctx.save_for_backward(hidden, weight, labels, lse)
+        ctx.group, ctx.chunk_tokens, ctx.settings = group, chunk_tokens, settings
+        ctx.reduce_hidden_gradient, ctx.steps = reduce_hidden_gradient, steps
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        hidden, weight, labels, lse = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=lse.dtype)
+        for start in range(0, len(hidden), ctx.chunk_tokens):
+            chunk = slice(start, start + ctx.chunk_tokens)
+            logits = hidden[chunk] @ weight.t()
+            grad_logits = ctx.steps.gradient(logits, labels[chunk], lse[chunk], grad_loss[chunk], ctx.settings)
+            torch.mm(grad_logits, weight, out=grad_hidden[chunk])
+            _add_product_(grad_weight, grad_logits, hidden[chunk])
+        if ctx.reduce_hidden_gradient and ctx.group is not None and ctx.group.size() > 1:
+            dist.all_reduce(grad_hidden, group=ctx.group)
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None, None

@@ -1,0 +1,219 @@
+"""Rotary position embedding of q and k (Su et al. 2021, arXiv 2104.09864, equation 34), in one call.
+
+    angle[s, i] = s * base^(-2i/R);  first' = first * cos - second * sin,  second' = second * cos + first * sin
+    pair i is (x[i], x[i + R/2]) (GPT-NeoX, Llama), or (x[2i], x[2i+1]) when interleaved (GPT-J)
+
+In:   q [S, B, N, D], k [S, B, Nk, D] fp32, bf16 or fp16, any strides but the last (megatron-core's are views into the output
+      of the QKV projection, head stride 3D); cos, sin [rows, R/2] fp32, R <= D.
+Out:  q and k rotated in their first R elements, fp32 arithmetic, one rounding.
+
+In eager mode the compiled backends rotate q and k in place and return them: right on freshly computed tensors, whose values
+nothing needs before the rotation (a linear layer saves its input, not its output). Where something did save them, autograd
+says so in the backward, since the write counts as an in-place change. A split's views may not pass through mark_dirty, so
+the Function returns its inputs, which autograd turns into views of them with the Function's own gradient. Compiled graphs,
+and the backward, whose incoming gradients may have other readers, rotate into new memory.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from k2_megatron.kernels import peers
+from k2_megatron.kernels.checks import (
+    FLOATS,
+    byte_span,
+    require,
+    require_backend_device,
+    require_contiguous,
+    require_dtype,
+    require_one_device,
+    require_own_elements,
+    require_shape,
+)
+from k2_megatron.kernels.library import DTYPE_CODES, pointer, register, run
+
+OP = "rotary"
+
+
+def rotary_tables(
+    sequence_length: int, rotary_dim: int, base: float, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [sequence_length, rotary_dim / 2] fp32. Angles are formed in fp64: at position 8192 fp32 is off by 5e-4."""
+    require(rotary_dim > 0 and rotary_dim % 2 == 0, OP, f"rotary_dim is {rotary_dim}; it must be even and positive")
+    require(sequence_length >= 0, OP, f"sequence_length is {sequence_length}; it cannot be negative")
+    frequencies = base ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=device) / rotary_dim)
+    angles = torch.outer(torch.arange(sequence_length, dtype=torch.float64, device=device), frequencies)
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotary(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    positions: torch.Tensor | None = None,
+    interleaved: bool = False,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(q, k) rotated, of their shapes and dtype; see above for when this is in place. Token s has position s, or
+    positions [S, B] int32; a position outside the table is a ValueError on a CPU and gives NaN on a GPU."""
+    if backend == "torch":
+        _check_positions(positions, cos.shape[0])
+        return rotary_reference(q, k, cos, sin, positions, interleaved)
+    _check(q, k, cos, sin, positions)
+    if backend == "transformer_engine":
+        return peers.rotary(q, k, cos, sin, positions, interleaved)
+    require(backend in ("cpu", "cuda"), OP, f"no backend {backend!r}; known: cuda, cpu, torch, transformer_engine")
+    require_backend_device(OP, backend, q)
+    if torch.compiler.is_compiling():
+        return ROTATED(q, k, cos, sin, positions, interleaved, False)
+    if torch.is_grad_enabled():
+        for name, tensor in (("q", q), ("k", k)):
+            require(not (tensor.is_leaf and tensor.requires_grad), OP, f"{name} is a leaf that requires a gradient, and is "
+                    "rotated in place: pass a computed tensor, or backend 'torch'")  # fmt: skip
+    return _Rotary.apply(q, k, cos, sin, positions, interleaved)
+
+
+def rotary_reference(q, k, cos, sin, positions=None, interleaved=False):
+    """The equation in torch, out of place: fp32 arithmetic (fp64 for fp64 input), one rounding."""
+    if positions is None:
+        cos, sin = cos[: q.shape[0], None, None], sin[: q.shape[0], None, None]
+    else:
+        cos, sin = cos[positions.long()].unsqueeze(2), sin[positions.long()].unsqueeze(2)
+    return _rotate_reference(q, cos, sin, interleaved), _rotate_reference(k, cos, sin, interleaved)
+
+
+def _rotate_reference(x, cos, sin, interleaved):
+    rotary_dim = 2 * cos.shape[-1]
+    rotated, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+    rotated = rotated.to(torch.promote_types(x.dtype, torch.float32))
+    if interleaved:
+        first, second = rotated[..., 0::2], rotated[..., 1::2]
+        pair = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
+    else:
+        first, second = rotated.chunk(2, dim=-1)
+        pair = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.cat([pair.to(x.dtype), rest], dim=-1) if rest.shape[-1] else pair.to(x.dtype)
+
+
+def _check(q, k, cos, sin, positions):
+    for name, x in (("q", q), ("k", k)):
+        require(x.dim() == 4, OP, f"{name} has shape {tuple(x.shape)}; it needs [S, B, N, D]")
+        require_dtype(OP, name, x, FLOATS if name == "q" else (q.dtype,))
+        require(x.stride(3) == 1 or x.shape[3] <= 1, OP, f"{name} has strides {tuple(x.stride())}; the last must be 1")
+    sequence, batch, _, dim = q.shape
+    require_shape(OP, "k", k, (sequence, batch, k.shape[2], dim), "[S, B, Nk, D] with q's S, B and D")
+    require_dtype(OP, "cos", cos, (torch.float32,))
+    require_dtype(OP, "sin", sin, (torch.float32,))
+    require(cos.dim() == 2, OP, f"cos has shape {tuple(cos.shape)}; it needs [rows, R/2]")
+    require_shape(OP, "sin", sin, cos.shape, "cos' shape")
+    rows, half = cos.shape
+    require(
+        0 < 2 * half <= dim, OP, f"cos has {half} columns, for R = {2 * half} rotated of D = {dim} elements; 0 < R <= D"
+    )
+    require_contiguous(OP, "cos", cos)
+    require_contiguous(OP, "sin", sin)
+    tensors = {"q": q, "k": k, "cos": cos, "sin": sin}
+    if positions is None:
+        require(rows >= sequence, OP, f"cos has {rows} rows for a sequence of {sequence}; build longer tables")
+    else:
+        require_dtype(OP, "positions", positions, (torch.int32,))
+        require_shape(OP, "positions", positions, (sequence, batch), "[S, B]")
+        require_contiguous(OP, "positions", positions)
+        tensors["positions"] = positions
+    require_one_device(OP, **tensors)
+
+
+def _check_positions(positions, rows):
+    """On a CPU only: on a GPU reading them would wait for the device."""
+    if positions is None or positions.device.type != "cpu" or positions.numel() == 0 or torch.compiler.is_compiling():
+        return
+    low, high = (int(value) for value in positions.aminmax())
+    require(low >= 0 and high < rows, OP, f"positions run from {low} to {high}; the tables hold 0 to {rows - 1}")
+
+
+@lru_cache(maxsize=256)
+def _heads_collide(q_heads: int, q_stride: int, k_heads: int, k_stride: int, offset: int, dim: int) -> tuple[bool, int]:
+    """Whether a head of q meets one of k within a token, and how many elements the token's heads span."""
+    starts = [head * q_stride for head in range(q_heads)] + [offset + head * k_stride for head in range(k_heads)]
+    starts.sort()
+    return any(b - a < dim for a, b in zip(starts, starts[1:], strict=False)), starts[-1] - starts[0] + dim
+
+
+def _check_memory(q, k):
+    """q and k may interleave in one buffer, but no element of one may be an element of the other."""
+    require_own_elements(OP, "q", q)
+    require_own_elements(OP, "k", k)
+    (q_start, q_end), (k_start, k_end) = byte_span(q), byte_span(k)
+    if q_start >= k_end or k_start >= q_end:
+        return
+    sequence, batch = q.shape[:2]
+    strides = [stride for stride, size in zip(q.stride()[:2], (sequence, batch), strict=True) if size > 1]
+    same = all(q.stride(i) == k.stride(i) for i in (0, 1) if q.shape[i] > 1)
+    offset = (k_start - q_start) // q.element_size()
+    collide, span = _heads_collide(q.shape[2], q.stride(2), k.shape[2], k.stride(2), offset, q.shape[3])
+    require(same and not collide and (not strides or min(strides) >= span), OP,
+            f"q (strides {tuple(q.stride())}) and k (strides {tuple(k.stride())}) share memory; they may be slices of one "
+            "projection's output side by side, but must not overlap")  # fmt: skip
+
+
+def _in_place_op(q, k, cos, sin, positions, interleaved, conjugate):
+    _check(q, k, cos, sin, positions)
+    _check_positions(positions, cos.shape[0])
+    _check_memory(q, k)
+    run(OP, "rotary", q.device, pointer(q), *q.stride()[:3], pointer(k), *k.stride()[:3], pointer(cos), pointer(sin),
+        pointer(positions), cos.shape[0], *q.shape[:3], k.shape[2], 2 * cos.shape[1], interleaved, conjugate,
+        DTYPE_CODES[q.dtype])  # fmt: skip
+    torch.autograd.graph.increment_version((q, k))
+
+
+def _in_place_fake(q, k, cos, sin, positions, interleaved, conjugate):
+    _check(q, k, cos, sin, positions)
+
+
+def _rotated_op(q, k, cos, sin, positions, interleaved, conjugate):
+    q, k = q.clone(memory_format=torch.contiguous_format), k.clone(memory_format=torch.contiguous_format)
+    IN_PLACE(q, k, cos, sin, positions, interleaved, conjugate)
+    return q, k
+
+
+def _rotated_fake(q, k, cos, sin, positions, interleaved, conjugate):
+    _check(q, k, cos, sin, positions)
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+ARGUMENTS = "Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool conjugate"
+IN_PLACE = register(f"rotary_(Tensor(a!) q, Tensor(b!) k, {ARGUMENTS}) -> ()", _in_place_op, _in_place_fake)
+ROTATED = register(f"rotary(Tensor q, Tensor k, {ARGUMENTS}) -> (Tensor, Tensor)", _rotated_op, _rotated_fake)
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, cos, sin, positions, interleaved):
+        IN_PLACE(q, k, cos, sin, positions, interleaved, False)
+        ctx.save_for_backward(cos, sin, positions)
+        ctx.interleaved, ctx.conjugate = interleaved, False
+        return q, k
+
+    @staticmethod
+    def backward(ctx, grad_q, grad_k):
+        return *_rotate_back(ctx, grad_q, grad_k), None, None, None, None
+
+
+def _rotate_back(ctx, grad_q, grad_k):
+    """The transpose of a rotation is the rotation by the opposite angle."""
+    cos, sin, positions = ctx.saved_tensors
+    return ROTATED(grad_q, grad_k, cos, sin, positions, ctx.interleaved, not ctx.conjugate)
+
+
+def _setup(ctx, inputs, output):
+    _, _, cos, sin, positions, ctx.interleaved, ctx.conjugate = inputs
+    ctx.save_for_backward(cos, sin, positions)
+
+
+torch.library.register_autograd(
+    ROTATED, lambda ctx, grad_q, grad_k: (*_rotate_back(ctx, grad_q, grad_k), *[None] * 5), setup_context=_setup
+)
