@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
-from pydantic.fields import FieldInfo
 
 from k2_megatron.config.checks import problems_of
 from k2_megatron.config.problems import Problem, raise_problems
@@ -120,38 +119,36 @@ def _validate(name: str, table: Any) -> tuple[Any, list[Problem]]:
 
 def _problem(name: str, kind: type[Section], details: Any) -> Problem:
     """One of pydantic's findings in our words, with the meaning of the field it is about."""
-    key = ".".join([name, *map(str, details["loc"])])
+    location = [str(part) for part in details["loc"]]
+    key, table = ".".join([name, *location]), _table(kind, location)
     if details["type"] == "extra_forbidden":
-        return Problem(key, details["input"], f"is no key; {_nearest_key(key)}")
-    meaning = (_field(kind, details["loc"]).description or "").split("\n")[0]
+        return Problem(key, details["input"], f"is no key; {_nearest_key(key, table)}")
+    meaning = (table.model_fields[location[-1]].description or "").split("\n")[0]
     if details["type"] == "missing":
         return Problem(key, None, f"is missing. {meaning}")
     wanted = details["msg"].removeprefix("Input ")
-    if details["type"].startswith("model_") or details["type"] == "dict_type":
+    if details["type"] == "model_type":
         wanted = "should be a table"
     quote = "; quote it to make it text" if details["type"] == "string_type" else ""
     return Problem(key, details["input"], f"{wanted}{quote}. {meaning}")
 
 
-def _field(kind: type[BaseModel], location: Sequence[int | str]) -> FieldInfo:
-    """The field that a location such as ("batch_ramp", "start") leads to."""
-    first, *rest = location
-    field = kind.model_fields[str(first)]
-    if not rest:
-        return field
-    inner = [part for part in (field.annotation, *get_args(field.annotation)) if isinstance(part, type)]
-    table = next(part for part in inner if issubclass(part, BaseModel))
-    return _field(table, rest)
+def _table(kind: type[BaseModel], location: Sequence[str]) -> type[BaseModel]:
+    """The table that holds the last key of a location such as ["batch_ramp", "start"]."""
+    if len(location) == 1:
+        return kind
+    annotation = kind.model_fields[location[0]].annotation
+    candidates = [part for part in (annotation, *get_args(annotation)) if isinstance(part, type)]
+    return _table(next(part for part in candidates if issubclass(part, BaseModel)), location[1:])
 
 
-def _nearest_key(key: str) -> str:
+def _nearest_key(key: str, table: type[BaseModel]) -> str:
     """What an unknown dotted key was meant to be: the same word in another section, a near one, or the choice."""
-    name, word = key.split(".")[0], key.split(".")[-1]
+    prefix, word = key.rsplit(".", 1)
     same = [known for known in KEYS if known.split(".")[-1] == word]
-    near = _near(word, SECTIONS[name].model_fields)
     if same:
         return f"did you mean {' or '.join(same)}?"
-    return near or _near(key, KEYS) or f"known in [{name}] are {', '.join(SECTIONS[name].model_fields)}"
+    return _near(word, table.model_fields) or f"known in {prefix} are {', '.join(table.model_fields)}"
 
 
 def _resolve_data(sections: dict[str, Any], world_size: int | None) -> Iterator[Problem]:

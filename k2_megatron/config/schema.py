@@ -16,6 +16,9 @@ CountFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 BetaFloat = Annotated[float, Field(ge=0, lt=1)]
 PathText = Annotated[str, Field(min_length=1)]
 Backend = Literal["auto", "cuda", "cpu", "torch"]
+ApexBackend = Literal["auto", "cuda", "cpu", "torch", "apex"]
+TransformerEngineBackend = Literal["auto", "cuda", "cpu", "torch", "transformer_engine"]
+NormBackend = Literal["auto", "cuda", "cpu", "torch", "apex", "transformer_engine"]
 
 
 class Section(BaseModel):
@@ -38,15 +41,15 @@ class Kernels(Section):
 
     default: Backend = "auto"
     """Backend of every op that has no entry of its own; "auto" takes the fastest that this machine can run."""
-    rms_norm: Backend | None = None
+    rms_norm: NormBackend | None = None
     """Backend of RMSNorm, alone and fused with the residual addition."""
-    rotary: Backend | None = None
+    rotary: TransformerEngineBackend | None = None
     """Backend of the rotary position embedding."""
-    cross_entropy: Backend | None = None
+    cross_entropy: TransformerEngineBackend | None = None
     """Backend of the vocabulary-parallel cross entropy."""
     swiglu: Backend | None = None
     """Backend of SwiGLU."""
-    adamw: Backend | None = None
+    adamw: ApexBackend | None = None
     """Backend of the AdamW update."""
 
     def backend(self, op: str) -> str:
@@ -168,7 +171,7 @@ class Optimizer(Section):
     min_learning_rate: CountFloat | None = None
     """Learning rate at the end of the decay (cosine, wsd)."""
     warmup_steps: CountInt = 0
-    """Steps of linear growth from 0 to learning_rate."""
+    """Steps over which the learning rate grows linearly to learning_rate."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After the warm-up: cosine to train.steps; constant, then a decay over the last decay_steps; or constant."""
     decay_steps: PositiveInt | None = None

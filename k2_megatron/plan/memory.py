@@ -1,0 +1,105 @@
+"""Memory of each rank by formula: model state exactly, activations and logits as an estimate.
+
+In: a Config. Out: bytes by kind for a rank of each pipeline stage.
+
+Model state. bfloat16 keeps 2 bytes of weights, 4 of gradients (accumulated and reduced in fp32), and in the optimizer
+4 of fp32 main weights and 8 of Adam's two moments: 18 bytes a parameter. float32 needs no second copy of the weights:
+16 bytes. The distributed optimizer divides the optimizer's share by the ranks that hold copies (data * context): 6 +
+12 / DP bytes under bfloat16.
+
+Activations follow the accounting of Korthikanti et al. 2022 (arXiv 2205.05198, section 4), with the tensors that our
+layer keeps for its backward pass: no dropout masks, no S x S scores (flash attention), SwiGLU packed. Per micro-batch
+and layer, in units of S * B elements, T the tensor ranks:
+    H   the layer's input, its norm's output, the sum after attention, that norm's output     / T with sequence parallel
+    qkv (H + 2 * kv) / T after rotary, H / T attention output, kept twice: as computed and as the projection reads it
+    mlp 2 * F / T packed gate and up, F / T their product
+plus fp32 log-sum-exps, S * B * heads / T, and norm statistics, too few to count. The first stage of 1F1B holds as many
+micro-batches as there are stages, the last holds one.
+
+Not counted: the CUDA context and NCCL's buffers, what the allocator loses to fragmentation, GEMM workspaces, and
+pipeline buffers in flight: allow some GiB.
+"""
+
+from dataclasses import dataclass, fields
+
+from k2_megatron.config import Config
+from k2_megatron.plan.parameters import rank_parameters
+from k2_megatron.plan.schedule import chunks_in_flight
+
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+GRADIENT_BYTES = 4
+ADAM_BYTES = 8
+MAIN_WEIGHT_BYTES = {"float32": 0, "bfloat16": 4}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank, by kind."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def model_state(self) -> int:
+        """What is there between two steps: weights, gradients, optimizer."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def rank_memory(config: Config, pipeline_rank: int) -> Memory:
+    """Memory of a rank of pipeline stage `pipeline_rank`; all ranks of a stage need equally much."""
+    parameters = rank_parameters(config, pipeline_rank).total
+    precision = config.train.precision
+    sharers = config.parallel.data * config.parallel.context if config.parallel.distributed_optimizer else 1
+    last = pipeline_rank == config.parallel.pipeline - 1
+    return Memory(
+        weights=parameters * ELEMENT_BYTES[precision],
+        gradients=parameters * GRADIENT_BYTES,
+        optimizer=-(-parameters * (MAIN_WEIGHT_BYTES[precision] + ADAM_BYTES) // sharers),
+        activations=_activations(config, pipeline_rank),
+        logits=_logits(config) if last else 0,
+    )
+
+
+def _positions(config: Config) -> int:
+    """S * B of one rank in one micro-batch."""
+    return config.model.sequence_length * config.train.micro_batch // config.parallel.context
+
+
+def layer_activation_bytes(config: Config, recompute: str) -> int:
+    """What one layer keeps of one micro-batch until its backward pass, in bytes."""
+    model, tensor = config.model, config.parallel.tensor
+    element, positions = ELEMENT_BYTES[config.train.precision], _positions(config)
+    hidden, kv_size = model.hidden_size, model.kv_heads * model.head_dim
+    residual_shards = tensor if config.parallel.sequence else 1
+    if recompute == "full":
+        return positions * hidden * element // residual_shards
+    residual = 4 * hidden * element // residual_shards
+    # Under selective recompute attention's own output and log-sum-exps are computed again; the copy that the
+    # projection reads stays.
+    outputs = 1 if recompute == "selective" else 2
+    log_sum_exp = 0 if recompute == "selective" else 4 * model.heads // tensor
+    attention = (hidden + 2 * kv_size + outputs * hidden) * element // tensor + log_sum_exp
+    return positions * (residual + attention + 3 * model.ffn_hidden_size * element // tensor)
+
+
+def _activations(config: Config, pipeline_rank: int) -> int:
+    recompute = config.train.recompute
+    kept = chunks_in_flight(config, pipeline_rank) * config.layers_per_chunk * layer_activation_bytes(config, recompute)
+    # While a layer runs its backward pass again, all that it kept back is there for that one layer.
+    working = layer_activation_bytes(config, "none") if recompute == "full" else 0
+    return kept + working
+
+
+def _logits(config: Config) -> int:
+    """Logits of one micro-batch, whose storage their gradient takes over, and the final norm's output."""
+    element, positions, model = ELEMENT_BYTES[config.train.precision], _positions(config), config.model
+    residual_shards = config.parallel.tensor if config.parallel.sequence else 1
+    vocabulary = model.vocab_size // config.parallel.tensor
+    return positions * element * (vocabulary + model.hidden_size // residual_shards)

@@ -1,0 +1,189 @@
+"""What a valid file becomes: derived numbers, overrides, the batch ramp, the way back to TOML, the fingerprint."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from k2_megatron.config import Config, load_config
+from k2_megatron.config.batch import constant_stages, consumed_samples, ramp_stages, stage_at
+from k2_megatron.config.schema import SECTIONS
+
+TOY, STAGE1, STAGE2 = "examples/toy/toy.toml", "examples/k2_65b/stage1.toml", "examples/k2_65b/stage2.toml"
+RAMP = "train.batch_ramp={start=4, increment=4, samples=96}"
+
+
+def test_numbers_that_follow_from_stage_1():
+    config = load_config(STAGE1)
+    assert config.world_size == 480
+    assert config.parallel.data == 15
+    assert config.steps_per_chunk == 941
+    assert config.checkpoints == 360
+    assert config.steps_per_chunk * config.train.global_batch == 1_919_640
+    assert config.tokens_per_step == 4_177_920
+    assert config.total_samples == 691_070_400
+    assert config.total_tokens == 1_415_312_179_200
+    assert config.micro_batches_at(0) == config.micro_batches_at(338_759) == 34
+    assert config.model.head_dim == 128
+    assert config.layers_per_chunk == 20
+
+
+def test_derived_numbers_are_not_written_in_stage_1():
+    values = {line.split("#")[0].strip() for line in Path(STAGE1).read_text().splitlines()}
+    assert not any(number in value.split() for value in values for number in ("941", "15", "4177920", "128"))
+
+
+def test_each_value_of_the_k2_files_has_its_source():
+    for path in (STAGE1, STAGE2):
+        lines = Path(path).read_text().splitlines()
+        unsourced = [line for line in lines if "=" in line.split("#")[0] and "#" not in line]
+        assert [line for line in unsourced if not line.startswith(("every_steps", "tensorboard"))] == [], path
+
+
+def test_stage_2_continues_the_model_of_stage_1():
+    first, second = load_config(STAGE1), load_config(STAGE2)
+    differing = {key for key in first.differences(second) if key.startswith("model.")}
+    assert differing == {"model.sequence_length", "model.rope_base"}
+    assert second.tokens_per_step == first.tokens_per_step
+    assert second.total_tokens == pytest.approx(69.4e9, rel=1e-3)
+
+
+def test_ranks_that_run_decide_data_parallelism():
+    assert load_config(STAGE1, world_size=32 * 30).parallel.data == 30
+    assert load_config(TOY, world_size=8).parallel.data == 2
+    assert load_config(TOY, ["parallel.data=4"], world_size=8).parallel.data == 2
+    assert load_config(TOY, ["parallel.data=4"]).parallel.data == 4
+    assert load_config(TOY, ["parallel.ranks=16"]).parallel.data == 4
+
+
+def test_overrides_are_toml_values_or_text():
+    config = load_config(
+        TOY,
+        [
+            "run.folder=runs/a b#c",
+            "data.tokenizer='quoted'",
+            "optimizer.learning_rate = 3e-3",
+            "optimizer.weight_decay=0",
+            "parallel.sequence=false",
+            "model.kernels={default='cpu', rms_norm='torch'}",
+            "model.kernels.swiglu=torch",
+            "optimizer.clip_grad_norm=",
+            "train.steps=30",
+            "train.steps=60",
+        ],
+    )
+    assert config.run.folder == "runs/a b#c"
+    assert config.data.tokenizer == "quoted"
+    assert config.optimizer.learning_rate == 3e-3
+    assert config.optimizer.weight_decay == 0.0
+    assert isinstance(config.optimizer.weight_decay, float)
+    assert config.parallel.sequence is False
+    assert [config.model.kernels.backend(op) for op in ("rms_norm", "rotary", "swiglu")] == ["torch", "cpu", "torch"]
+    assert config.optimizer.clip_grad_norm is None
+    assert config.train.steps == 60
+
+
+def test_tree_is_frozen():
+    config = load_config(TOY)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.train.steps = 3
+    with pytest.raises(ValidationError, match="frozen"):
+        config.train = None
+
+
+def test_built_without_a_file_it_is_checked_as_well():
+    tree = load_config(TOY).model_dump(exclude_none=True)
+    tree["model"]["heads"] = 6
+    with pytest.raises(ValueError, match=r"model.heads = 6: must be a multiple of model.kv_heads = 4"):
+        Config.model_validate(tree)
+
+
+@pytest.mark.parametrize(
+    ("path", "overrides"),
+    [
+        (TOY, []),
+        (STAGE1, []),
+        (STAGE2, []),
+        (TOY, [RAMP, 'run.folder="a\\"b\\\\c\\t\\u007f é"', "model.kernels.adamw=torch", "optimizer.epsilon=1e-300"]),
+        (TOY, ["optimizer.schedule=wsd", "optimizer.decay_steps=10", "optimizer.clip_grad_norm="]),
+    ],
+)
+def test_round_trip_through_toml(tmp_path, path, overrides):
+    config = load_config(path, overrides)
+    file = tmp_path / "config.toml"
+    file.write_text(config.to_toml(), encoding="utf-8")
+    again = load_config(file)
+    assert again == config
+    assert again.to_toml() == config.to_toml()
+    assert again.fingerprint == config.fingerprint
+
+
+def test_fingerprint_names_the_training_and_not_the_layout():
+    toy = load_config(TOY)
+    same = load_config(
+        TOY,
+        [
+            "parallel.tensor=1",
+            "parallel.sequence=false",
+            "train.micro_batch=2",
+            "run.folder=x",
+            "data.train=y",
+            "model.kernels=torch",
+            "log.every_steps=1",
+            "checkpoint.keep_last=",
+            "train.recompute=full",
+        ],
+    )
+    assert same.fingerprint == toy.fingerprint
+    assert toy.differences(same)["train.micro_batch"] == (4, 2)
+    changes = ["run.seed=1", "optimizer.beta2=0.9", "train.global_batch=32", "train.steps=120", "model.rope_base=5e5"]
+    for change in [*changes, "train.precision=bfloat16", RAMP]:
+        assert load_config(TOY, [change]).fingerprint != toy.fingerprint, change
+
+
+def test_every_field_says_what_it_means():
+    for name, section in SECTIONS.items():
+        for key, field in section.model_fields.items():
+            assert field.description, f"{name}.{key} has no docstring"
+            assert field.description.strip().endswith("."), f"{name}.{key}"
+
+
+# The batch ramp
+
+
+def test_ramp_of_known_numbers():
+    # 96 samples in three shares of 32: 8 steps of 4, 4 steps of 8, then 12 until 96 are consumed (3 steps: 100).
+    assert ramp_stages(4, 4, 96, 16) == ((0, 0, 4), (8, 32, 8), (12, 64, 12), (15, 100, 16))
+    config = load_config(TOY, [RAMP])
+    assert [config.global_batch_at(step) for step in (0, 7, 8, 11, 12, 14, 15, 239)] == [4, 4, 8, 8, 12, 12, 16, 16]
+    assert [config.micro_batches_at(step) for step in (0, 8, 12, 15)] == [1, 2, 3, 4]
+    assert [config.consumed_samples_at(step) for step in (0, 1, 8, 9, 15, 16)] == [0, 4, 32, 40, 100, 116]
+    assert config.consumed_tokens_at(9) == 40 * 256
+    assert config.total_samples == 100 + 225 * 16
+
+
+@given(
+    start=st.integers(1, 60),
+    increment=st.integers(1, 40),
+    growths=st.integers(1, 9),
+    samples=st.integers(1, 4000),
+    steps=st.integers(0, 400),
+)
+def test_ramp_is_what_adding_up_step_by_step_gives(start, increment, growths, samples, steps):
+    """Against the definition: the batch grows once for each share of `samples` that has been consumed."""
+    full = start + growths * increment
+    stages = ramp_stages(start, increment, samples, full)
+    consumed = 0
+    for step in range(steps):
+        assert consumed_samples(stages, step) == consumed
+        batch = full if consumed >= samples else start + consumed * growths // samples * increment
+        assert stage_at(stages, step).global_batch == batch
+        consumed += batch
+    assert consumed_samples(stages, steps) == consumed
+
+
+def test_no_step_is_before_the_first():
+    with pytest.raises(ValueError, match="step -1 asked for"):
+        stage_at(constant_stages(8), -1)
