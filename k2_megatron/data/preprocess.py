@@ -1,0 +1,183 @@
+"""Text to token files with several workers: hands out units, watches the workers, merges the shards.
+
+In: a `Job`. Out: token files and their manifest (see merge.py). The result is the same bytes for any number of workers
+or parts, killed and started again or not.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from k2_megatron.data.manifest import manifest_path, read_manifest
+from k2_megatron.data.merge import merge
+from k2_megatron.data.shards import Job, Progress, ShardMaker, Unit, units_of
+
+REJECTS_TO_STOP_EARLY = 1000  # fewer are judged when everything is read
+WAIT_SECONDS = 1.0
+
+Report = Callable[[Progress], None]
+
+
+@dataclass
+class Counter:
+    """Totals of a run, and the early stop where far too much is rejected."""
+
+    report: Report
+    max_bad_fraction: float
+    documents: int = 0
+    rejected: int = 0
+    tokens: int = 0
+
+    def __call__(self, progress: Progress) -> None:
+        self.documents += progress.documents
+        self.rejected += progress.rejected
+        self.tokens += progress.tokens
+        self.report(progress)
+        if self.rejected >= REJECTS_TO_STOP_EARLY and self.rejected > self.max_bad_fraction * self.documents:
+            raise ValueError(
+                f"{self.rejected} of the first {self.documents} documents rejected, more than --max-bad-fraction "
+                f"{self.max_bad_fraction}; is --json-keys right? Run again with a larger fraction to list them all"
+            )
+
+
+def preprocess(
+    job: Job,
+    *,
+    workers: int,
+    one_file: bool,
+    max_bad_fraction: float,
+    part: tuple[int, int] = (0, 1),
+    merge_only: bool = False,
+    report: Report = lambda progress: None,
+    announce: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any] | None:
+    """Run a job, or part (i, n) of it: every n-th unit from the i-th. Merges where this is all there is to do.
+
+    Returns the totals, or None where other parts are still needed. ValueError for the user's mistakes, RuntimeError
+    where a worker died.
+    """
+    maker = ShardMaker(job)
+    finished = _finished(job, maker)
+    if finished:
+        announce(f"{job.prefix}: complete already, nothing to do")
+        return finished
+    if not merge_only:
+        announce(f"encoder: {maker.encoder.name} ({maker.encoder.reason})")
+        units = units_of(job)[part[0] :: part[1]]
+        counter = Counter(report, max_bad_fraction)
+        if workers <= 1 or len(units) <= 1:
+            for unit in units:
+                maker.run(unit, counter)
+        else:
+            _run_workers(job, units, min(workers, len(units)), counter)
+    if part[1] > 1 and not merge_only:
+        return None
+    return merge(job, maker.tokenizer, one_file=one_file, max_bad_fraction=max_bad_fraction)
+
+
+def _finished(job: Job, maker: ShardMaker) -> dict[str, Any] | None:
+    """The totals of outputs that this very job has already made. ValueError where another job made them."""
+    paths = [manifest_path(job.output(key)) for key in job.keys]
+    if not all(path.is_file() for path in paths):
+        return None
+    manifests = [read_manifest(path) for path in paths]
+    sources = [[source.name, source.size] for source in job.sources]
+    for path, manifest in zip(paths, manifests, strict=True):
+        made_from = [[source["name"], source["bytes"]] for source in manifest["sources"]]
+        if manifest.get("job") != maker.fingerprint or made_from != sources:
+            raise ValueError(
+                f"{path}: made by another run (other options, tokenizer or sources); remove the outputs of "
+                f"{job.prefix} to make them afresh, or choose another --output-prefix"
+            )
+    return {
+        "documents": manifests[0]["documents"],
+        "rejected": manifests[0]["rejected"],
+        "tokens": sum(manifest["tokens"] for manifest in manifests),
+    }
+
+
+def _worker(job: Job, connection: Connection) -> None:
+    """A worker process: units in, progress out, until None comes."""
+    os.environ["RAYON_NUM_THREADS"] = "1"  # the encoders' own threads would fight the other workers for the cores
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    try:
+        maker = ShardMaker(job)
+        while (unit := connection.recv()) is not None:
+            maker.run(unit, connection.send)
+            connection.send(None)
+    except ValueError as error:
+        connection.send(error)
+
+
+class _Crew:
+    """The running workers: which connection belongs to whom, and what each is doing."""
+
+    def __init__(self, job: Job, workers: int):
+        context = multiprocessing.get_context("spawn")
+        self.connections: dict[Connection, Any] = {}
+        self.doing: dict[Connection, Unit | None] = {}
+        for number in range(workers):
+            here, there = context.Pipe()
+            process = context.Process(target=_worker, args=(job, there), name=f"worker {number}", daemon=True)
+            process.start()
+            there.close()
+            self.connections[here] = process
+            self.doing[here] = None
+
+    def give(self, connection: Connection, unit: Unit | None) -> None:
+        self.doing[connection] = unit
+        connection.send(unit)
+
+    def end(self) -> None:
+        for process in self.connections.values():
+            process.terminate()
+        for process in self.connections.values():
+            process.join(2)
+            if process.is_alive():
+                process.kill()
+
+
+def _run_workers(job: Job, units: list[Unit], workers: int, counter: Counter) -> None:
+    crew = _Crew(job, workers)
+    waiting = list(reversed(units))
+    left = len(units)
+    try:
+        for connection in crew.connections:
+            crew.give(connection, waiting.pop())
+        while left:
+            for connection in wait(list(crew.connections), timeout=WAIT_SECONDS):
+                message = _receive(job, crew, connection)
+                if isinstance(message, Progress):
+                    counter(message)
+                    continue
+                left -= 1
+                crew.give(connection, waiting.pop() if waiting else None)
+                if crew.doing[connection] is None:
+                    crew.connections.pop(connection).join()
+    finally:
+        crew.end()
+
+
+def _receive(job: Job, crew: _Crew, connection: Connection) -> Progress | None:
+    """The next message of a worker: Progress, or None for a unit done. A pipe that ends means that it died."""
+    try:
+        message = connection.recv()
+    except (EOFError, ConnectionResetError):
+        process, unit = crew.connections[connection], crew.doing[connection]
+        process.join(1)
+        source = job.sources[unit.source].path if unit else "nothing"
+        code = process.exitcode
+        how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+        raise RuntimeError(
+            f"{process.name} (pid {process.pid}) died with {how} while it read {source}; run the same command again: "
+            "finished shards are kept (a SIGKILL is often the system short of memory: fewer --workers)"
+        ) from None
+    if isinstance(message, ValueError):
+        raise message
+    return message

@@ -1,0 +1,302 @@
+"""Text files to documents: JSON lines (plain, .gz, .zst, .xz), parquet, and plain text (one document a file).
+
+In: paths, folders and globs. Out: `Piece`s of about 8 MiB, each of whole documents of one shard.
+A shard is a fixed range of a source's uncompressed bytes: a line belongs to the shard in which its first byte lies.
+Shards therefore depend on the sources and the shard size alone, never on workers, parts of a job, or compression.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import orjson
+
+PIECE_BYTES = 8 << 20
+MAX_DOCUMENT_BYTES = 64 << 20  # a longer line is rejected, so that a worker's memory stays bounded
+KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "txt"}
+COMPRESSIONS = (".gz", ".zst", ".xz")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file. `name` is its path below what was asked for: the same on every machine."""
+
+    name: str
+    path: str
+    kind: str  # "jsonl", "parquet" or "txt"
+    compression: str  # "", ".gz", ".zst" or ".xz"
+    size: int  # bytes on disk
+
+    @property
+    def splittable(self) -> bool:
+        """Whether a worker can start in the middle of it."""
+        return self.kind == "jsonl" and not self.compression
+
+
+@dataclass
+class Piece:
+    """Some documents of one shard: `texts[key]` are parallel lists; `rejected` holds (line in the shard, reason)."""
+
+    shard: int
+    texts: dict[str, list[str]]
+    lines: int  # lines (rows, files) read, blank and rejected ones included
+    blank: list[int] = field(default_factory=list)  # line numbers in the piece, from 0
+    rejected: list[tuple[int, str]] = field(default_factory=list)
+    raw: Sequence[bytes] = ()  # what was read, for the hash of the source
+    consumed: int = 0  # bytes of the file on disk read so far, for the progress bar
+
+
+def find_sources(inputs: Sequence[str]) -> list[Source]:
+    """Every text file that `inputs` (files, folders, globs) name, in the order of their names. ValueError if none."""
+    found: dict[str, Source] = {}
+    for asked in inputs:
+        folder = asked if os.path.isdir(asked) else os.path.dirname(_fixed_part(asked))
+        paths = sorted(str(p) for p in Path(asked).rglob("*")) if os.path.isdir(asked) else glob.glob(asked)
+        sources = [_source(path, os.path.relpath(path, folder or ".")) for path in paths if os.path.isfile(path)]
+        chosen = [source for source in sources if source is not None]
+        if not chosen:
+            raise ValueError(
+                f"{asked}: no text file there; give .jsonl, .parquet or .txt files (.gz, .zst, .xz compressed or not)"
+            )
+        for source in chosen:
+            other = found.setdefault(source.name, source)
+            if os.path.realpath(other.path) != os.path.realpath(source.path):
+                raise ValueError(f"{other.path} and {source.path} have one name; give the folder that holds both")
+    return [found[name] for name in sorted(found)]
+
+
+def _fixed_part(pattern: str) -> str:
+    """The path up to its first wildcard."""
+    wildcards = [pattern.index(mark) for mark in "*?[" if mark in pattern]
+    return pattern[: min(wildcards)] if wildcards else pattern
+
+
+def _source(path: str, name: str) -> Source | None:
+    base, suffix = os.path.splitext(path)
+    compression = suffix if suffix in COMPRESSIONS else ""
+    kind = KINDS.get(os.path.splitext(base)[1] if compression else suffix)
+    if kind is None or (kind == "parquet" and compression):
+        return None
+    return Source(name, path, kind, compression, os.path.getsize(path))
+
+
+def open_decompressed(source: Source) -> IO[bytes]:
+    """The uncompressed bytes of a source as a binary file."""
+    if source.compression == ".gz":
+        import gzip
+
+        return gzip.open(source.path, "rb")
+    if source.compression == ".xz":
+        import lzma
+
+        return lzma.open(source.path, "rb")
+    if source.compression == ".zst":
+        import zstandard
+
+        raw = open(source.path, "rb")
+        return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=True)
+    return open(source.path, "rb")
+
+
+def pieces(source: Source, keys: Sequence[str], shard_bytes: int, first_shard: int, last_shard: int | None):
+    """The pieces of shards first_shard..last_shard (None: to the end) of one source, in order."""
+    if source.kind == "jsonl":
+        return _line_pieces(source, keys, shard_bytes, first_shard, last_shard)
+    assert last_shard is None, f"{source.path} cannot be entered in the middle"
+    if source.kind == "parquet":
+        return _parquet_pieces(source, keys, shard_bytes, first_shard)
+    return _text_pieces(source, keys)
+
+
+class LineReader:
+    """Whole lines of a stream in blocks of about `PIECE_BYTES`; knows the offset of the next line."""
+
+    def __init__(self, file: IO[bytes], position: int):
+        self.file, self.buffer, self.end = file, b"", False
+        self.position = position
+        if position:  # the line that `position` cuts belongs to the shard before
+            self._skip_to(position - 1)
+            self.position = position - 1
+            self._drop_line()
+
+    def _skip_to(self, offset: int) -> None:
+        try:
+            self.file.seek(offset)
+        except (OSError, io.UnsupportedOperation):  # zstandard's stream only reads forward
+            while offset:
+                skipped = self.file.read(min(offset, PIECE_BYTES))
+                if not skipped:
+                    return
+                offset -= len(skipped)
+
+    def _fill(self) -> bool:
+        more = self.file.read(PIECE_BYTES)
+        self.end = not more
+        self.buffer += more
+        return bool(more)
+
+    def _take(self, size: int) -> bytes:
+        taken, self.buffer = self.buffer[:size], self.buffer[size:]
+        self.position += size
+        return taken
+
+    def _drop_line(self) -> None:
+        while True:
+            newline = self.buffer.find(b"\n")
+            if newline >= 0:
+                self._take(newline + 1)
+                return
+            self._take(len(self.buffer))
+            if not self._fill():
+                return
+
+    def read_block(self, limit: int) -> tuple[bytes, bool]:
+        """(lines that begin before offset `limit`, whether one line was dropped for its length); b"" at the end."""
+        while len(self.buffer) < PIECE_BYTES and not self.end:
+            self._fill()
+        room = limit - self.position
+        if room <= 0 or not self.buffer:
+            return b"", False
+        if self.buffer.find(b"\n", 0, PIECE_BYTES) < 0:  # a line longer than a piece, or the last line of all
+            while (newline := self.buffer.find(b"\n")) < 0 and not self.end:
+                if len(self.buffer) > MAX_DOCUMENT_BYTES:
+                    self._drop_line()
+                    return b"", True
+                self._fill()
+            if len(self.buffer if newline < 0 else self.buffer[:newline]) > MAX_DOCUMENT_BYTES:
+                self._drop_line()
+                return b"", True
+            return self._take(len(self.buffer) if newline < 0 else newline + 1), False
+        if room <= len(self.buffer):
+            newline = self.buffer.find(b"\n", room - 1)
+            if newline >= 0:
+                return self._take(newline + 1), False
+        if self.end:
+            return self._take(len(self.buffer)), False
+        return self._take(self.buffer.rfind(b"\n", 0, room) + 1), False
+
+
+def _line_pieces(source: Source, keys, shard_bytes: int, first_shard: int, last_shard: int | None) -> Iterator[Piece]:
+    with open_decompressed(source) as file:
+        reader = LineReader(file, first_shard * shard_bytes)
+        shard = first_shard
+        while last_shard is None or shard <= last_shard:
+            block, dropped = reader.read_block((shard + 1) * shard_bytes)
+            if not block and not dropped:
+                if reader.end and not reader.buffer:
+                    return
+                shard += 1
+                continue
+            if dropped:
+                reason = f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB"
+                piece = Piece(shard, {key: [] for key in keys}, lines=1, rejected=[(0, reason)])
+            else:
+                piece = parse_lines(block, keys, shard)
+            piece.consumed = compressed_position(file) if source.compression else reader.position
+            yield piece
+
+
+def compressed_position(file: IO[bytes]) -> int:
+    """Bytes of the compressed file that a decompressing file has read."""
+    inner = getattr(file, "_fp", None) or getattr(file, "fileobj", None) or getattr(file, "_source", None)
+    try:
+        return inner.tell() if inner is not None else 0
+    except (OSError, ValueError):
+        return 0
+
+
+def parse_lines(block: bytes, keys: Sequence[str], shard: int) -> Piece:
+    """The documents of a block of JSON lines; what is not an object with a string under every key is rejected."""
+    lines = block.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    piece = Piece(shard, {key: [] for key in keys}, lines=len(lines), raw=(block,))
+    loads = orjson.loads
+    for number, line in enumerate(lines):
+        try:
+            record = loads(line)
+        except orjson.JSONDecodeError as error:
+            if not line.strip():
+                piece.blank.append(number)
+            else:
+                piece.rejected.append((number, f"not JSON: {error}"))
+            continue
+        reason = _take_texts(record, keys, piece)
+        if reason:
+            piece.rejected.append((number, reason))
+    return piece
+
+
+def _take_texts(record: object, keys: Sequence[str], piece: Piece) -> str:
+    """Append the texts of one record; the reason why not, if not."""
+    if not isinstance(record, dict):
+        return f"not an object but {type(record).__name__}"
+    for key in keys:
+        if type(record.get(key)) is not str:
+            return f"{key!r} is {type(record[key]).__name__}, not a string" if key in record else f"has no {key!r}"
+    for key in keys:
+        piece.texts[key].append(record[key])
+    return ""
+
+
+def _parquet_pieces(source: Source, keys: Sequence[str], shard_bytes: int, first_shard: int) -> Iterator[Piece]:
+    """Shards of a parquet file are runs of row groups, closed where their uncompressed size reaches `shard_bytes`."""
+    import pyarrow.parquet as parquet
+
+    with parquet.ParquetFile(source.path) as file:
+        missing = [key for key in keys if key not in file.schema_arrow.names]
+        if missing:
+            raise ValueError(
+                f"{source.path}: no column {missing[0]!r}; it has {', '.join(file.schema_arrow.names)} (--json-keys)"
+            )
+        shard, filled = 0, 0
+        for group in range(file.num_row_groups):
+            if filled >= shard_bytes:
+                shard, filled = shard + 1, 0
+            filled += file.metadata.row_group(group).total_byte_size
+            if shard < first_shard:
+                continue
+            for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=list(keys)):
+                piece = Piece(shard, {key: [] for key in keys}, lines=batch.num_rows)
+                for number, record in enumerate(batch.to_pylist()):
+                    reason = _take_texts(record, keys, piece)
+                    if reason:
+                        piece.rejected.append((number, reason))
+                piece.raw = [text.encode() for key in keys for text in piece.texts[key]]
+                piece.consumed = source.size * (group + 1) // file.num_row_groups
+                yield piece
+
+
+def _text_pieces(source: Source, keys: Sequence[str]) -> Iterator[Piece]:
+    with open_decompressed(source) as file:
+        content = file.read(MAX_DOCUMENT_BYTES + 1)
+    piece = Piece(0, {key: [] for key in keys}, lines=1, raw=(content,), consumed=source.size)
+    if len(content) > MAX_DOCUMENT_BYTES:
+        piece.rejected.append((0, f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB"))
+    else:
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            piece.rejected.append((0, f"not UTF-8: {error}"))
+        else:
+            for key in keys:
+                piece.texts[key].append(text)
+    yield piece
+
+
+def documents(sources: Sequence[Source], key: str) -> Iterator[str]:
+    """Every document's text, one after another. ValueError at the first that is not one."""
+    for source in sources:
+        line = 0
+        for piece in pieces(source, [key], 1 << 62, 0, None):
+            if piece.rejected:
+                number, reason = piece.rejected[0]
+                raise ValueError(f"{source.path}, line {line + number + 1}: {reason}; correct or remove the line")
+            line += piece.lines
+            yield from piece.texts[key]

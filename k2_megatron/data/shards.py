@@ -1,0 +1,222 @@
+"""One unit of preprocessing: the shards of one source (or one shard of a source that can be entered in the middle).
+
+In: a `Job` and a `Unit`. Out: for each shard its token files and, last, a record in `PREFIX.shards/`. A shard whose
+record is there is whole; a killed run loses at most the shard each worker was in, and is simply started again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from k2_megatron.data.encoder import Encoder, first_difference, make_encoder
+from k2_megatron.data.indexed import token_dtype
+from k2_megatron.data.readers import Piece, Source, pieces
+from k2_megatron.data.store import TokenWriter, read_sealed, write_sealed
+from k2_megatron.data.tokenizer import load_tokenizer
+
+COMPARED_DOCUMENTS, COMPARED_CHARACTERS = 64, 1 << 18  # what each worker encodes twice, to trust the fast encoder
+
+
+@dataclass(frozen=True)
+class Job:
+    """What determines the output of preprocessing, and where it goes."""
+
+    sources: tuple[Source, ...]
+    keys: tuple[str, ...]
+    tokenizer_path: str
+    end_of_document_piece: str | None
+    special_pieces: bool
+    append_end_of_document: bool
+    prefix: str
+    shard_bytes: int  # uncompressed input bytes a shard
+    encoder: str
+
+    def fingerprint(self, tokenizer_fingerprint: str) -> str:
+        """Changes with anything that changes the tokens or how they are cut into shards."""
+        parts = (tokenizer_fingerprint, self.keys, self.append_end_of_document, self.shard_bytes)
+        return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+
+    def output(self, key: str) -> str:
+        """The prefix of one key's token files: the name that Megatron's tool gives."""
+        return f"{self.prefix}_{key}_document"
+
+    @property
+    def record_folder(self) -> Path:
+        return Path(self.prefix + ".shards")
+
+    def record_path(self, source: int, shard: int) -> Path:
+        return self.record_folder / f"{source:05d}.{shard:04d}.json"
+
+    def shard_output(self, key: str, source: int, shard: int) -> str:
+        return f"{self.output(key)}.{source:05d}.{shard:04d}"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Shards first_shard..last_shard (None: to the end) of one source, done by one worker."""
+
+    source: int
+    first_shard: int
+    last_shard: int | None
+
+
+@dataclass
+class Progress:
+    """What one piece added."""
+
+    bytes: int  # of the file on disk
+    documents: int
+    rejected: int
+    tokens: int
+    shard_done: bool = False
+
+
+def units_of(job: Job) -> list[Unit]:
+    """The units of a job in their fixed order: one a shard where a source is splittable, else one a source."""
+    units = []
+    for number, source in enumerate(job.sources):
+        if source.splittable:
+            shards = max(1, -(-source.size // job.shard_bytes))
+            units += [Unit(number, shard, shard) for shard in range(shards)]
+        else:
+            units.append(Unit(number, 0, None))
+    return units
+
+
+def read_record(job: Job, source: int, shard: int, fingerprint: str) -> dict[str, Any] | None:
+    """The record of a finished shard, or None. ValueError where it belongs to another job."""
+    path = job.record_path(source, shard)
+    if not path.is_file():
+        return None
+    record = read_sealed(path, f"remove {path}: its shard is then made again")
+    here = {"job": fingerprint, "source": job.sources[source].name, "source_bytes": job.sources[source].size}
+    for name, value in here.items():
+        if record[name] != value:
+            raise ValueError(
+                f"{path}: its {name} is {record[name]!r}, this run's is {value!r}; remove {job.record_folder} and the "
+                f"outputs of {job.prefix} to start afresh, or choose another --output-prefix"
+            )
+    for entry in record["files"].values():
+        found = Path(job.prefix).parent / (entry["name"] + ".bin")
+        if not found.is_file() or found.stat().st_size != entry["bin_bytes"]:
+            return None  # removed or cut by hand: made again
+    return record
+
+
+class ShardMaker:
+    """A worker's state: the tokenizer, its encoder, and what is known of them."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.tokenizer = load_tokenizer(
+            job.tokenizer_path, end_of_document=job.end_of_document_piece, special_pieces=job.special_pieces
+        )
+        self.encoder: Encoder = make_encoder(self.tokenizer, job.encoder)
+        self.fingerprint = job.fingerprint(self.tokenizer.fingerprint)
+        self._compared = self.encoder.encode is self.encoder.reference
+
+    def run(self, unit: Unit, report: Callable[[Progress], None]) -> None:
+        """Make what is missing of a unit's shards; `report` is called for every piece."""
+        source = self.job.sources[unit.source]
+        shard = unit.first_shard
+        while record := read_record(self.job, unit.source, shard, self.fingerprint):
+            report(Progress(record["disk_bytes"], record["documents"], len(record["rejected"]), 0, shard_done=True))
+            if record["last"]:
+                return
+            shard += 1
+        open_shard = _OpenShard(self, unit.source, shard)
+        consumed = shard * self.job.shard_bytes if source.splittable else 0
+        for piece in pieces(source, self.job.keys, self.job.shard_bytes, shard, unit.last_shard):
+            while open_shard.number < piece.shard:
+                open_shard.close(last=False)
+                open_shard = _OpenShard(self, unit.source, open_shard.number + 1)
+            tokens = open_shard.add(piece, piece.consumed - consumed)
+            report(Progress(piece.consumed - consumed, piece.lines - len(piece.blank), len(piece.rejected), tokens))
+            consumed = piece.consumed
+        open_shard.close(last=unit.last_shard is None or unit.last_shard == self._last_shard(source))
+        report(Progress(0, 0, 0, 0, shard_done=True))
+
+    def _last_shard(self, source: Source) -> int:
+        return max(1, -(-source.size // self.job.shard_bytes)) - 1
+
+    def encode(self, texts: Sequence[str], where: str) -> tuple[np.ndarray, np.ndarray]:
+        if not self._compared:
+            sample = [text[:COMPARED_CHARACTERS] for text in texts[:COMPARED_DOCUMENTS]]
+            total = np.cumsum([len(text) for text in sample])
+            sample = sample[: int(np.searchsorted(total, COMPARED_CHARACTERS)) + 1]
+            problem = first_difference(self.encoder.encode, self.encoder.reference, sample)
+            if problem:
+                raise ValueError(
+                    f"{where}: gigatoken gives other ids than the tokenizer's own library: {problem}; "
+                    "run again with --encoder tokenizers (or sentencepiece for a .model)"
+                )
+            self._compared = True
+        return self.encoder.encode(texts)
+
+
+class _OpenShard:
+    """A shard being written."""
+
+    def __init__(self, maker: ShardMaker, source: int, number: int):
+        self.maker, self.source, self.number = maker, source, number
+        self.lines, self.documents, self.text_bytes, self.disk_bytes = 0, 0, 0, 0
+        self.blank: list[int] = []
+        self.rejected: list[tuple[int, str]] = []
+        self.hash = xxhash.xxh3_64()
+        self.writers: dict[str, TokenWriter] = {}
+
+    def add(self, piece: Piece, disk_bytes: int) -> int:
+        job, maker = self.maker.job, self.maker
+        for content in piece.raw:
+            self.hash.update(content)
+            self.text_bytes += len(content)
+        count = len(piece.texts[job.keys[0]])
+        tokens = 0
+        end = maker.tokenizer.end_of_document if job.append_end_of_document else None
+        for key in job.keys if count else ():
+            if key not in self.writers:
+                prefix = job.shard_output(key, self.source, self.number)
+                self.writers[key] = TokenWriter(prefix, token_dtype(maker.tokenizer.vocab_size))
+            ids, lengths = maker.encode(piece.texts[key], job.sources[self.source].path)
+            tokens += self.writers[key].add(ids, lengths, end)
+        self.blank += [self.lines + line for line in piece.blank]
+        self.rejected += [(self.lines + line, reason) for line, reason in piece.rejected]
+        self.lines += piece.lines
+        self.documents += count
+        self.disk_bytes += disk_bytes
+        return tokens
+
+    def close(self, last: bool) -> None:
+        """Publish the shard's files, then its record."""
+        asked = self.lines - len(self.blank)
+        assert asked == self.documents + len(self.rejected), (
+            f"{asked} documents in, {self.documents} out, {len(self.rejected)} rejected"
+        )
+        job = self.maker.job
+        files = {key: writer.finish() for key, writer in self.writers.items()}
+        assert all(entry["documents"] == self.documents for entry in files.values()), "a writer lost documents"
+        record = {
+            "job": self.maker.fingerprint,
+            "source": job.sources[self.source].name,
+            "source_bytes": job.sources[self.source].size,
+            "shard": self.number,
+            "last": last,
+            "lines": self.lines,
+            "documents": self.documents,
+            "blank": self.blank,
+            "rejected": self.rejected,
+            "content_bytes": self.text_bytes,
+            "content_xxh3": self.hash.hexdigest(),
+            "disk_bytes": self.disk_bytes,
+            "files": files,
+        }
+        os.makedirs(job.record_folder, exist_ok=True)
+        write_sealed(job.record_path(self.source, self.number), record)

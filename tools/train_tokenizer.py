@@ -1,0 +1,38 @@
+"""Train a byte-level BPE tokenizer on text files and write its `tokenizer.json`.
+
+    python tools/train_tokenizer.py --input examples/toy/state_of_the_union.jsonl.xz --vocab-size 4096 \
+        --output examples/toy/tokenizer.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from k2_megatron.data.readers import documents, find_sources
+from k2_megatron.data.training import train_byte_level_bpe
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", required=True, help="text files, folders or globs")
+    parser.add_argument("--json-key", default="text", help="the key or column that holds the text (default: text)")
+    parser.add_argument("--vocab-size", type=int, required=True, help="pieces, special pieces included")
+    parser.add_argument("--special-tokens", nargs="*", default=["<|endoftext|>"], help="the first ends a document")
+    parser.add_argument("--output", type=Path, required=True, help="where tokenizer.json goes")
+    options = parser.parse_args()
+    try:
+        texts = documents(find_sources(options.input), options.json_key)
+        tokenizer = train_byte_level_bpe(texts, options.vocab_size, options.special_tokens)
+    except ValueError as error:
+        print(f"train_tokenizer: {error}", file=sys.stderr)
+        return 2
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(options.output))
+    print(f"{options.output}: {tokenizer.get_vocab_size()} pieces")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
