@@ -1,6 +1,7 @@
-// Every compiled operation, declared once and given to two namespaces:
-//   k2::cpu::NAME(..., int threads)          -> void   module k2_megatron._cpu   (csrc/cpu/NAME.cpp)
-//   k2::cuda::NAME(..., void* stream)        -> int    module k2_megatron._cuda  (csrc/NAME.cu), a cudaError_t, 0 = success
+// Every compiled operation, declared once and given to each of its implementations:
+//   k2::cuda::NAME(..., void* stream)      -> int    module k2_megatron._cuda  (csrc/NAME.cu), a cudaError_t, 0 = success
+//   k2::cpu::<set>::NAME(..., int threads) -> void   module k2_megatron._cpu   (csrc/cpu/NAME.cpp), compiled once for each
+//     instruction set: portable, avx2, avx512; the module binds the best one that the processor has
 // The Python names and argument orders are these, in both modules: pointers as integers (0 = null), DType as its integer,
 // the last argument the number of OpenMP threads (torch.get_num_threads()) or the raw stream. The GIL is released. A CUDA
 // code other than 0 becomes a RuntimeError in the binding. The functions check nothing: the Python side does, before it
@@ -118,9 +119,15 @@ enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
   K2_CROSS_ENTROPY(RESULT, WHERE) \
   K2_MULTI_TENSOR(RESULT, WHERE)
 
-namespace k2::cpu {
-K2_ALL_OPS(void, int threads)
-}
 namespace k2::cuda {
 K2_ALL_OPS(int, void* stream)
+}
+namespace k2::cpu::portable {
+K2_ALL_OPS(void, int threads)
+}
+namespace k2::cpu::avx2 {
+K2_ALL_OPS(void, int threads)
+}
+namespace k2::cpu::avx512 {
+K2_ALL_OPS(void, int threads)
 }

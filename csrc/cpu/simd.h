@@ -1,0 +1,103 @@
+// Sixteen fp32 lanes, whatever the processor: the only vocabulary the CPU kernels are written in.
+//
+// Every kernel file is compiled once per instruction set (setup.py) into the namespace k2::cpu::K2_ISA, and bindings.cpp picks
+// one set when the module loads. The lane count, the order of every reduction, the rounding to bf16 and fp16 and the
+// polynomials are the same in all of them, and every step below is correctly rounded, so AVX2 and AVX-512 give equal bits (the
+// portable set too, on processors whose compiler has a hardware fma).
+//
+// In:  memory of float, BFloat16 or Float16, any alignment.  Out: `Vec`, sixteen floats.
+// Each simd_*.h defines Vec and its operations; this file adds what is built from them. All of it must stay inside
+// K2_ISA: an inline function shared between instruction sets would be merged by the linker into one of them.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../ops.h"
+
+namespace k2::cpu {
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+}  // namespace k2::cpu
+
+namespace k2::cpu::K2_ISA {
+constexpr int kLanes = 16;
+
+// How many lanes a load or store touches, from the first: all, or the count of a short last step. Lanes beyond read as 0.
+struct Full {
+  static constexpr bool kWhole = true;
+};
+struct Part {
+  static constexpr bool kWhole = false;
+  int count;  // 1 to kLanes - 1
+};
+}  // namespace k2::cpu::K2_ISA
+
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#include "simd_avx512.h"
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include "simd_avx2.h"
+#else
+#include "simd_portable.h"
+#endif
+
+namespace k2::cpu::K2_ISA {
+
+inline Vec operator-(Vec a) { return splat(0.0f) - a; }
+
+// e^x to 1 ulp: x = n ln2 + r, |r| <= ln2 / 2, e^r by a degree-6 minimax polynomial (relative error 0.06 half-ulps, fitted by
+// Lawson's iteration), times 2^n with gradual underflow. NaN passes; below -104 the result is 0, above 88.73 infinity.
+inline Vec exp(Vec x) {
+  x = min(splat(89.0f), max(splat(-104.0f), x));  // min and max return their second argument for NaN
+  const Vec shifter = splat(12582912.0f);         // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  const Vec shifted = fma(x, splat(1.44269504f), shifter);
+  const Vec n = shifted - shifter;
+  Vec r = fma(n, splat(-0.693145751953125f), x);  // ln2 in two parts; n times the first part is exact
+  r = fma(n, splat(-1.42860677e-6f), r);
+  Vec p = fma(splat(0x1.6a23d0p-10f), r, splat(0x1.123a20p-7f));
+  p = fma(p, r, splat(0x1.5558f2p-5f));
+  p = fma(p, r, splat(0x1.555492p-3f));
+  p = fma(p, r, splat(0x1.fffffcp-2f));
+  p = fma(p, r * r, r);
+  return scale_by_power_of_two(p + splat(1.0f), n, shifted);
+}
+
+// 1 / (1 + e^-x); the quotient is 0 where e^-x overflows.
+inline Vec sigmoid(Vec x) { return splat(1.0f) / (splat(1.0f) + exp(-x)); }
+
+// Sums over the lanes of four accumulators, in one fixed order.
+inline float sum(const Vec (&parts)[4]) { return sum((parts[0] + parts[1]) + (parts[2] + parts[3])); }
+
+// Calls body(i, lanes) over [0, length) in steps of kLanes: lanes is Full but for a short last step. The body is instantiated
+// twice, so that full steps carry no masks.
+template <class Body>
+inline void for_lanes(int64_t length, Body&& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= length; i += kLanes) body(i, Full{});
+  if (i < length) body(i, Part{static_cast<int>(length - i)});
+}
+
+// A truth value known to the compiler.
+template <bool kIs>
+struct Truth {
+  static constexpr bool value = kIs;
+};
+template <class Body>
+inline void with_truth(bool is, Body&& body) {
+  if (is) body(Truth<true>{});
+  else body(Truth<false>{});
+}
+
+// Runs body(T{}) with the element type that a DType names.
+template <class Body>
+inline void with_type(DType dtype, Body&& body) {
+  if (dtype == DType::float32) body(float{});
+  else if (dtype == DType::bfloat16) body(BFloat16{});
+  else body(Float16{});
+}
+
+}  // namespace k2::cpu::K2_ISA
