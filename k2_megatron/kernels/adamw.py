@@ -4,8 +4,8 @@
     m = m + (g - m) * (1 - beta1),   v = beta2 * v + (1 - beta2) * g^2
     p = p - learning_rate / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + epsilon)
 
-In:   fp32 parameters (mcore's main parameters or shards of them) with gradients; optionally the model's low-precision copy
-      of each, written in the same pass.      Out: parameters, exp_avg and exp_avg_sq (fp32) updated in place.
+In:   fp32 parameters (mcore's main parameters or shards of them) with gradients; optionally the model's low-precision
+      copy of each, written in the same pass.      Out: parameters, exp_avg and exp_avg_sq (fp32) updated in place.
 Where Apex keeps it, so here: `step` is an int in the parameter group, not a tensor in the state (loading a
 fully_reshardable checkpoint through mcore's distributed optimizer needs it there).
 """
@@ -31,10 +31,12 @@ OP = "adamw"
 
 
 class AdamW(torch.optim.Optimizer):
-    """Decoupled weight decay, bias correction, fp32 states; `backend` as in dispatch.py ("apex": its multi-tensor kernel).
+    """Decoupled weight decay, bias correction, fp32 states; `backend` as in dispatch.py ("apex": its multi-tensor
+    kernel).
 
     mcore passes adam_w_mode (True) besides torch's arguments; anything else it might ask of an optimizer (states in low
-    precision, capturable) is refused by name. model_copies maps a parameter to the tensor that its rounded value goes to.
+    precision, capturable) is refused by name. model_copies maps a parameter to the tensor that its rounded value goes
+    to.
     """
 
     def __init__(
@@ -65,15 +67,16 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None, *, gradient_scale: torch.Tensor | None = None):
-        """One update. gradient_scale [1] fp32 on the parameters' device multiplies every gradient (clipping, loss scale)."""
+        """One update. gradient_scale [1] fp32 on the parameters' device multiplies every gradient (clipping, loss
+        scale)."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
-            for tensors in self._lists(group):
-                self._update(group, *tensors, gradient_scale)
+            for lists in self._lists(group):
+                self._update(group, lists, gradient_scale)
         return loss
 
     def _lists(self, group):
@@ -83,6 +86,7 @@ class AdamW(torch.optim.Optimizer):
             if parameter.grad is None:
                 continue
             require(not parameter.grad.is_sparse, OP, "a gradient is sparse; only dense ones are offered")
+            require_dtype(OP, "a parameter", parameter, (torch.float32, torch.float64))
             state = self.state[parameter]
             if not state:
                 state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
@@ -94,7 +98,8 @@ class AdamW(torch.optim.Optimizer):
                 column.append(tensor)
         return sets.values()
 
-    def _update(self, group, parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale):
+    def _update(self, group, lists, gradient_scale):
+        parameters, gradients, exp_avg, exp_avg_sq, copies = lists
         copies = [] if copies[0] is None else copies
         beta1, beta2 = group["betas"]
         numbers = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["step"])
@@ -109,8 +114,8 @@ class AdamW(torch.optim.Optimizer):
 
 
 def adamw_reference_(
-    parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale, learning_rate, beta1, beta2, epsilon, weight_decay,
-    step,
+    parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale,
+    learning_rate, beta1, beta2, epsilon, weight_decay, step,
 ):  # fmt: skip
     """The equation with torch's _foreach operations, in place, in the parameters' dtype."""
     gradients = [gradient.to(moment.dtype) for gradient, moment in zip(gradients, exp_avg, strict=True)]

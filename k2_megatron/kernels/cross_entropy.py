@@ -8,10 +8,11 @@ Sources: vocabulary parallelism, Shoeybi et al. 2019 (arXiv 1909.08053) section 
 (arXiv 1512.00567) section 7; z-loss, Chowdhery et al. 2022 (arXiv 2204.02311) section 5; one-pass statistics, Milakov &
 Gimelshein 2018 (arXiv 1805.02867).
 
-In:   logits [S, B, V/tp] fp32, bf16 or fp16, this rank's columns; labels [S, B] int64 global ids.   Out: loss [S, B] fp32.
-One pass over the shard gives 3 numbers a token (4 with smoothing); ONE all-gather of them; every rank merges them in rank
-order, so all ranks hold the same bits. The backward of the compiled backends writes the gradient into the logits' own
-storage: a bf16 logit costs 2 bytes forward and 4 backward, and no buffer besides. A world of one communicates nothing.
+In:   logits [S, B, V/tp] fp32, bf16 or fp16, this rank's columns; labels [S, B] int64 global ids.   Out: loss [S, B]
+fp32. One pass over the shard gives 3 numbers a token (4 with smoothing); ONE all-gather of them; every rank merges
+them in rank order, so all ranks hold the same bits. The backward of the compiled backends writes the gradient into the
+logits' own storage: a bf16 logit costs 2 bytes forward and 4 backward, and no buffer besides. A world of one
+communicates nothing.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ def vocab_parallel_cross_entropy(
     ignore_index: int = -100,
     backend: str,
 ) -> torch.Tensor:
-    """loss [S, B] fp32 (any leading shape serves). With backend "cpu" or "cuda" the logits are spent by the backward, which
-    therefore runs once; a second one is refused. A label that is neither ignore_index nor in [0, V): ValueError on a CPU;
-    on a GPU, and in compiled graphs, where looking would wait for the device, a NaN loss and gradient."""
+    """loss [S, B] fp32 (any leading shape serves). With backend "cpu" or "cuda" the logits are spent by the backward,
+    which therefore runs once; a second one is refused. A label that is neither ignore_index nor in [0, V): ValueError
+    on a CPU; on a GPU, and in compiled graphs, where looking would wait for the device, a NaN loss and gradient."""
     require(logits.dim() >= 2, OP, f"logits have shape {tuple(logits.shape)}; needed: [S, B, V/tp]")
     require_shape(OP, "labels", labels, logits.shape[:-1], "logits' shape without the vocabulary")
     require_dtype(OP, "labels", labels, (torch.int64,))
@@ -52,6 +53,11 @@ def vocab_parallel_cross_entropy(
     require_backend_device(OP, backend, logits)
     if backend != "torch":
         check_rows(_flat(logits), labels.view(-1))
+        if torch.is_grad_enabled() and logits.is_leaf and logits.requires_grad:
+            raise ValueError(
+                f"{OP}: logits are a leaf that requires a gradient, which would overwrite them; pass a projection's "
+                "output, or use backend 'torch'"
+            )
     return _VocabParallelCrossEntropy.apply(logits, labels, group, settings, STEPS[backend])
 
 
@@ -89,9 +95,10 @@ def gather_statistics(statistics, group):
     """[planes, T] of each rank -> [ranks, planes, T] on every rank: the one collective."""
     if group is None or group.size() == 1:
         return statistics.unsqueeze(0)
-    everyone = statistics.new_empty((group.size(), *statistics.shape))
+    # Gloo wants the gathered tensor as a concatenation along the first axis, not as a stack.
+    everyone = statistics.new_empty((group.size() * statistics.shape[0], *statistics.shape[1:]))
     dist.all_gather_into_tensor(everyone, statistics, group=group)
-    return everyone
+    return everyone.view(group.size(), *statistics.shape)
 
 
 def spend(ctx):
@@ -134,6 +141,6 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         logits, labels, lse = ctx.saved_tensors
         logits = logits.detach()
         # reshape keeps the zero strides of an expanded gradient (that of a sum or a mean); else it copies T values.
-        gradient = ctx.steps.gradient(logits.view(-1, logits.shape[-1]) if ctx.steps is CompiledSteps
-                                      else logits.flatten(0, -2), labels, lse, grad_loss.reshape(-1), ctx.settings)  # fmt: skip
+        rows = _flat(logits) if ctx.steps is CompiledSteps else logits.flatten(0, -2)
+        gradient = ctx.steps.gradient(rows, labels, lse, grad_loss.reshape(-1), ctx.settings)
         return gradient.view(logits.shape), None, None, None, None

@@ -1,12 +1,13 @@
-"""The three steps of vocab-parallel cross-entropy (equations in cross_entropy.py), as torch references and as compiled ops.
+"""The three steps of vocab-parallel cross-entropy (equations in cross_entropy.py), as torch references and as compiled
+ops.
 
-    statistics: logits [T, V] of a shard, labels [T]  -> [planes, T]: max, sum of exp(z - max), the label's logit if it is
-                this shard's (else 0), and with label smoothing the sum of the logits
+    statistics: logits [T, V] of a shard, labels [T]  -> [planes, T]: max, sum of exp(z - max), the label's logit if it
+                is this shard's (else 0), and with label smoothing the sum of the logits
     loss:       statistics of all shards [ranks, planes, T] -> loss [T], lse [T], merged in rank order
     gradient:   logits, lse, grad_loss [T] -> gradient [T, V]; the compiled one overwrites the logits
 
-Rows may start at any multiple of the element size: K2's shard is 4004 columns wide. A label outside the vocabulary that is
-not ignore_index reads nothing and gives NaN, in the loss and in the gradient.
+Rows may start at any multiple of the element size: K2's shard is 4004 columns wide. A label outside the vocabulary
+that is not ignore_index reads nothing and gives NaN, in the loss and in the gradient.
 """
 
 from __future__ import annotations
@@ -103,8 +104,8 @@ class CompiledSteps:
     @staticmethod
     def gradient(logits, labels, lse, grad_loss, settings):
         GRADIENT(
-            logits, labels, lse, grad_loss, settings.vocabulary_start, settings.vocabulary_size, settings.label_smoothing,
-            settings.z_loss, settings.ignore_index,
+            logits, labels, lse, grad_loss, settings.vocabulary_start, settings.vocabulary_size,
+            settings.label_smoothing, settings.z_loss, settings.ignore_index,
         )  # fmt: skip
         return logits
 
@@ -186,8 +187,8 @@ STATISTICS = register(
     _statistics_fake,
 )
 LOSS = register(
-    "cross_entropy_loss(Tensor all_statistics, Tensor labels, int vocabulary_size, float label_smoothing, float z_loss, "
-    "int ignore_index) -> (Tensor, Tensor)",
+    "cross_entropy_loss(Tensor all_statistics, Tensor labels, int vocabulary_size, float label_smoothing, "
+    "float z_loss, int ignore_index) -> (Tensor, Tensor)",
     _loss_op,
     _loss_fake,
 )

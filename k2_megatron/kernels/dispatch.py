@@ -1,8 +1,8 @@
 """Which backend runs each operation, and why.
 
-In:   an op, the backend asked for ("auto", or a name), the device type.   Out: a Choice, or a ValueError with the remedy.
-"auto" takes our compiled kernels for that device where they are built, else the torch reference. Apex and Transformer Engine
-run only when asked for by name: their kernels are peers to compare with, not the default.
+In:   an op, the backend asked for ("auto", or a name), the device type.   Out: a Choice, or a ValueError with the
+remedy. "auto" takes our compiled kernels for that device where they are built, else the torch reference. Apex and
+Transformer Engine run only when asked for by name: their kernels are peers to compare with, not the default.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     norm = sqrt(sum over tensors of g^2),   g = g * min(1, maximum_norm / (norm + 1e-6))
 
 In:   gradients, a sequence of dense fp32, bf16 or fp16 tensors on one device.
-Out:  the sum of squares in fp64 (so that shards add up in any grouping to the same rounding), and gradients scaled in place.
-The order of summation is fixed: the result does not depend on threads or grid. No device synchronization.
+Out:  the sum of squares in fp64 (so that shards add up in any grouping to the same rounding), and gradients scaled in
+place. The order of summation is fixed: the result does not depend on threads or grid. No device synchronization.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from k2_megatron.kernels.library import DTYPE_CODES, address_of, addresses, modu
 
 
 def gradient_norm_squared(gradients: Sequence[torch.Tensor], *, backend: str) -> torch.Tensor:
-    """Sum of squares [] fp64 on the gradients' device. inf and NaN flow into it. Raises ValueError for an empty list."""
+    """Sum of squares [] fp64 on the gradients' device. inf and NaN flow into it. Raises ValueError for an empty
+    list."""
     return gradient_statistics(gradients, backend=backend)[0]
 
 
@@ -42,8 +43,8 @@ def clip_gradients_(
 ) -> torch.Tensor:
     """Scales the gradients in place by min(1, maximum_norm / (norm + 1e-6)); returns that factor [] fp32.
 
-    norm [] is the global norm, a tensor on the gradients' device (so that nothing waits for it); a norm that is not finite
-    gives a factor that is not finite, as in torch.nn.utils.clip_grad_norm_.
+    norm [] is the global norm, a tensor on the gradients' device (so that nothing waits for it); a norm that is not
+    finite gives a factor that is not finite, as in torch.nn.utils.clip_grad_norm_.
     """
     _check_all("clip_gradients", gradients)
     require(maximum_norm > 0, "clip_gradients", f"maximum_norm is {maximum_norm}; it must be positive")

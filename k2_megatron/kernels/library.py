@@ -1,8 +1,8 @@
 """The bridge between torch.library ops and the compiled modules: registration, and one call with pointers.
 
-In:   schemas, Python implementations, fake implementations; tensors.   Out: ops under torch.ops.k2_megatron, kernels run.
-One Python implementation serves the CPU and the CUDA key: the tensors' device picks the module, k2_megatron._cpu or _cuda,
-whose functions have the same names and arguments (csrc/ops.h) and end in a thread count or a raw stream.
+In:   schemas, Python implementations, fake implementations; tensors.   Out: ops under torch.ops.k2_megatron, kernels
+run. One Python implementation serves the CPU and the CUDA key: the tensors' device picks the module, k2_megatron._cpu
+or _cuda, whose functions have the same names and arguments (csrc/ops.h) and end in a thread count or a raw stream.
 Library.define/impl cost 2.5 microseconds a call where torch.library.custom_op costs about 20.
 """
 
@@ -20,7 +20,7 @@ LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def register(schema: str, implementation: Callable, fake: Callable) -> Callable:
+def register(schema: str, implementation: Callable, fake: Callable) -> torch._ops.OpOverload:
     """Defines torch.ops.k2_megatron.<name> for CPU and CUDA tensors and returns its overload."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

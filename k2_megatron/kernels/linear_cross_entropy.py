@@ -3,13 +3,14 @@
     logits = hidden @ weight^T,   loss and grad_logits as in cross_entropy.py
     grad_hidden = grad_logits @ weight (summed over the group),   grad_weight = grad_logits^T @ hidden
 
-In:   hidden [T, H], the same on every rank of the group; weight [V/tp, H], this rank's rows; labels [T] int64 global ids.
+In:   hidden [T, H], the same on every rank of the group; weight [V/tp, H], this rank's rows; labels [T] int64 global
+      ids.
 Out:  loss [T] fp32.
 Forward: each chunk's logits are reduced to 3 or 4 numbers a token and dropped; one all-gather after the last chunk.
-Backward: each chunk's logits are computed again, turned into their gradient in place, and used up. The losses are per token
-and so is their gradient, which only the backward knows: the gradient cannot be finished in the forward. The weight's gradient
-accumulates in fp32 and is rounded once. The price is one more GEMM of the head; worth it where T * V/tp logits are too many
-to hold, not for K2's own 4004 columns a rank.
+Backward: each chunk's logits are computed again, turned into their gradient in place, and used up. The losses are per
+token and so is their gradient, which only the backward knows: the gradient cannot be finished in the forward. The
+weight's gradient accumulates in fp32 and is rounded once. The price is one more GEMM of the head; worth it where T *
+V/tp logits are too many to hold, not for K2's own 4004 columns a rank.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def linear_cross_entropy(
     backend: str,
 ) -> torch.Tensor:
     """loss [T] fp32. reduce_hidden_gradient=False leaves the sum of grad_hidden over the group to the caller (sequence
-    parallelism reduce-scatters it instead). ValueError for shapes, dtypes, devices and labels out of range (on a CPU)."""
+    parallelism reduce-scatters it instead). ValueError for shapes, dtypes, devices and labels out of range (on a
+    CPU)."""
     allowed = FLOATS if backend != "torch" else (*FLOATS, torch.float64)
     require(hidden.dim() == 2, OP, f"hidden has shape {tuple(hidden.shape)}; needed: [T, H]")
     require(weight.dim() == 2, OP, f"weight has shape {tuple(weight.shape)}; needed: [V/tp, H]")

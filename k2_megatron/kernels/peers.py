@@ -1,9 +1,10 @@
 """Thin adapters to other packages' kernels, behind our signatures and checks: Apex and Transformer Engine.
 
 In:   arguments that the op's own checks have passed.      Out: the package's result.
-NOT YET RUN against the packages themselves, which need a GPU build: the tests use modules of the same signatures. Sources of
-those signatures: apex.normalization.fused_layer_norm.fused_rms_norm_affine, apex.multi_tensor_apply and amp_C.multi_tensor_adam;
-transformer_engine.pytorch: RMSNorm, attention.rope.apply_rotary_pos_emb, cross_entropy.parallel_cross_entropy (>= 2.3).
+NOT YET RUN against the packages themselves, which need a GPU build: the tests use modules of the same signatures.
+Sources of those signatures: apex.normalization.fused_layer_norm.fused_rms_norm_affine, apex.multi_tensor_apply and
+amp_C.multi_tensor_adam; transformer_engine.pytorch: RMSNorm, attention.rope.apply_rotary_pos_emb,
+cross_entropy.parallel_cross_entropy (>= 2.3).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def rms_norm(backend, x, weight, epsilon, zero_centered):
 def rotary(q, k, cos, sin, positions, interleaved):
     require(positions is None, "rotary", "transformer_engine takes no positions; use backend 'cuda'")
     function = _attribute("rotary", "transformer_engine.pytorch.attention.rope", "apply_rotary_pos_emb")
-    # TE takes angles, and forms their cosines itself: the angle in (-pi, pi] gives the table's values back to fp32 rounding.
+    # TE forms the cosines itself, of angles: those in (-pi, pi] give the table's values back to fp32 rounding.
     angles = torch.atan2(sin, cos)
     angles = angles.repeat_interleave(2, -1) if interleaved else torch.cat([angles, angles], -1)
     angles = angles[:, None, None]
@@ -54,8 +55,8 @@ def cross_entropy(logits, labels, group, settings):
 
 
 def adamw_(
-    parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale, learning_rate, beta1, beta2, epsilon, weight_decay,
-    step,
+    parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale,
+    learning_rate, beta1, beta2, epsilon, weight_decay, step,
 ):  # fmt: skip
     require(not copies and gradient_scale is None, "adamw", "apex writes no model copies and takes no gradient_scale")
     applier = _attribute("adamw", "apex.multi_tensor_apply", "multi_tensor_applier")

@@ -1,7 +1,8 @@
 """RMSNorm and residual add + RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467, equation 4).
 
     h = x + residual (or x),   rstd = 1 / sqrt(mean(h^2) + epsilon),   y = h * rstd * w,   w = gamma or 1 + gamma
-    grad_x = rstd * (g - h * rstd * mean(g * h * rstd)) + grad_h,      g = grad_y * w,     grad_gamma = sum_t grad_y * h * rstd
+    grad_x = rstd * (g - h * rstd * mean(g * h * rstd)) + grad_h,      g = grad_y * w,     grad_gamma = sum_t grad_y *
+    h * rstd
 
 In:   x, residual [..., H] fp32, bf16 or fp16, contiguous; weight [H] of that dtype or fp32.   Out: y (and h) like x.
 h is rounded before it is normalized, so the backward from the stored h is exact; arithmetic is fp32, rounded once.
@@ -29,7 +30,8 @@ from k2_megatron.kernels.library import DTYPE_CODES, module_for, pointer, regist
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float, *, zero_centered: bool = False, backend: str
 ) -> torch.Tensor:
-    """y [..., H] of x's dtype. Raises ValueError for tensors the backend cannot take; nothing is copied to make them fit."""
+    """y [..., H] of x's dtype. Raises ValueError for tensors the backend cannot take; nothing is copied to make
+    them fit."""
     if backend == "torch":
         return rms_norm_reference(x, weight, epsilon, zero_centered)
     if backend in ("apex", "transformer_engine"):
@@ -50,7 +52,8 @@ def add_rms_norm(
     zero_centered: bool = False,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, h) with h = x + residual, both [..., H] of x's dtype; the gradient arriving at h is added in the same pass."""
+    """(y, h) with h = x + residual, both [..., H] of x's dtype; the gradient arriving at h is added in the same
+    pass."""
     if backend == "torch":
         return add_rms_norm_reference(x, residual, weight, epsilon, zero_centered)
     if backend in ("apex", "transformer_engine"):

@@ -3,20 +3,22 @@
     angle[s, i] = s * base^(-2i/R);  first' = first * cos - second * sin,  second' = second * cos + first * sin
     pair i is (x[i], x[i + R/2]) (GPT-NeoX, Llama), or (x[2i], x[2i+1]) when interleaved (GPT-J)
 
-In:   q [S, B, N, D], k [S, B, Nk, D] fp32, bf16 or fp16, any strides but the last (megatron-core's are views into the output
-      of the QKV projection, head stride 3D); cos, sin [rows, R/2] fp32, R <= D.
+In:   q [S, B, N, D], k [S, B, Nk, D] fp32, bf16 or fp16, any strides but the last (megatron-core's are views into the
+      output of the QKV projection, head stride 3D); cos, sin [rows, R/2] fp32, R <= D.
 Out:  q and k rotated in their first R elements, fp32 arithmetic, one rounding.
 
-In eager mode the compiled backends rotate q and k in place and return them: right on freshly computed tensors, whose values
-nothing needs before the rotation (a linear layer saves its input, not its output). Where something did save them, autograd
-says so in the backward, since the write counts as an in-place change. A split's views may not pass through mark_dirty, so
-the Function returns its inputs, which autograd turns into views of them with the Function's own gradient. Compiled graphs,
-and the backward, whose incoming gradients may have other readers, rotate into new memory.
+In eager mode the compiled backends rotate q and k in place and return them: right for freshly computed tensors, whose
+values nothing needs before the rotation (a linear layer saves its input, not its output). That is the caller's promise
+where q and k are views: marking the write as an in-place change would make autograd refuse the split's third view, v.
+On tensors that are not views it is marked, and autograd reports whoever saved them. The Function returns its inputs,
+which autograd turns into views of them with the Function's gradient. Compiled graphs, and the backward, whose incoming
+gradients may have other readers, rotate into new memory.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 
@@ -40,7 +42,8 @@ OP = "rotary"
 def rotary_tables(
     sequence_length: int, rotary_dim: int, base: float, device: torch.device | str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [sequence_length, rotary_dim / 2] fp32. Angles are formed in fp64: at position 8192 fp32 is off by 5e-4."""
+    """cos and sin [sequence_length, rotary_dim / 2] fp32. Angles are formed in fp64: at position 8192 fp32 is off
+    by 5e-4."""
     require(rotary_dim > 0 and rotary_dim % 2 == 0, OP, f"rotary_dim is {rotary_dim}; it must be even and positive")
     require(sequence_length >= 0, OP, f"sequence_length is {sequence_length}; it cannot be negative")
     frequencies = base ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=device) / rotary_dim)
@@ -70,10 +73,7 @@ def rotary(
     require_backend_device(OP, backend, q)
     if torch.compiler.is_compiling():
         return ROTATED(q, k, cos, sin, positions, interleaved, False)
-    if torch.is_grad_enabled():
-        for name, tensor in (("q", q), ("k", k)):
-            require(not (tensor.is_leaf and tensor.requires_grad), OP, f"{name} is a leaf that requires a gradient, and is "
-                    "rotated in place: pass a computed tensor, or backend 'torch'")  # fmt: skip
+    _check_computed(q=q, k=k)
     return _Rotary.apply(q, k, cos, sin, positions, interleaved)
 
 
@@ -112,7 +112,7 @@ def _check(q, k, cos, sin, positions):
     require_shape(OP, "sin", sin, cos.shape, "cos' shape")
     rows, half = cos.shape
     require(
-        0 < 2 * half <= dim, OP, f"cos has {half} columns, for R = {2 * half} rotated of D = {dim} elements; 0 < R <= D"
+        0 < 2 * half <= dim, OP, f"cos has {half} columns: R = {2 * half} of D = {dim} elements rotated; 0 < R <= D"
     )
     require_contiguous(OP, "cos", cos)
     require_contiguous(OP, "sin", sin)
@@ -135,12 +135,21 @@ def _check_positions(positions, rows):
     require(low >= 0 and high < rows, OP, f"positions run from {low} to {high}; the tables hold 0 to {rows - 1}")
 
 
+def _check_computed(**tensors):
+    for name, tensor in tensors.items():
+        if torch.is_grad_enabled() and tensor.is_leaf and tensor.requires_grad:
+            raise ValueError(
+                f"{OP}: {name} is a leaf that requires a gradient, and would be rotated in place; pass a computed "
+                "tensor, or use backend 'torch'"
+            )
+
+
 @lru_cache(maxsize=256)
 def _heads_collide(q_heads: int, q_stride: int, k_heads: int, k_stride: int, offset: int, dim: int) -> tuple[bool, int]:
     """Whether a head of q meets one of k within a token, and how many elements the token's heads span."""
     starts = [head * q_stride for head in range(q_heads)] + [offset + head * k_stride for head in range(k_heads)]
     starts.sort()
-    return any(b - a < dim for a, b in zip(starts, starts[1:], strict=False)), starts[-1] - starts[0] + dim
+    return any(b - a < dim for a, b in pairwise(starts)), starts[-1] - starts[0] + dim
 
 
 def _check_memory(q, k):
@@ -155,9 +164,11 @@ def _check_memory(q, k):
     same = all(q.stride(i) == k.stride(i) for i in (0, 1) if q.shape[i] > 1)
     offset = (k_start - q_start) // q.element_size()
     collide, span = _heads_collide(q.shape[2], q.stride(2), k.shape[2], k.stride(2), offset, q.shape[3])
-    require(same and not collide and (not strides or min(strides) >= span), OP,
-            f"q (strides {tuple(q.stride())}) and k (strides {tuple(k.stride())}) share memory; they may be slices of one "
-            "projection's output side by side, but must not overlap")  # fmt: skip
+    if collide or not same or (strides and min(strides) < span):
+        raise ValueError(
+            f"{OP}: q (strides {tuple(q.stride())}) and k (strides {tuple(k.stride())}) share memory; they may be "
+            "slices of one projection's output side by side, but must not overlap"
+        )
 
 
 def _in_place_op(q, k, cos, sin, positions, interleaved, conjugate):
@@ -167,7 +178,7 @@ def _in_place_op(q, k, cos, sin, positions, interleaved, conjugate):
     run(OP, "rotary", q.device, pointer(q), *q.stride()[:3], pointer(k), *k.stride()[:3], pointer(cos), pointer(sin),
         pointer(positions), cos.shape[0], *q.shape[:3], k.shape[2], 2 * cos.shape[1], interleaved, conjugate,
         DTYPE_CODES[q.dtype])  # fmt: skip
-    torch.autograd.graph.increment_version((q, k))
+    torch.autograd.graph.increment_version([x for x in (q, k) if not x._is_view()])
 
 
 def _in_place_fake(q, k, cos, sin, positions, interleaved, conjugate):
