@@ -1,0 +1,86 @@
+// AdamW (Loshchilov & Hutter 2019) over all parameters in as few launches as their table fits, in torch.optim.AdamW's
+// order:
+//
+//   g = gradient * gradient_scale
+//   p *= 1 - lr * weight_decay;  m += (g - m) * (1 - beta1);  v = beta2 * v + (1 - beta2) * g^2
+//   p -= lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + epsilon);  model copy = round(p)
+//
+// Bytes per parameter: 12 read, 12 written, and 2 or 4 for the gradient and for the model's copy: every tensor once.
+// Constants are formed on the host in double; the scale of the gradient (clipping) stays on the device, so that the
+// norm need not be waited for.
+#include <cmath>
+
+#include "multi_tensor.cuh"
+
+namespace k2::cuda {
+namespace {
+
+enum List { parameter, gradient, first_moment, second_moment, model_copy, lists };
+
+struct Constants {
+  float decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inverse_correction, epsilon;
+};
+
+template <class G, class M>
+__global__ void __launch_bounds__(multi_tensor_threads)
+    adamw_kernel(const __grid_constant__ TensorTable<lists> table, Constants c, const float* gradient_scale) {
+  constexpr int group = multi_tensor_group;
+  const Part part(table);
+  const auto address = [&](List list) { return table.addresses[list][part.tensor]; };
+  auto* p_of = reinterpret_cast<float*>(address(parameter)) + part.first;
+  auto* m_of = reinterpret_cast<float*>(address(first_moment)) + part.first;
+  auto* v_of = reinterpret_cast<float*>(address(second_moment)) + part.first;
+  const auto* g_of = reinterpret_cast<const G*>(address(gradient)) + part.first;
+  auto* copy_of = address(model_copy) == 0 ? nullptr : reinterpret_cast<M*>(address(model_copy)) + part.first;
+  const float scale = gradient_scale == nullptr ? 1.0f : *gradient_scale;
+
+  for (int first = threadIdx.x * group; first < part.size; first += multi_tensor_threads * group) {
+    const int left = static_cast<int>(part.size) - first, count = left < group ? left : group;
+    float p[group], m[group], v[group], g[group];
+    load_group(p_of + first, count, p);
+    load_group(m_of + first, count, m);
+    load_group(v_of + first, count, v);
+    load_group(g_of + first, count, g);
+#pragma unroll
+    for (int i = 0; i < group; ++i) {
+      const float gradient = g[i] * scale;
+      m[i] += (gradient - m[i]) * c.one_minus_beta1;
+      v[i] = c.beta2 * v[i] + c.one_minus_beta2 * gradient * gradient;
+      p[i] = p[i] * c.decay - c.step_size * m[i] / (sqrtf(v[i]) * c.inverse_correction + c.epsilon);
+    }
+    store_group(p_of + first, count, p);
+    store_group(m_of + first, count, m);
+    store_group(v_of + first, count, v);
+    if (copy_of != nullptr) store_group(copy_of + first, count, p);
+  }
+}
+
+}  // namespace
+
+int adamw(const int64_t* parameters, const int64_t* gradients, const int64_t* exp_avg, const int64_t* exp_avg_sq,
+          const int64_t* model_copies, const int64_t* sizes, int64_t count, double learning_rate, double beta1,
+          double beta2, double epsilon, double weight_decay, int64_t step, const float* gradient_scale,
+          DType gradient_dtype, DType model_dtype, void* stream) {
+  const double correction1 = 1.0 - std::pow(beta1, static_cast<double>(step)),
+               correction2 = 1.0 - std::pow(beta2, static_cast<double>(step));
+  const Constants constants{static_cast<float>(1.0 - learning_rate * weight_decay),
+                            static_cast<float>(1.0 - beta1),
+                            static_cast<float>(beta2),
+                            static_cast<float>(1.0 - beta2),
+                            static_cast<float>(learning_rate / correction1),
+                            static_cast<float>(1.0 / std::sqrt(correction2)),
+                            static_cast<float>(epsilon)};
+  const int64_t* const all[lists] = {parameters, gradients, exp_avg, exp_avg_sq, model_copies};
+  return with_type(gradient_dtype, [&](auto g) {
+    return with_type(model_dtype, [&](auto m) {
+      using G = typename decltype(g)::type;
+      using M = typename decltype(m)::type;
+      return for_each_table(all, sizes, count, [&](const TensorTable<lists>& table, int64_t blocks) {
+        return launch(adamw_kernel<G, M>, dim3(blocks), dim3(multi_tensor_threads), 0, stream, table, constants,
+                      gradient_scale);
+      });
+    });
+  });
+}
+
+}  // namespace k2::cuda

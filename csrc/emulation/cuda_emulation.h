@@ -1,0 +1,66 @@
+// Runs CUDA kernels on the CPU, compiled by g++, so that the suite can execute every .cu where there is no GPU.
+// In: the same sources as nvcc compiles, with -DK2_EMULATION. Out: the same results, or an exception that says what a
+// GPU would have done wrong. primitives.cuh is the only file that knows about both worlds.
+//
+//   fiber.h           a CUDA thread as a stack and a switch
+//   shared_memory.h   poisoned shared memory
+//   block.h           scheduler: barriers, warp collectives, deadlocks, the order of things
+//   intrinsics.h      device functions
+//   runtime.cpp       the few host calls (last error, attributes)
+//
+// Caught: divergent or missing barriers, divergent collectives, reading what nobody wrote, copies not waited for,
+// misaligned vector accesses; with AddressSanitizer, anything out of bounds in global, shared and local memory.
+// Not seen: races between blocks (blocks run one after another, in the order that the seed gives), memory ordering,
+// bank conflicts, coalescing, the device's approximate exp2 and reciprocal.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdlib>
+#include <numeric>
+
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __forceinline__
+#undef __launch_bounds__
+#undef __shared__
+#undef __grid_constant__
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+#include "block.h"
+#include "intrinsics.h"
+
+#define threadIdx (emulation::block().current->index)
+#define blockIdx (emulation::block().index)
+#define blockDim (emulation::block().size)
+#define gridDim (emulation::block().grid)
+
+namespace emulation {
+
+// K2_EMULATION_SEED: 0 or unset is the natural order of blocks, warps and lanes; another number is another order.
+inline uint64_t order_seed() {
+  const char* text = std::getenv("K2_EMULATION_SEED");
+  return text == nullptr ? 0 : std::strtoull(text, nullptr, 10);
+}
+
+inline void launch(dim3 grid, dim3 size, size_t dynamic_bytes, const std::function<void()>& kernel) {
+  const uint64_t seed = order_seed();
+  Random random(seed);
+  std::vector<uint64_t> blocks(uint64_t{grid.x} * grid.y * grid.z);
+  std::iota(blocks.begin(), blocks.end(), uint64_t{0});
+  if (seed != 0) random.shuffle(blocks);
+  Block& device = block();
+  device.grid = grid, device.size = size;
+  for (uint64_t i : blocks) {
+    device.index = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+                    static_cast<unsigned>(i / (uint64_t{grid.x} * grid.y))};
+    device.run(kernel, dynamic_bytes, seed != 0 ? &random : nullptr);
+  }
+}
+
+}  // namespace emulation

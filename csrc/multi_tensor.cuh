@@ -1,0 +1,105 @@
+// One launch over many tensors of many sizes: a table of addresses that travels as a kernel parameter.
+// In: host arrays of addresses and sizes. Out: blocks that each know their tensor and the part of it that is theirs.
+// A kernel takes 4 KB of parameters; longer lists become several launches, each with the next part of the list.
+#pragma once
+#include "primitives.cuh"
+
+namespace k2::cuda {
+
+constexpr int multi_tensor_threads = 256;
+constexpr int multi_tensor_group = 8;  // elements that a thread takes at once: one 16-byte access in bf16, two in fp32
+constexpr int64_t multi_tensor_chunk = 8192;  // elements of a block: 4 groups a thread
+
+template <int LISTS>
+struct TensorTable {
+  static constexpr int capacity = (4096 - 256) / (LISTS * 8 + 12);
+  int64_t addresses[LISTS][capacity];
+  int64_t sizes[capacity];
+  int32_t end_block[capacity];  // one past the last block of the tensor
+  int32_t count;
+};
+
+// A block's part of its tensor.
+struct Part {
+  int tensor;
+  int64_t first, size;
+
+  template <int LISTS>
+  __device__ __forceinline__ explicit Part(const TensorTable<LISTS>& table) {
+    const int block = blockIdx.x;
+    int low = 0, high = table.count - 1;  // the first tensor whose end lies beyond this block
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (table.end_block[middle] > block) high = middle;
+      else low = middle + 1;
+    }
+    tensor = low;
+    first = (block - (low == 0 ? 0 : table.end_block[low - 1])) * multi_tensor_chunk;
+    const int64_t left = table.sizes[low] - first;
+    size = left < multi_tensor_chunk ? left : multi_tensor_chunk;
+  }
+};
+
+// `count` of the group's elements, from `address` on; the rest reads as zero. Vectors where the address allows.
+template <class T>
+__device__ __forceinline__ void load_group(const T* address, int count, float (&values)[multi_tensor_group]) {
+  if (count == multi_tensor_group && reinterpret_cast<uintptr_t>(address) % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < multi_tensor_group; i += Packed<T>::count) {
+      const Packed<T> packed = load_packed<Cache::streamed>(address + i);
+#pragma unroll
+      for (int j = 0; j < Packed<T>::count; ++j) values[i + j] = to_float(packed.values[j]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < multi_tensor_group; ++i) values[i] = i < count ? to_float(address[i]) : 0.0f;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store_group(T* address, int count, const float (&values)[multi_tensor_group]) {
+  if (count == multi_tensor_group && reinterpret_cast<uintptr_t>(address) % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < multi_tensor_group; i += Packed<T>::count) {
+      Packed<T> packed;
+#pragma unroll
+      for (int j = 0; j < Packed<T>::count; ++j) packed.values[j] = from_float<T>(values[i + j]);
+      store_packed<Cache::streamed>(address + i, packed);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < multi_tensor_group; ++i)
+      if (i < count) address[i] = from_float<T>(values[i]);
+  }
+}
+
+inline int64_t chunks_of(int64_t size) { return divide_up(size, multi_tensor_chunk); }
+
+// Calls start(table, blocks) for as many tables as the lists need; tensors of size 0 are left out.
+template <int LISTS, class Start>
+int for_each_table(const int64_t* const (&lists)[LISTS], const int64_t* sizes, int64_t count, Start start) {
+  using Table = TensorTable<LISTS>;
+  Table table;
+  table.count = 0;
+  int64_t blocks = 0;
+  const auto flush = [&] {
+    const int error = table.count == 0 ? static_cast<int>(cudaSuccess) : start(table, blocks);
+    table.count = 0;
+    blocks = 0;
+    return error;
+  };
+  for (int64_t tensor = 0; tensor < count; ++tensor) {
+    if (sizes[tensor] == 0) continue;
+    if (table.count == Table::capacity || blocks + chunks_of(sizes[tensor]) > INT32_MAX) {
+      if (const int error = flush()) return error;
+    }
+    for (int list = 0; list < LISTS; ++list)
+      table.addresses[list][table.count] = lists[list] == nullptr ? 0 : lists[list][tensor];
+    blocks += chunks_of(sizes[tensor]);
+    table.sizes[table.count] = sizes[tensor];
+    table.end_block[table.count++] = static_cast<int32_t>(blocks);
+  }
+  return flush();
+}
+
+}  // namespace k2::cuda

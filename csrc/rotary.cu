@@ -1,0 +1,169 @@
+// Rotary position embedding (Su et al. 2021) of q and k, in place, in one launch; the backward is the same with -sin.
+//
+//   first' = first * cos - second * sin,  second' = second * cos + first * sin
+//   pairs (x[i], x[i + R/2]), or (x[2i], x[2i+1]) when interleaved; elements from R on are not touched
+//
+// Bytes per bf16 element: 4, the least possible, on the strided views that the QKV GEMM's output offers: no copy before
+// or after. A thread owns one chunk of the head dimension of one token: it loads cos and sin once and walks the heads
+// with them, two heads at a time, which is four 16-byte loads on their way (half-rotation) or two (interleaved).
+#include "primitives.cuh"
+
+namespace k2::cuda {
+namespace {
+
+constexpr int block_threads = 128;
+constexpr int most_chunk_lanes = 64;
+constexpr int heads_per_thread = 4;  // enough to repay the loads of cos and sin
+
+template <class T>
+struct Heads {
+  T* data;
+  int64_t stride_s, stride_b, stride_n;
+  int count;
+};
+
+template <class T>
+struct Arguments {
+  Heads<T> q, k;
+  const float *cosines, *sines;  // [table_rows, pairs]
+  const int32_t* positions;      // [tokens] or null
+  int64_t table_rows, tokens, batch;
+  int pairs, chunks, chunk_lanes, groups, lanes;  // lanes = chunk_lanes * groups threads share one token
+  bool conjugate;
+};
+
+// A chunk is what one thread rotates at once. VECTOR, half-rotation: one 16-byte vector of each half; interleaved: one.
+// Otherwise one pair.
+template <class T, bool VECTOR, bool INTERLEAVED>
+struct Chunk {
+  static constexpr int pairs = !VECTOR ? 1 : INTERLEAVED ? Packed<T>::count / 2 : Packed<T>::count;
+  T first[pairs], second[pairs];
+
+  __device__ __forceinline__ void load(const T* head, int chunk, int half) {
+    if constexpr (VECTOR && INTERLEAVED) {
+      const Packed<T> both = load_packed(head + chunk * 2 * pairs);
+#pragma unroll
+      for (int i = 0; i < pairs; ++i) first[i] = both.values[2 * i], second[i] = both.values[2 * i + 1];
+    } else if constexpr (VECTOR) {
+      const Packed<T> one = load_packed(head + chunk * pairs), other = load_packed(head + half + chunk * pairs);
+#pragma unroll
+      for (int i = 0; i < pairs; ++i) first[i] = one.values[i], second[i] = other.values[i];
+    } else {
+      first[0] = head[INTERLEAVED ? 2 * chunk : chunk];
+      second[0] = head[INTERLEAVED ? 2 * chunk + 1 : half + chunk];
+    }
+  }
+
+  __device__ __forceinline__ void rotate(const float (&cosine)[pairs], const float (&sine)[pairs]) {
+#pragma unroll
+    for (int i = 0; i < pairs; ++i) {
+      const float a = to_float(first[i]), b = to_float(second[i]);
+      first[i] = from_float<T>(a * cosine[i] - b * sine[i]);
+      second[i] = from_float<T>(b * cosine[i] + a * sine[i]);
+    }
+  }
+
+  __device__ __forceinline__ void store(T* head, int chunk, int half) const {
+    if constexpr (VECTOR && INTERLEAVED) {
+      Packed<T> both;
+#pragma unroll
+      for (int i = 0; i < pairs; ++i) both.values[2 * i] = first[i], both.values[2 * i + 1] = second[i];
+      store_packed(head + chunk * 2 * pairs, both);
+    } else if constexpr (VECTOR) {
+      Packed<T> one, other;
+#pragma unroll
+      for (int i = 0; i < pairs; ++i) one.values[i] = first[i], other.values[i] = second[i];
+      store_packed(head + chunk * pairs, one);
+      store_packed(head + half + chunk * pairs, other);
+    } else {
+      head[INTERLEAVED ? 2 * chunk : chunk] = first[0];
+      head[INTERLEAVED ? 2 * chunk + 1 : half + chunk] = second[0];
+    }
+  }
+};
+
+template <class T, bool VECTOR, bool INTERLEAVED>
+__global__ void __launch_bounds__(block_threads) rotary_kernel(Arguments<T> a) {
+  using Part = Chunk<T, VECTOR, INTERLEAVED>;
+  const int tokens_per_block = block_threads / a.lanes, slot = threadIdx.x / a.lanes,
+            lane = threadIdx.x - slot * a.lanes;
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * tokens_per_block + slot;
+  if (slot >= tokens_per_block || token >= a.tokens) return;
+  const int64_t s = token / a.batch, b = token - s * a.batch;
+  const int64_t position = a.positions != nullptr ? a.positions[token] : s;
+  const bool known = position >= 0 && position < a.table_rows;
+  T* const q = a.q.data + s * a.q.stride_s + b * a.q.stride_b;
+  T* const k = a.k.count == 0 ? nullptr : a.k.data + s * a.k.stride_s + b * a.k.stride_b;
+  const int heads = a.q.count + a.k.count, group = lane / a.chunk_lanes;
+  const auto head_at = [&](int head) {
+    return head < a.q.count ? q + head * a.q.stride_n : k + (head - a.q.count) * a.k.stride_n;
+  };
+
+  for (int chunk = lane - group * a.chunk_lanes; chunk < a.chunks; chunk += a.chunk_lanes) {
+    float cosine[Part::pairs], sine[Part::pairs];
+    if (known) {
+      load_floats(a.cosines + position * a.pairs + chunk * Part::pairs, cosine);
+      load_floats(a.sines + position * a.pairs + chunk * Part::pairs, sine);
+    }
+#pragma unroll
+    for (int i = 0; i < Part::pairs; ++i) {
+      if (!known) cosine[i] = sine[i] = nanf("");
+      if (a.conjugate) sine[i] = -sine[i];
+    }
+    for (int head = group; head < heads; head += 2 * a.groups) {
+      T* const one = head_at(head);
+      T* const other = head + a.groups < heads ? head_at(head + a.groups) : nullptr;
+      Part first, second;
+      first.load(one, chunk, a.pairs);
+      if (other != nullptr) second.load(other, chunk, a.pairs);
+      first.rotate(cosine, sine);
+      first.store(one, chunk, a.pairs);
+      if (other == nullptr) break;
+      second.rotate(cosine, sine);
+      second.store(other, chunk, a.pairs);
+    }
+  }
+}
+
+template <class T>
+bool is_vectorisable(const Heads<T>& heads) {
+  constexpr int width = Packed<T>::count;
+  return heads.count == 0 || (is_aligned(heads.data) && heads.stride_s % width == 0 && heads.stride_b % width == 0 &&
+                              heads.stride_n % width == 0);
+}
+
+template <class T, bool VECTOR, bool INTERLEAVED>
+int start(Arguments<T> a, void* stream) {
+  a.chunks = a.pairs / Chunk<T, VECTOR, INTERLEAVED>::pairs;
+  a.chunk_lanes = a.chunks < most_chunk_lanes ? a.chunks : most_chunk_lanes;
+  const int wanted_groups = divide_up(a.q.count + a.k.count, heads_per_thread),
+            most_groups = block_threads / a.chunk_lanes;
+  a.groups = wanted_groups < most_groups ? wanted_groups : most_groups;
+  a.lanes = a.chunk_lanes * a.groups;
+  const dim3 grid(divide_up<int64_t>(a.tokens, block_threads / a.lanes));
+  return launch(rotary_kernel<T, VECTOR, INTERLEAVED>, grid, dim3(block_threads), 0, stream, a);
+}
+
+}  // namespace
+
+int rotary(void* q, int64_t q_stride_s, int64_t q_stride_b, int64_t q_stride_n, void* k, int64_t k_stride_s,
+           int64_t k_stride_b, int64_t k_stride_n, const float* cosines, const float* sines, const int32_t* positions,
+           int64_t table_rows, int64_t sequence, int64_t batch, int64_t q_heads, int64_t k_heads, int64_t rotary_dim,
+           bool interleaved, bool conjugate, DType dtype, void* stream) {
+  if (sequence * batch * (q_heads + k_heads) * rotary_dim == 0) return cudaSuccess;
+  return with_type(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    Arguments<T> a{};
+    a.q = {static_cast<T*>(q), q_stride_s, q_stride_b, q_stride_n, static_cast<int>(q_heads)};
+    a.k = {static_cast<T*>(k), k_stride_s, k_stride_b, k_stride_n, static_cast<int>(k_heads)};
+    a.cosines = cosines, a.sines = sines, a.positions = positions, a.table_rows = table_rows;
+    a.tokens = sequence * batch, a.batch = batch, a.pairs = static_cast<int>(rotary_dim / 2), a.conjugate = conjugate;
+    const int64_t vector_span = interleaved ? rotary_dim : rotary_dim / 2;  // what must be whole vectors
+    const bool vector = vector_span % Packed<T>::count == 0 && a.pairs % 4 == 0 && is_vectorisable(a.q) &&
+                        is_vectorisable(a.k) && is_aligned(cosines) && is_aligned(sines);
+    if (interleaved) return vector ? start<T, true, true>(a, stream) : start<T, false, true>(a, stream);
+    return vector ? start<T, true, false>(a, stream) : start<T, false, false>(a, stream);
+  });
+}
+
+}  // namespace k2::cuda
