@@ -1,0 +1,154 @@
+"""Where this process stands: under torchrun, under srun, or started plainly, when it starts its own local ranks.
+
+In:  the environment (read here and nowhere else) and, for a plain start, the number of ranks the layout asks for.
+Out: a `RankEnvironment`; or, for a plain start of several ranks, the exit code of the ranks this process supervised.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+TERMINATE_GRACE_SECONDS = 10.0
+_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class RankEnvironment:
+    """`launcher` is "torchrun", "srun", "local" (a rank that a plain start began) or "single" (no other ranks)."""
+
+    launcher: str
+    rank: int
+    world_size: int
+    local_rank: int
+    address: str
+    port: int
+
+
+def read_environment(environ: Mapping[str, str] = os.environ) -> RankEnvironment | None:
+    """The rank that a launcher gave this process, or None for a plain start."""
+    if "RANK" in environ and "WORLD_SIZE" in environ:  # torchrun, or this file's own local ranks
+        return RankEnvironment(
+            launcher=environ.get("K2_LAUNCHER", "torchrun"),
+            rank=int(environ["RANK"]),
+            world_size=int(environ["WORLD_SIZE"]),
+            local_rank=int(environ.get("LOCAL_RANK", "0")),
+            address=environ.get("MASTER_ADDR", "127.0.0.1"),
+            port=int(environ.get("MASTER_PORT", "29500")),
+        )
+    # A batch script itself has SLURM_PROCID too; only a step that srun started has a step id and its task count.
+    if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ:
+        return RankEnvironment(
+            launcher="srun",
+            rank=int(environ["SLURM_PROCID"]),
+            world_size=int(environ["SLURM_STEP_NUM_TASKS"]),
+            local_rank=int(environ["SLURM_LOCALID"]),
+            address=environ.get("MASTER_ADDR") or _first_host(environ["SLURM_STEP_NODELIST"]),
+            # Two jobs on one node must not meet: the port follows the job's number unless MASTER_PORT is set.
+            port=int(environ.get("MASTER_PORT") or 20000 + int(environ["SLURM_JOB_ID"]) % 20000),
+        )
+    return None
+
+
+def _first_host(node_list: str) -> str:
+    """The first host of a Slurm node list such as "node[03-10],other1"."""
+    if "[" not in node_list:
+        return node_list.split(",")[0]
+    shown = subprocess.run(["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=True)
+    return shown.stdout.split()[0]
+
+
+def single_rank() -> RankEnvironment:
+    """A run of one rank, in this process."""
+    return RankEnvironment("single", 0, 1, 0, "127.0.0.1", 0)
+
+
+def run_local_ranks(arguments: Sequence[str], world_size: int) -> int:
+    """Start `world_size` ranks of `python arguments...` on this machine, wait for them, return an exit code.
+
+    When a rank dies, the others are asked to stop and killed after `TERMINATE_GRACE_SECONDS`. SIGINT and SIGTERM are
+    passed on, so that the ranks finish their step and save.
+    """
+    from torch.distributed import TCPStore
+
+    # The store is opened here, on a port the system chooses, so that no rank can find its port taken.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    threads = max(1, (os.cpu_count() or 1) // world_size)
+    ranks = []
+    for rank in range(world_size):
+        environment = {
+            **os.environ,
+            "K2_LAUNCHER": "local",
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port),
+            # Ranks that each start a thread a core fight over the cores: measured 5x slower with 4 ranks on 2 cores.
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        }
+        # A session of their own: Ctrl-C reaches this process alone, which passes it on once.
+        ranks.append(subprocess.Popen([sys.executable, *arguments], env=environment, start_new_session=True))
+    return _supervise(ranks)
+
+
+def _supervise(ranks: Sequence[subprocess.Popen]) -> int:
+    def pass_on(number: int, _frame) -> None:
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        while True:
+            codes = [process.poll() for process in ranks]
+            failed = [(rank, code) for rank, code in enumerate(codes) if code not in (None, 0)]
+            if failed:
+                return _end_all(ranks, failed)
+            if all(code == 0 for code in codes):
+                return 0
+            time.sleep(_POLL_SECONDS)
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                process.kill()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _end_all(ranks: Sequence[subprocess.Popen], failed: list[tuple[int, int]]) -> int:
+    """After a death: give the others a moment to report the same mistake, then end them. Returns the exit code."""
+    deadline = time.monotonic() + TERMINATE_GRACE_SECONDS
+    while time.monotonic() < deadline and any(process.poll() is None for process in ranks):
+        time.sleep(_POLL_SECONDS)
+    for process in ranks:
+        if process.poll() is None:
+            process.kill()
+    for process in ranks:
+        process.wait()
+    rank, code = failed[0]
+    if code < 0:
+        name = signal.Signals(-code).name
+        print(f"rank {rank} was killed by {name}; the other ranks were ended. Start again to resume.", file=sys.stderr)
+        return 128 - code
+    if code not in (2, 3):  # 2: a user's mistake, 3: a stop for a reason; both were explained by the rank itself
+        print(
+            f"rank {rank} failed with exit code {code}; the other ranks were ended. Its error stands above.",
+            file=sys.stderr,
+        )
+    return code
+
+
+def port_is_free(port: int) -> bool:
+    """Whether a server can listen on `port` of this host."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True

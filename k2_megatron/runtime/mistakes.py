@@ -1,0 +1,59 @@
+"""The end of a program: a user's mistake is one line on stderr and exit code 2, said by one rank; ours is a traceback.
+
+Our functions raise ValueError for what a user can mend. A ValueError that torch or megatron-core raises is not that:
+it keeps its traceback.
+"""
+
+import hashlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch.distributed as distributed
+
+_OURS = str(Path(__file__).resolve().parents[1]) + os.sep
+MISTAKE = 2  # exit codes; 1 is Python's own for an uncaught exception
+STOPPED = 3
+
+
+class StopRun(RuntimeError):
+    """The run ends for a reason that is no mistake of the user's: the message says it and what to do; exit code 3."""
+
+
+class RankMistake(ValueError):
+    """A mistake that only this rank can see, so that this rank must speak."""
+
+
+def run_program(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """Run `main(arguments)`; its exit code, or that of the mistake it raised."""
+    try:
+        return main(arguments)
+    except StopRun as stop:
+        _say_once(str(stop), stop)
+        return STOPPED
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        _say_once(f"error: {error}", error)
+        return MISTAKE
+
+
+def _is_ours(error: BaseException) -> bool:
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return raised_in.startswith(_OURS) or Path(raised_in).name in ("pretrain_k2.py",)
+
+
+def _say_once(text: str, error: BaseException) -> None:
+    """Print on one rank: the first that asks the store, or rank 0 before there is a store."""
+    if distributed.is_initialized():
+        key = "said/" + hashlib.sha256(text.encode()).hexdigest()
+        try:
+            if distributed.distributed_c10d._get_default_store().add(key, 1) > 1:
+                return
+        except RuntimeError:  # the store left with its rank: better twice than not at all
+            pass
+    elif os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0" and not isinstance(error, RankMistake):
+        return
+    print(text, file=sys.stderr, flush=True)

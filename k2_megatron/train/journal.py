@@ -1,0 +1,72 @@
+"""journal.jsonl: the truth about a run, one JSON object a line; console, TensorBoard and W&B are views of it.
+
+Rank 0 writes. A line is written whole and flushed before the run goes on, so that a kill loses none that was reported.
+After a resume, the steps that a kill undid stand in the journal twice; `read_steps` keeps the last telling of each.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+
+JOURNAL = "journal.jsonl"
+
+
+class Journal:
+    """Appends events; on ranks other than the writer every call does nothing."""
+
+    def __init__(self, folder: Path, *, writer: bool) -> None:
+        self.path = folder / JOURNAL
+        self._file = None
+        if writer:
+            folder.mkdir(parents=True, exist_ok=True)
+            _end_last_line(self.path)
+            self._file = self.path.open("a")
+
+    def write(self, event: str, **fields) -> None:
+        """Append one event with the time of writing (UTC)."""
+        if self._file is None:
+            return
+        line = {"event": event, "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **fields}
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:  # a full disk must not end a run that can still train and save elsewhere
+            print(f"journal: cannot write {self.path} ({error}); the run goes on without this line", file=sys.stderr)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _end_last_line(path: Path) -> None:
+    """A kill may have cut the last line; end it, so that the next event starts a line of its own."""
+    if path.exists() and path.stat().st_size:
+        with path.open("rb+") as stream:
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":
+                stream.write(b"\n")
+
+
+def read_events(path: Path) -> Iterator[dict]:
+    """All whole events of a journal, in order; a line that a kill cut is passed over."""
+    with path.open() as lines:
+        for line in lines:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(event, dict) and "event" in event:
+                yield event
+
+
+def read_steps(path: Path) -> dict[int, dict]:
+    """{step: its last "step" event}, ascending: what the run's weights actually went through."""
+    steps: dict[int, dict] = {}
+    for event in read_events(path):
+        if event["event"] == "step":
+            steps = {number: known for number, known in steps.items() if number < event["step"]}
+            steps[event["step"]] = event
+    return steps

@@ -1,0 +1,74 @@
+"""The run folder: one configuration for its whole life, and what is known about the code that fills it."""
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import k2_megatron
+from k2_megatron.config import Config, load_config
+from k2_megatron.train.checkpoint_files import write_file
+
+CONFIG = "config.toml"
+
+
+def check_run_folder(config: Config) -> None:
+    """ValueError when the folder belongs to a training that this configuration does not describe."""
+    folder = Path(config.run.folder)
+    stored = folder / CONFIG
+    if not stored.exists():
+        return
+    earlier = load_config(stored)
+    if earlier.fingerprint == config.fingerprint:
+        return
+    changed = [
+        f"{key} was {was!r} and is now {now!r}"
+        for key, (now, was) in config.differences(earlier).items()
+        if _shapes_training(config, key, was)
+    ]
+    raise ValueError(
+        f"{folder} holds a run of another configuration: {'; '.join(changed)}. "
+        "Give run.folder another name, or undo these changes to resume"
+    )
+
+
+def _shapes_training(config: Config, key: str, other) -> bool:
+    section, name = key.split(".", 1)
+    altered = config.model_copy(update={section: getattr(config, section).model_copy(update={name: other})})
+    return altered.fingerprint != config.fingerprint
+
+
+def write_config(config: Config) -> None:
+    """Store the resolved configuration, with the code's revision and versions as comments above it."""
+    folder = Path(config.run.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    about = "\n".join(f"# {name}: {value}" for name, value in provenance().items())
+    write_file(folder / CONFIG, f"{about}\n\n{config.to_toml()}")
+
+
+def provenance() -> dict[str, str | None]:
+    """Versions of what computes, and the revision of this code."""
+    facts: dict[str, str | None] = {"k2_megatron": k2_megatron.__version__, "revision": _revision()}
+    facts["python"] = platform.python_version()
+    for package in ("torch", "megatron-core", "numpy"):
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = None
+    facts["host"] = platform.node()
+    return facts
+
+
+def _revision() -> str | None:
+    """The git commit of the code, with "+changes" when files differ from it; None outside a checkout."""
+    source = Path(k2_megatron.__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=source, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

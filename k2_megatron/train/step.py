@@ -1,0 +1,164 @@
+"""One training step, and one evaluation, through megatron-core's pipeline schedules.
+
+In:  model chunks, optimizer, a feed of token rows, and the step's numbers, which are all functions of the step.
+Out: a `StepResult` that is equal on every rank.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy
+import torch
+import torch.distributed as distributed
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+from k2_megatron.config import Config
+from k2_megatron.runtime.groups import Groups
+
+
+class Feed(Protocol):
+    """What the step reads: `tokens(first, count)` -> integer array [count, S + 1], a pure function of its arguments."""
+
+    def tokens(self, first_sample: int, count: int) -> numpy.ndarray: ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """`loss` is the mean over the global batch in nats a token; `grad_norm` is before clipping; `updated` is False
+    when loss or gradient was not finite and the update was therefore not applied; `data_seconds` is what this rank
+    waited for rows."""
+
+    loss: float
+    grad_norm: float
+    updated: bool
+    data_seconds: float
+
+
+class _TimedFeed:
+    """A feed that adds up the seconds its caller waited."""
+
+    def __init__(self, feed: "Feed") -> None:
+        self._feed, self.seconds = feed, 0.0
+
+    def tokens(self, first_sample: int, count: int) -> numpy.ndarray:
+        began = time.perf_counter()
+        rows = self._feed.tokens(first_sample, count)
+        self.seconds += time.perf_counter() - began
+        return rows
+
+
+def micro_batches(
+    config: Config, groups: Groups, feed: Feed, first_sample: int, global_batch: int, device: torch.device
+) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]]:
+    """This rank's (tokens [B, S], labels [B, S]) int64, one micro-batch at a time.
+
+    Samples first_sample ... + global_batch belong to the step in every layout; micro-batch m of data rank r takes the
+    ones from first_sample + (m * data_size + r) * B. Only the first stage reads tokens and only the last reads labels.
+    """
+    size = config.train.micro_batch
+    for start in range(first_sample + groups.data_rank * size, first_sample + global_batch, groups.data_size * size):
+        if not (groups.is_first_stage or groups.is_last_stage):
+            yield None, None
+            continue
+        rows = torch.from_numpy(feed.tokens(start, size).astype(numpy.int64)).to(device)
+        yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def _forward(iterator, model):
+    tokens, labels = next(iterator)
+    loss_BS = model(tokens, None, None, labels=labels)
+
+    def mean_loss(loss_BS):
+        loss = loss_BS.mean()
+        # A copy: megatron-core divides the loss by the number of micro-batches in place.
+        return loss, {"loss": loss.detach().clone()}
+
+    return loss_BS, mean_loss
+
+
+def _run_schedule(
+    config: Config,
+    groups: Groups,
+    chunks: Sequence,
+    feed: Feed,
+    first_sample: int,
+    global_batch: int,
+    device: torch.device,
+    forward_only: bool,
+) -> float:
+    """Forward (and backward) over one global batch; the mean loss, equal on every rank."""
+    count = global_batch // (config.train.micro_batch * groups.data_size)
+    iterators = [micro_batches(config, groups, feed, first_sample, global_batch, device) for _ in chunks]
+    schedule = get_forward_backward_func(
+        groups.pipeline_size, config.parallel.virtual_pipeline if len(chunks) > 1 else None
+    )
+    settings = chunks[0].config
+    settings.finalize_model_grads_func = None if forward_only else finalize_model_grads
+    losses = schedule(
+        forward_step_func=_forward,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=list(chunks) if len(chunks) > 1 else chunks[0],
+        num_microbatches=count,
+        seq_length=config.model.sequence_length,
+        micro_batch_size=config.train.micro_batch,
+        forward_only=forward_only,
+        p2p_communicator=P2PCommunicator(groups.collection.pp, settings),
+        pg_collection=groups.collection,
+    )
+    # Each data rank's last stage holds its mean, on every tensor (and context) rank alike: one of them speaks.
+    total = torch.zeros(1, dtype=torch.float64, device=device)
+    if groups.is_last_stage and groups.tensor_rank == 0 and groups.context_rank == 0:
+        total += torch.stack([item["loss"] for item in losses]).double().mean() / groups.data_size
+    distributed.all_reduce(total)
+    return total.item()
+
+
+def train_step(
+    config: Config,
+    groups: Groups,
+    chunks: Sequence,
+    optimizer: MegatronOptimizer,
+    feed: Feed,
+    step: int,
+    device: torch.device,
+) -> StepResult:
+    """Gradients over the step's global batch, clipped; then the update, unless something was not finite."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    first_sample, global_batch = config.consumed_samples_at(step), config.global_batch_at(step)
+    timed = _TimedFeed(feed)
+    loss = _run_schedule(config, groups, chunks, timed, first_sample, global_batch, device, forward_only=False)
+
+    # What MegatronOptimizer.step() does, with a look at the norm before anything is changed
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    finite = math.isfinite(loss) and math.isfinite(grad_norm)
+    if finite:
+        if config.optimizer.clip_grad_norm:
+            for part in optimizer.chained_optimizers:
+                if part.get_parameters():
+                    clip_grad_by_total_norm_fp32(part.get_parameters(), config.optimizer.clip_grad_norm, grad_norm)
+        optimizer.step_with_ready_grads()
+    return StepResult(loss, grad_norm, updated=finite, data_seconds=timed.seconds)
+
+
+def evaluate(config: Config, groups: Groups, chunks: Sequence, feed: Feed, device: torch.device) -> float:
+    """Mean loss in nats a token over the first `train.evaluate_batches` global batches of the held-out feed."""
+    for chunk in chunks:
+        chunk.eval()
+    batch = config.train.global_batch
+    losses = []
+    with torch.no_grad():
+        for index in range(config.train.evaluate_batches):
+            losses.append(_run_schedule(config, groups, chunks, feed, index * batch, batch, device, forward_only=True))
+    for chunk in chunks:
+        chunk.train()
+    return sum(losses) / len(losses)

@@ -1,0 +1,82 @@
+"""Views of the journal: a line on the console, TensorBoard, Weights & Biases. None of them can stop the run."""
+
+import sys
+from pathlib import Path
+
+from k2_megatron.config import Config
+
+
+class Views:
+    """Shows step events; opened on the journal's writer alone (`enabled=False` elsewhere)."""
+
+    def __init__(self, config: Config, folder: Path, *, enabled: bool) -> None:
+        self.config = config
+        self.enabled = enabled
+        self._tensorboard = None
+        self._wandb = None
+        if enabled and config.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
+        if enabled and config.log.wandb:
+            self._wandb = _start_wandb(config, folder)
+
+    def step(self, event: dict) -> None:
+        """Show a "step" event: TensorBoard and W&B every step, the console every `log.every_steps`."""
+        if not self.enabled:
+            return
+        step, last = event["step"], self.config.train.steps
+        scalars = {key: event[key] for key in ("loss", "grad_norm", "learning_rate", "tokens_per_second")}
+        if self._tensorboard is not None:
+            try:
+                for name, value in scalars.items():
+                    self._tensorboard.add_scalar(name, value, step)
+            except OSError as error:
+                self._tensorboard = None
+                print(f"TensorBoard files cannot be written ({error}); the journal goes on", file=sys.stderr)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=step)
+        if step % self.config.log.every_steps == 0 or step == last or step == 1:
+            print(
+                f"step {step:>{len(str(last))}}/{last}  loss {event['loss']:.4f}  grad norm {event['grad_norm']:.3f}  "
+                f"lr {event['learning_rate']:.2e}  {event['tokens_per_second']:,.0f} tokens/s  "
+                f"{clock(event['step_seconds'] * (last - step))} left",
+                flush=True,
+            )
+
+    def evaluation(self, step: int, held_out_loss: float) -> None:
+        """Show an "evaluation" event."""
+        self.say(f"step {step}: held-out loss {held_out_loss:.4f}")
+        if self._tensorboard is not None:
+            self._tensorboard.add_scalar("held_out_loss", held_out_loss, step)
+        if self._wandb is not None:
+            self._wandb.log({"held_out_loss": held_out_loss}, step=step)
+
+    def say(self, text: str) -> None:
+        """A sentence on the console."""
+        if self.enabled:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def clock(seconds: float) -> str:
+    """85 -> "1:25", 3725 -> "1:02:05"."""
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _start_wandb(config: Config, folder: Path):
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(
+            f'log.wandb = "{config.log.wandb}" needs Weights & Biases, which is not installed: '
+            'pip install "k2_megatron[wandb]", or remove log.wandb'
+        ) from None
+    return wandb.init(project=config.log.wandb, dir=str(folder), config=config.model_dump(), resume="allow")

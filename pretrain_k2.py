@@ -1,0 +1,200 @@
+"""Pretrain K2, or a model of its family: the whole run, top to bottom.
+
+    python pretrain_k2.py examples/toy/toy.toml              a plain start: begins its own local ranks (NCCL or gloo)
+    srun python pretrain_k2.py examples/k2_65b/stage1.toml   under Slurm or torchrun: takes its rank from there
+    python pretrain_k2.py CONFIG.toml --plan                 print what would run, and stop
+    python pretrain_k2.py CONFIG.toml --dry-run              build every distinct rank with fake tensors, and stop
+
+In: a TOML configuration and tokens. Out: a run folder with journal.jsonl, checkpoints/ and the resolved configuration.
+Started again it resumes from the newest checkpoint, in the same layout or another.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch.distributed as distributed
+
+from k2_megatron.config import Config, load_config
+from k2_megatron.config.flops import flops_per_token
+from k2_megatron.kernels.dispatch import OPS, choose_backend
+from k2_megatron.model import build_model
+from k2_megatron.plan import plan_text
+from k2_megatron.plan.dry_run import dry_run_text
+
+from k2_megatron.runtime.cpu_stand_in import cpu_stands_in_for_cuda
+from k2_megatron.runtime.devices import Device, find_device, peak_bf16_flops
+from k2_megatron.runtime.groups import build_groups, connect, disconnect
+from k2_megatron.runtime.launch import RankEnvironment, read_environment, run_local_ranks, single_rank
+from k2_megatron.runtime.mistakes import StopRun, run_program
+from k2_megatron.runtime.seeds import seed_everything
+from k2_megatron.runtime.signals import StopSignals
+from k2_megatron.train.checkpoint import layout_name, load_checkpoint, save_checkpoint
+from k2_megatron.train.checkpoint_files import apply_retention, latest_checkpoint, remove_unfinished
+from k2_megatron.train.journal import Journal
+from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
+from k2_megatron.train.run_data import open_run_data
+from k2_megatron.train.run_folder import check_run_folder, provenance, write_config
+from k2_megatron.train.schedule import learning_rate_at
+from k2_megatron.train.step import evaluate, train_step
+from k2_megatron.train.summary import resume_report, summary_text
+from k2_megatron.train.views import Views
+
+RENDEZVOUS_TIMEOUT_SECONDS = 600.0
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    environment = read_environment()
+    config = load_config(options.config, options.set, world_size=environment.world_size if environment else None)
+    if options.plan or options.dry_run:
+        print(plan_text(config) if options.plan else dry_run_text(config))
+        return 0
+    if environment is None:  # a plain start: tell mistakes once, here, and only then start ranks
+        check_run_folder(config)
+        open_run_data(config)
+        if config.world_size > 1:
+            return run_local_ranks([__file__, *arguments], config.world_size)
+        environment = single_rank()
+    device = find_device(environment.local_rank)
+    with cpu_stands_in_for_cuda(device.type):
+        return train(config, environment, device)
+
+
+def train(config: Config, environment: RankEnvironment, device: Device) -> int:
+    # The world, the folder, and what events are written to
+    connect(environment, device, RENDEZVOUS_TIMEOUT_SECONDS)
+    groups = build_groups(config.parallel)
+    seed_everything(config.run.seed, groups)
+    stop = StopSignals()
+    folder = Path(config.run.folder)
+    checkpoints = folder / "checkpoints"
+    is_writer = groups.rank == 0
+    if is_writer:
+        check_run_folder(config)
+        write_config(config)
+        remove_unfinished(checkpoints)
+    distributed.barrier()
+    journal = Journal(folder, writer=is_writer)
+    views = Views(config, folder, enabled=is_writer)
+
+    # Data, model, optimizer
+    data = open_run_data(config)
+    choices = [choose_backend(op, config.model.kernels.backend(op), device.type) for op in OPS]
+    kernels = {choice.op: choice.backend for choice in choices}
+    chunks = wrap_model(config, build_model(config, kernels, groups.collection), groups.collection)
+    optimizer = build_optimizer(config, chunks, kernels, groups.collection)
+    journal.write(
+        "start",
+        layout=layout_name(config),
+        launcher=environment.launcher,
+        device=device.name,
+        kernels={choice.op: f"{choice.backend}: {choice.reason}" for choice in choices},
+        data=data.fingerprint,
+        model_flops="6 per matrix parameter and token + causal attention (Narayanan et al. 2021, halved for causality)",
+        **provenance(),
+    )
+
+    # Resume from the newest complete checkpoint, whatever layout wrote it
+    step = 0
+    newest, doubt = latest_checkpoint(checkpoints)
+    if newest is not None:
+        manifest = load_checkpoint(newest, config, groups, chunks, optimizer, device.torch)
+        data.check_position(manifest)
+        step = manifest["step"]
+        learning_rate, next_sample = learning_rate_at(config, step), config.consumed_samples_at(step)
+        journal.write(
+            "resume",
+            step=step,
+            checkpoint=newest.name,
+            doubt=doubt,
+            saved_layout=manifest["layout"],
+            learning_rate=learning_rate,
+            next_sample=next_sample,
+        )
+        views.say(resume_report(config, manifest, newest, doubt))
+    saved_step = step
+    peak = peak_bf16_flops(device)
+
+    # The loop: one step, what is told of it, then the rare events
+    while step < config.train.steps:
+        began = time.monotonic()
+        learning_rate = learning_rate_at(config, step)
+        set_learning_rate(optimizer, learning_rate, config.optimizer.weight_decay)
+        result = train_step(config, groups, chunks, optimizer, data.train, step, device.torch)
+        seconds = time.monotonic() - began
+        first_sample, step = config.consumed_samples_at(step), step + 1
+        consumed = config.consumed_samples_at(step)
+        tokens_per_second = (consumed - first_sample) * config.model.sequence_length / seconds
+        flops_per_second = tokens_per_second * flops_per_token(config.model, "causal") / groups.world_size
+        event = {
+            "step": step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": learning_rate,
+            "consumed_samples": consumed,
+            "consumed_tokens": config.consumed_tokens_at(step),
+            "samples": [first_sample, consumed],
+            "step_seconds": seconds,
+            "data_seconds": result.data_seconds,
+            "tokens_per_second": tokens_per_second,
+            "model_flops_utilization": flops_per_second / peak if peak else None,
+        }
+        if not result.updated:
+            journal.write("incident", kind="not finite", **event)
+            raise StopRun(
+                f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite. The update was not "
+                f"applied; samples {first_sample} to {consumed - 1} are the batch. The last checkpoint is step {saved_step}"
+            )
+        journal.write("step", **event)
+        views.step(event)
+
+        last = step == config.train.steps
+        signal = stop.agreed(device.torch)
+        if config.train.evaluate_every_steps and (step % config.train.evaluate_every_steps == 0 or last):
+            held_out_loss = evaluate(config, groups, chunks, data.held_out, device.torch)
+            journal.write("evaluation", step=step, held_out_loss=held_out_loss)
+            views.evaluation(step, held_out_loss)
+        if step % config.checkpoint.every_steps == 0 or last or signal:
+            saved = save_checkpoint(checkpoints, step, config, groups, chunks, optimizer, device.torch, data.position())
+            journal.write(
+                "checkpoint",
+                step=step,
+                checkpoint=saved.folder.name,
+                stall_seconds=saved.seconds,
+                bytes=saved.bytes,
+                bytes_per_second=saved.bytes / saved.seconds,
+                weights=saved.weights,
+            )
+            if is_writer:
+                apply_retention(checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every_steps, set())
+            saved_step = step
+        if signal and not last:
+            break
+
+    # Leave
+    finished = step == config.train.steps
+    journal.write("stop", step=step, saved_step=saved_step, reason="finished" if finished else signal)
+    views.say(
+        summary_text(config, journal.path)
+        if finished
+        else f"stopped by {signal} after step {step}; saved, start again to resume"
+    )
+    views.close()
+    journal.close()
+    disconnect()
+    return 0
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="pretrain_k2.py", description="Pretrain K2 from a TOML configuration.")
+    parser.add_argument("config", help="the run's configuration, such as examples/toy/toy.toml")
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override one value")
+    parser.add_argument("--plan", action="store_true", help="print what would run, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="build every distinct rank with fake tensors, and stop")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main, sys.argv[1:]))
