@@ -33,7 +33,7 @@ PROBE = (
 
 @dataclass(frozen=True)
 class Encoder:
-    """`encode(texts)` -> (ids [sum of lengths], lengths int64 [texts]); `name` and `reason` say which library and why."""
+    """`encode(texts)` -> (ids [sum of lengths], lengths int64 [texts]); `name`, `reason`: which library and why."""
 
     name: str
     reason: str

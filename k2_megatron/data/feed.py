@@ -1,80 +1,195 @@
 """The feed: sample n as token ids, for any n, a pure function of the data, the seed and the ledger's amendments.
 
-In: the prefix of a .bin/.idx pair (or of a manifest). Out: `Feed.tokens(first_sample, count)` -> [count, S + 1] ids.
-Samples are numbered from 0 over the whole run, whatever the layout, micro-batch or number of workers. A prefix is
-shuffled anew each epoch and never ends.
+In: a plan folder, or the prefix of a .bin/.idx pair. Out: `Feed.tokens(first_sample, count)` -> [count, S + 1] ids.
+Samples are numbered from 0 over the whole run, whatever the layout, micro-batch or number of workers:
+
+    sample -> row of the schedule (schedule.py) -> plan position -> row record (plan.py, or a permutation) -> tokens
+
+A plan has its own order and its own seed; it ends. A prefix is shuffled anew each epoch by the seed given here, and
+never ends.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Any
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
+from k2_megatron.data.documents import DocumentSpan, describe_row
+from k2_megatron.data.fim import FimRates, Segment, reorder
+from k2_megatron.data.held_out import complement, held_out_spans
+from k2_megatron.data.ledger import Ledger
 from k2_megatron.data.manifest import CheckedTokenFile, open_token_files
-from k2_megatron.data.permutation import Permutation, hash64, hash64_of_numbers
+from k2_megatron.data.permutation import Permutation, hash64
+from k2_megatron.data.plan import Plan
 from k2_megatron.data.rows import RowStore, Stream, pack, unpack
+from k2_megatron.data.schedule import ENDLESS, Amendment, Schedule
 
 PARTS = ("all", "train", "held_out")
-INDEX_BYTES_CHECKED_AT_START = 256 << 20  # more than a second of hashing otherwise
+INDEX_BYTES_CHECKED_AT_START = 256 << 20  # more would take a noticeable time; verify reads them
 
 
-@dataclass(frozen=True)
-class DocumentSpan:
-    """A document's share of a sample: tokens first..end-1 of document `document` of one file."""
+class Order(Protocol):
+    """Row records by position: a plan's, or a prefix's."""
 
-    source: str
-    file: str
-    document: int
-    first_token: int
-    end_token: int
+    rows_per_chunk: int | None
+
+    def records(self, positions: np.ndarray) -> np.ndarray: ...
+
+    def prefetch(self, position: int) -> None: ...
 
 
-class PrefixFeed:
-    """Rows of one prefix in a new seeded order each epoch. `rows` is None: the feed never ends."""
+class EpochOrder:
+    """The rows of one source, each epoch in a new order."""
 
-    def __init__(self, prefix: str, sequence_length: int, seed: int, vocab_size: int, part: str, fraction: float):
-        files, manifest = open_token_files(prefix)
-        check_vocabulary(prefix, manifest, vocab_size)
-        check_small_indices(files)
-        self.rows: int | None = None
-        self.sequence_length = sequence_length
-        self._seed = seed
-        streams = [Stream(file, document_spans(file, part, fraction, hash64(seed, "held out"))) for file in files]
-        self.store = RowStore([streams], sequence_length, vocab_size)
-        self.epoch_rows = self.store.rows(0)
-        if self.epoch_rows == 0:
-            tokens = sum(stream.length for stream in streams)
-            raise ValueError(
-                f"{prefix}: the {part} part has {tokens} tokens, too few for one row of {sequence_length + 1}; "
-                "give more text, a shorter model.sequence_length, or another held-out fraction"
-            )
-        hashes = [file.entry["bin_xxh3"] if file.entry else str(file.token_count) for file in files]
-        self.fingerprint = f"{hash64('prefix', *hashes, sequence_length, seed, part, fraction):016x}"
+    rows_per_chunk = None
 
-    def records(self, first_sample: int, count: int) -> np.ndarray:
-        """Row records uint64 [count] of samples first_sample.. : which row each sample is (see rows.py)."""
-        samples = np.arange(first_sample, first_sample + count)
-        out = np.empty(count, dtype=np.uint64)
-        for epoch in np.unique(samples // self.epoch_rows):
-            here = samples // self.epoch_rows == epoch
-            order = Permutation(self.epoch_rows, hash64(self._seed, "epoch", epoch))
-            out[here] = pack(0, order(samples[here] % self.epoch_rows))
+    def __init__(self, epoch_rows: int, seed: int):
+        self.epoch_rows, self.seed = epoch_rows, seed
+
+    def records(self, positions: np.ndarray) -> np.ndarray:
+        out = np.empty(len(positions), dtype=np.uint64)
+        epochs = positions // self.epoch_rows
+        for epoch in np.unique(epochs).tolist():
+            order = Permutation(self.epoch_rows, hash64(self.seed, "epoch", epoch))
+            out[epochs == epoch] = pack(0, order(positions[epochs == epoch] % self.epoch_rows))
         return out
 
+    def prefetch(self, position: int) -> None:
+        """Nothing to read ahead."""
+
+
+class Feed:
+    """Samples of a plan or a prefix. `rows`: how many samples there are, None where they never end; `fingerprint`:
+    changes with the data and its order, amendments aside; `seconds_waited`: time spent in `tokens` so far."""
+
+    def __init__(
+        self,
+        order: Order,
+        schedule: Schedule,
+        store: RowStore,
+        sequence_length: int,
+        fingerprint: str,
+        source_names: list[str],
+        fim: dict[int, FimRates],
+        fim_seed: int = 0,
+    ):
+        self.order, self.schedule, self.store = order, schedule, store
+        self.sequence_length, self.fingerprint = sequence_length, fingerprint
+        self.source_names, self._fim, self._fim_seed = source_names, fim, fim_seed
+        self.seconds_waited = 0.0
+        self._ahead: tuple[int, int, Future[np.ndarray]] | None = None
+        length = store.row_length
+        if sequence_length % length and length % sequence_length:
+            raise ValueError(
+                f"model.sequence_length {sequence_length} is neither a multiple nor a divisor of the plan's {length}; "
+                "build a plan for it with tools/build_plan.py"
+            )
+        self.rows_a_sample = max(1, sequence_length // length)
+        self.samples_a_row = max(1, length // sequence_length)
+        total = schedule.total * self.samples_a_row // self.rows_a_sample
+        self.rows: int | None = None if schedule.total >= ENDLESS >> 1 else total
+
     def tokens(self, first_sample: int, count: int) -> np.ndarray:
-        """Samples first_sample..first_sample+count-1 as ids [count, S + 1], uint16 or int32."""
-        return self.store.read(self.records(first_sample, count))
+        """Samples first_sample..first_sample+count-1 as ids [count, S + 1], uint16 or int32.
+
+        ValueError: past the last sample, or a file damaged since it was written (named, before its tokens are used).
+        """
+        start = time.monotonic()
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[:2] == (first_sample, count):
+            tokens = ahead[2].result()
+        else:
+            tokens = self._read(first_sample, count)
+        self.seconds_waited += time.monotonic() - start
+        return tokens
+
+    def prefetch(self, first_sample: int, count: int) -> None:
+        """Read the samples that the next call of `tokens` will ask for in the background."""
+        if self.rows is None or first_sample + count <= self.rows:
+            self._ahead = (first_sample, count, self._reader.submit(self._read, first_sample, count))
+
+    @cached_property
+    def _reader(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+
+    def _read(self, first_sample: int, count: int) -> np.ndarray:
+        first_row, rows = self._row_range(first_sample, count)
+        positions = self.schedule.positions(first_row, rows)
+        records = self.order.records(positions)
+        self._prefetch_next_chunk(first_row + rows)
+        tokens = self.store.read(records)
+        for number in np.flatnonzero(np.isin(unpack(records)[0], list(self._fim))) if self._fim else ():
+            tokens[number] = self._filled_in(tokens[number], records[number])
+        return self._cut(tokens, first_sample, count)
+
+    def _row_range(self, first_sample: int, count: int) -> tuple[int, int]:
+        """(first row, rows) of the schedule that hold the samples."""
+        if self.rows is not None and first_sample + count > self.rows:
+            raise ValueError(
+                f"samples {first_sample}..{first_sample + count - 1} asked for, the data has {self.rows}; lower "
+                "train.steps, or build a plan with more chunks or repeats"
+            )
+        if self.rows_a_sample > 1:
+            return first_sample * self.rows_a_sample, count * self.rows_a_sample
+        first = first_sample // self.samples_a_row
+        return first, -(-(first_sample + count) // self.samples_a_row) - first
+
+    def _prefetch_next_chunk(self, row: int) -> None:
+        if self.order.rows_per_chunk and row + self.order.rows_per_chunk < self.schedule.total:
+            self.order.prefetch(int(self.schedule.positions(row + self.order.rows_per_chunk, 1)[0]))
+
+    def _cut(self, rows: np.ndarray, first_sample: int, count: int) -> np.ndarray:
+        """Rows [n, L + 1] to samples [count, S + 1] (see schedule.py)."""
+        length, wanted = self.store.row_length, self.sequence_length
+        if wanted == length:
+            return rows
+        if wanted > length:
+            whole = rows[:, :length].reshape(count, wanted)
+            return np.concatenate([whole, rows[self.rows_a_sample - 1 :: self.rows_a_sample, -1:]], axis=1)
+        parts = np.stack([rows[:, part : part + wanted + 1] for part in range(0, length, wanted)], axis=1)
+        return parts.reshape(-1, wanted + 1)[first_sample % self.samples_a_row :][:count]
+
+    def _filled_in(self, row: np.ndarray, record: np.uint64) -> np.ndarray:
+        source, number = (int(part[0]) for part in unpack(np.array([record])))
+        spans = describe_row(self.store, source, number, self.source_names[source])
+        segments, start = [], 0
+        for span in spans:
+            size = span.end_token - span.first_token
+            segments.append(Segment(span.document, span.first_token, start, start + size, span.ends))
+            start += size
+        key = hash64(self._fim_seed, "fim", self.source_names[source], spans[0].file)
+        return reorder(row, segments, self._fim[source], key)
+
+    def sample_records(self, first_sample: int, count: int) -> Iterable[bytes]:
+        """What the ledger's chain hashes of each sample: its row records, and the part of the row where S < L."""
+        first_row, rows = self._row_range(first_sample, count)
+        records = self.order.records(self.schedule.positions(first_row, rows)).astype("<u8")
+        if self.samples_a_row == 1:
+            width = 8 * self.rows_a_sample
+            content = records.tobytes()
+            return (content[start : start + width] for start in range(0, len(content), width))
+        samples = range(first_sample, first_sample + count)
+        return (
+            records[sample // self.samples_a_row - first_row].tobytes() + bytes([sample % self.samples_a_row])
+            for sample in samples
+        )
 
     def describe(self, sample: int) -> list[DocumentSpan]:
-        """The documents that sample is made of, in order."""
-        source, row = (int(part[0]) for part in unpack(self.records(sample, 1)))
-        return describe_row(self.store, source, row, os.path.basename(self.store.sources[0][0].file.prefix))
-
-
-Feed = PrefixFeed
+        """The documents that the rows of a sample hold, in order."""
+        first_row, rows = self._row_range(sample, 1)
+        records = self.order.records(self.schedule.positions(first_row, rows))
+        return [
+            span
+            for source, row in zip(*unpack(records), strict=True)
+            for span in describe_row(self.store, int(source), int(row), self.source_names[int(source)])
+        ]
 
 
 def open_feed(
@@ -85,20 +200,99 @@ def open_feed(
     vocab_size: int,
     part: str = "all",
     held_out_fraction: float = 0.02,
+    ledger: Ledger | None = None,
 ) -> Feed:
-    """Open a prefix. `part` "train" and "held_out" split it by document: each document is held out with probability
-    `held_out_fraction` by a hash of seed and document number; "all" is everything.
+    """Open a plan folder, or the prefix of token files.
 
-    ValueError: a file missing, truncated or damaged, an .idx that disagrees with its .bin, ids beyond the vocabulary.
+    For a prefix, `part` "train" or "held_out" splits it by document: each is held out with probability
+    `held_out_fraction`, by a hash of seed and document number; "all" is everything. A plan is split when it is built.
+    `ledger`: its amendments are followed, and its chain is of this feed.
+    ValueError: a file missing, cut or damaged, an .idx that disagrees with its .bin, ids beyond the vocabulary.
     """
     if part not in PARTS:
         raise ValueError(f"part {part!r}: one of {', '.join(PARTS)}")
-    return PrefixFeed(os.fspath(path), sequence_length, seed, vocab_size, part, held_out_fraction)
+    if os.path.isdir(path):
+        feed = _plan_feed(Path(path), sequence_length, vocab_size, ledger)
+    else:
+        feed = _prefix_feed(os.fspath(path), sequence_length, seed, vocab_size, part, held_out_fraction, ledger)
+    if ledger is not None:
+        ledger.attach(feed)
+    return feed
 
 
-def check_vocabulary(path: str, manifest: dict[str, Any] | None, vocab_size: int) -> None:
+def _plan_feed(folder: Path, sequence_length: int, vocab_size: int, ledger: Ledger | None) -> Feed:
+    plan = Plan(folder)
+    check_vocabulary(folder, plan.content["tokenizer"], vocab_size)
+    streams = plan.streams()
+    entries = [file["entry"] for source in plan.sources for file in source["files"]]
+    if sum(entry["idx_bytes"] for entry in entries) <= INDEX_BYTES_CHECKED_AT_START:
+        for stream in (stream for of_source in streams for stream in of_source):
+            stream.file.check_whole_index()
+    pieces = plan.content["fim"]
+    fim = {
+        number: FimRates(source["fim_psm"], source["fim_spm"], **pieces)
+        for number, source in enumerate(plan.sources)
+        if source["fim_psm"] or source["fim_spm"]
+    }
+    for token in (pieces or {}).values():
+        if token >= vocab_size:
+            raise ValueError(f"{folder}: fill-in-the-middle piece {token}, model.vocab_size is {vocab_size}; raise it")
+    store = RowStore(streams, plan.row_length, vocab_size, _widest(entries))
+    schedule = Schedule.of_chunks(plan.chunk_order, plan.rows_per_chunk)
+    schedule = amend(schedule, ledger, plan.rows_per_chunk, plan.row_length)
+    names = [source["name"] for source in plan.sources]
+    return Feed(plan, schedule, store, sequence_length, plan.fingerprint, names, fim, plan.content["recipe"]["seed"])
+
+
+def _prefix_feed(
+    prefix: str,
+    sequence_length: int,
+    seed: int,
+    vocab_size: int,
+    part: str,
+    fraction: float,
+    ledger: Ledger | None,
+) -> Feed:
+    files, manifest = open_token_files(prefix)
+    check_vocabulary(prefix, (manifest or {}).get("tokenizer"), vocab_size)
+    if sum(file.idx_path.stat().st_size for file in files) <= INDEX_BYTES_CHECKED_AT_START:
+        for file in files:
+            file.check_whole_index()
+    key = hash64(seed, "held out")
+    streams = [Stream(partial(_itself, file), document_spans(file, part, fraction, key)) for file in files]
+    dtype = _widest([{"dtype": file.dtype.name} for file in files])
+    store = RowStore([streams], sequence_length, vocab_size, dtype)
+    if store.rows(0) == 0:
+        raise ValueError(
+            f"{prefix}: the {part} part has {sum(stream.length for stream in streams)} tokens, too few for one row of "
+            f"{sequence_length + 1}; give more text, a shorter model.sequence_length, or another held-out fraction"
+        )
+    hashes = [file.entry["bin_xxh3"] if file.entry else str(file.token_count) for file in files]
+    fingerprint = f"{hash64('prefix', *hashes, sequence_length, seed, part, fraction):016x}"
+    schedule = amend(Schedule.endless(), ledger, None, sequence_length)
+    order = EpochOrder(store.rows(0), seed)
+    return Feed(order, schedule, store, sequence_length, fingerprint, [os.path.basename(files[0].prefix)], {})
+
+
+def _itself(file: CheckedTokenFile) -> CheckedTokenFile:
+    return file
+
+
+def _widest(entries: list[dict[str, Any]]) -> np.dtype:
+    return np.dtype("<u2") if all(entry["dtype"] in ("uint8", "uint16") for entry in entries) else np.dtype("<i4")
+
+
+def document_spans(file: CheckedTokenFile, part: str, fraction: float, key: int) -> np.ndarray:
+    """Token spans int64 [n, 2] of a file's documents that belong to `part`."""
+    if part == "all":
+        return np.array([[0, file.token_count]], dtype=np.int64)
+    spans = held_out_spans(file, 0, file.documents, fraction, key)
+    return spans if part == "held_out" else complement(spans, 0, file.token_count)
+
+
+def check_vocabulary(path: str | Path, tokenizer: dict[str, Any] | None, vocab_size: int) -> None:
     """ValueError where the tokenizer that made the tokens has more pieces than the model."""
-    made_with = ((manifest or {}).get("tokenizer") or {}).get("vocab_size")
+    made_with = (tokenizer or {}).get("vocab_size")
     if made_with is not None and made_with > vocab_size:
         raise ValueError(
             f"{path}: made with a tokenizer of {made_with} pieces, model.vocab_size is {vocab_size}; "
@@ -106,41 +300,18 @@ def check_vocabulary(path: str, manifest: dict[str, Any] | None, vocab_size: int
         )
 
 
-def check_small_indices(files: list[CheckedTokenFile]) -> None:
-    """Read every .idx whole where that takes no time; larger ones are checked by tools/inspect_data.py verify."""
-    if sum(file.entry["idx_bytes"] for file in files if file.entry) <= INDEX_BYTES_CHECKED_AT_START:
-        for file in files:
-            file.check_whole_index()
-
-
-def document_spans(file: CheckedTokenFile, part: str, fraction: float, key: int) -> np.ndarray:
-    """Token spans int64 [n, 2] of a file's documents that belong to `part`, neighbours joined."""
-    if part == "all":
-        return np.array([[0, file.token_count]], dtype=np.int64)
-    held_out = np.flatnonzero(is_held_out(np.arange(file.documents), fraction, key))
-    spans = np.stack([file.document_start(held_out), file.document_start(held_out + 1)], axis=1).astype(np.int64)
-    return spans if part == "held_out" else complement(spans, 0, file.token_count)
-
-
-def is_held_out(documents: np.ndarray, fraction: float, key: int) -> np.ndarray:
-    """Whether each document number is held out: a hash below `fraction` of its range."""
-    return (hash64_of_numbers(key, documents) >> np.uint64(11)).astype(np.float64) < fraction * 2.0**53
-
-
-def complement(spans: np.ndarray, start: int, end: int) -> np.ndarray:
-    """The spans between `spans` within start..end, empty ones left out."""
-    kept = np.stack([np.append(start, spans[:, 1]), np.append(spans[:, 0], end)], axis=1)
-    return kept[kept[:, 0] < kept[:, 1]]
-
-
-def describe_row(store: RowStore, source: int, row: int, source_name: str) -> list[DocumentSpan]:
-    """The documents of one row, in order."""
-    stream, position = store.locate(source, row)
-    found = []
-    for first, end in stream.parts(position, store.row_length + 1):
-        while first < end:
-            document = stream.file.document_at(first)
-            stop = min(end, int(stream.file.document_start(document + 1)))
-            found.append(DocumentSpan(source_name, os.path.basename(stream.file.prefix), document, first, stop))
-            first = stop
-    return found
+def amend(schedule: Schedule, ledger: Ledger | None, rows_per_chunk: int | None, row_length: int) -> Schedule:
+    """The schedule after every amendment of a ledger. Sample numbers become rows of `row_length` tokens, rounded up
+    where an amendment holds from, and outwards for a range. ValueError names the amendment that does not fit."""
+    for number, entry in enumerate(ledger.amendments if ledger else []):
+        length = entry["sequence_length"]
+        from_row = -(-entry["from_sample"] * length // row_length)
+        rows = None
+        if "samples" in entry:
+            first, end = entry["samples"]
+            rows = (max(from_row, first * length // row_length), -(-end * length // row_length))
+        try:
+            schedule = schedule.amended(Amendment(entry["action"], from_row, entry.get("chunk"), rows), rows_per_chunk)
+        except ValueError as error:
+            raise ValueError(f"{ledger.path}, amendment {number}: {error}") from None
+    return schedule

@@ -42,7 +42,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def index_bytes(dtype: np.dtype, lengths: np.ndarray, document_bounds: np.ndarray):
-    """The `.idx` of sequences of `lengths` int32 [S] and documents bounded by `document_bounds` int64 [D], in pieces."""
+    """The `.idx` of sequences of `lengths` int32 [S], documents bounded by `document_bounds` int64 [D], in pieces."""
     yield MAGIC + struct.pack("<QBQQ", 1, CODE_OF_DTYPE[np.dtype(dtype)], len(lengths), len(document_bounds))
     yield lengths.astype("<i4").tobytes()
     offsets = np.zeros(len(lengths), dtype="<i8")

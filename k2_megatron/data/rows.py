@@ -8,7 +8,8 @@ left over at a file's end, less than one row, is not used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -31,11 +32,16 @@ def unpack(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class Stream:
     """Spans of one token file, end to end. `spans` int64 [n, 2]: first token and end token of each, ascending."""
 
-    def __init__(self, file: CheckedTokenFile, spans: np.ndarray):
-        self.file = file
+    def __init__(self, open_file: Callable[[], CheckedTokenFile], spans: np.ndarray):
+        """`open_file` is called when the first row is read: a plan may have thousands of files."""
+        self._open_file = open_file
         self.starts = spans[:, 0]
         self.bounds = np.concatenate([[0], np.cumsum(spans[:, 1] - spans[:, 0])])
         self.length = int(self.bounds[-1])
+
+    @cached_property
+    def file(self) -> CheckedTokenFile:
+        return self._open_file()
 
     def rows(self, row_length: int) -> int:
         return max(0, (self.length - 1) // row_length)
@@ -65,14 +71,12 @@ class Stream:
 class RowStore:
     """The rows of several sources, each a list of streams."""
 
-    def __init__(self, sources: Sequence[Sequence[Stream]], row_length: int, vocab_size: int):
-        self.sources, self.row_length, self.vocab_size = sources, row_length, vocab_size
+    def __init__(self, sources: Sequence[Sequence[Stream]], row_length: int, vocab_size: int, dtype: np.dtype):
+        self.sources, self.row_length, self.vocab_size, self.dtype = sources, row_length, vocab_size, dtype
         self.row_bounds = [
             np.concatenate([[0], np.cumsum([stream.rows(row_length) for stream in streams])]).astype(np.int64)
             for streams in sources
         ]
-        widest = max((stream.file.dtype.itemsize for streams in sources for stream in streams), default=2)
-        self.dtype = np.dtype("<u2") if widest <= 2 else np.dtype("<i4")
 
     def rows(self, source: int) -> int:
         return int(self.row_bounds[source][-1])
@@ -95,6 +99,6 @@ class RowStore:
             stream, position = self.locate(*(int(part[number]) for part in unpack(records)))
             raise ValueError(
                 f"{stream.file.bin_path}: token id {int(out[number].max())} near stream position {position}, but "
-                f"model.vocab_size is {self.vocab_size}; use the tokenizer the data was made with, or a larger vocab_size"
+                f"model.vocab_size is {self.vocab_size}; use the data's own tokenizer, or a larger vocab_size"
             )
         return out

@@ -1,7 +1,7 @@
 """The files tokens are kept in: a writer that leaves whole files or none, hashes of every block, and their checks.
 
 In: ids and lengths of documents. Out: `NAME.bin`, `NAME.idx` (Megatron's), and `NAME.xxh3`: one uint64 xxh3 hash for
-each 64 KiB block of the .bin, then of the .idx. A reader can thus check just what it touches: 8 bytes of hash for 64 KiB.
+each 64 KiB block of the .bin, then of the .idx, so that a reader can check just what it touches.
 Small JSON files (manifests, plans) carry the hash of themselves: `write_sealed` and `read_sealed`.
 """
 

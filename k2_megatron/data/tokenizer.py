@@ -1,4 +1,4 @@
-"""Tokenizers by file: a Hugging Face `tokenizer.json` (or its folder) and a sentencepiece `.model` behind one interface.
+"""Tokenizers by file: a Hugging Face `tokenizer.json` (or its folder) and a sentencepiece `.model`, one interface.
 
 In: a path. Out: a `Tokenizer` with encode, decode, vocabulary size, the end-of-document id and a fingerprint.
 Text is only ever text: a document that contains the characters `<s>` gets the pieces of `<`, `s`, `>`, never the

@@ -1,0 +1,142 @@
+"""The ledger: `ledger.jsonl` of a run, to which amendments of the data order and the positions reached are appended.
+
+In: amendments (skip, defer) and, at checkpoints, the number of samples consumed with the hash of their chain. Out: the
+amendments in order, for every rank's feed. Each line carries the hash of the line before it, so a line that was edited,
+removed or put in between is found on reading. Only rank 0 appends; a line cut short by a crash is dropped.
+
+    {"event": "amendment", "action": "defer", "chunk": 160, "from_sample": 307142400, "reason": "...", ...}
+    {"event": "position", "consumed_samples": 307142400, "chain": "9f0c...", "step": 150560, ...}
+
+The chain over consumed samples is chain(n + 1) = blake2b(chain(n), record of sample n): whoever knows the plan and the
+amendments can compute it again, whatever batch sizes the run had (see feed.py for the record of a sample).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from k2_megatron.data.schedule import DEFER, SKIP
+
+CHAIN_START = ""  # the chain of no samples
+FILE_NAME = "ledger.jsonl"
+
+
+class Records(Protocol):
+    """What the chain needs of a feed."""
+
+    fingerprint: str
+
+    def sample_records(self, first_sample: int, count: int) -> Iterable[bytes]: ...
+
+
+class Ledger:
+    """The ledger of a run folder. Reading needs no file; the first append makes it."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self.path = Path(folder) / FILE_NAME
+        self.entries: list[dict[str, Any]] = []
+        self._whole_bytes = 0
+        self._last_hash = ""
+        self._feed: Records | None = None
+        self._read()
+
+    def _read(self) -> None:
+        content = self.path.read_bytes() if self.path.is_file() else b""
+        whole = content[: content.rfind(b"\n") + 1]  # what follows the last newline is a write cut short by a crash
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                entry = json.loads(line)
+                linked = isinstance(entry, dict) and entry.get("previous") == self._last_hash
+            except ValueError:
+                linked = False
+            if not linked:
+                raise ValueError(
+                    f"{self.path}, line {number}: does not follow from the line before it; the ledger is append-only: "
+                    "restore it from a copy (checkpoints name the amendments they were made with)"
+                )
+            self.entries.append(entry)
+            self._last_hash = _line_hash(line)
+        self._whole_bytes = len(whole)
+
+    @property
+    def amendments(self) -> list[dict[str, Any]]:
+        return [entry for entry in self.entries if entry["event"] == "amendment"]
+
+    @property
+    def positions(self) -> list[dict[str, Any]]:
+        return [entry for entry in self.entries if entry["event"] == "position"]
+
+    def append(self, event: str, **fields: Any) -> dict[str, Any]:
+        """Write one line, durably. Call on rank 0 only."""
+        entry = {"event": event, "time": time.time(), **fields, "previous": self._last_hash}
+        line = json.dumps(entry).encode()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "r+b" if self.path.is_file() else "wb") as file:
+            file.truncate(self._whole_bytes)
+            file.seek(self._whole_bytes)
+            file.write(line + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._whole_bytes += len(line) + 1
+        self._last_hash = _line_hash(line)
+        self.entries.append(entry)
+        return entry
+
+    def amend(
+        self,
+        action: str,
+        *,
+        from_sample: int,
+        sequence_length: int,
+        reason: str,
+        chunk: int | None = None,
+        samples: tuple[int, int] | None = None,
+    ) -> dict[str, Any]:
+        """Append an amendment: from sample `from_sample` on, skip or defer a chunk or samples samples[0]..samples[1]-1
+        (as numbered before this amendment). Feeds opened afterwards follow it. ValueError where it says nothing."""
+        if action not in (SKIP, DEFER):
+            raise ValueError(f"action {action!r}: {SKIP} or {DEFER}")
+        if (chunk is None) == (samples is None):
+            raise ValueError("an amendment names either a chunk or a range of samples")
+        what: dict[str, Any] = {"chunk": chunk} if samples is None else {"samples": list(samples)}
+        return self.append(
+            "amendment",
+            action=action,
+            **what,
+            from_sample=from_sample,
+            sequence_length=sequence_length,
+            reason=reason,
+        )
+
+    def record_position(self, consumed_samples: int, chain: str, **fields: Any) -> dict[str, Any]:
+        """Append the position reached, with its chain: at every checkpoint."""
+        return self.append("position", consumed_samples=consumed_samples, chain=chain, **fields)
+
+    def attach(self, feed: Records) -> None:
+        """The feed whose samples `chain` hashes: `open_feed(..., ledger=...)` does this."""
+        self._feed = feed
+
+    def chain(self, previous: str, first_sample: int, end_sample: int) -> str:
+        """The chain after samples first_sample..end_sample-1, given the chain before them (CHAIN_START for none)."""
+        assert self._feed is not None, "the ledger has no feed yet: open_feed(..., ledger=ledger)"
+        return chain_samples(self._feed, previous, first_sample, end_sample)
+
+
+def chain_samples(feed: Records, previous: str, first_sample: int, end_sample: int) -> str:
+    """See `Ledger.chain`. About a microsecond a sample."""
+    value = bytes.fromhex(previous) if previous else feed.fingerprint.encode()
+    block = 1 << 16
+    for first in range(first_sample, end_sample, block):
+        for record in feed.sample_records(first, min(block, end_sample - first)):
+            value = hashlib.blake2b(value + record, digest_size=16).digest()
+    return value.hex() if end_sample > first_sample else previous
+
+
+def _line_hash(line: bytes) -> str:
+    return hashlib.blake2b(line, digest_size=16).hexdigest()
