@@ -7,6 +7,7 @@ Nothing here depends on how many workers or parts made the shards.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -165,3 +166,5 @@ def _remove_shards(job: Job, records: list[list[dict[str, Any]]], keep_tokens: b
                 for suffix in (".bin", ".idx", ".xxh3"):
                     (Path(job.prefix).parent / (entry["name"] + suffix)).unlink(missing_ok=True)
     shutil.rmtree(job.record_folder)
+    for leftover in glob.glob(glob.escape(job.prefix) + "*.partial"):  # of killed runs
+        Path(leftover).unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ class HashedWriter:
     """A file written aside (`.partial`), hashed as a whole and block by block, published by a rename in `commit`."""
 
     def __init__(self, path: Path):
-        self.path, self.partial = path, Path(f"{path}.partial")
+        self.path = path
+        self.partial = Path(f"{path}.{secrets.token_hex(4)}.partial")  # two runs of one shard must not share a file
         self.file = open(self.partial, "wb")
         self.bytes = 0
         self._whole, self._block, self._filled = xxhash.xxh3_64(), xxhash.xxh3_64(), 0
@@ -125,7 +127,7 @@ def _with_ends(ids: np.ndarray, lengths: np.ndarray, end: int, dtype: np.dtype) 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
     """JSON with the xxh3 of its own text as the last key, written aside and renamed."""
     text = _seal({key: value for key, value in content.items() if key != "xxh3"})
-    partial = Path(f"{path}.partial")
+    partial = Path(f"{path}.{secrets.token_hex(4)}.partial")
     with open(partial, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
