@@ -1,7 +1,7 @@
 """Builds the compiled kernels. Everything else about the package is in pyproject.toml.
 
-k2_megatron._cpu   always: each csrc/cpu/*.cpp once for every instruction set of the processor family, csrc/bindings.cpp once
-k2_megatron._cuda  where nvcc is found: csrc/*.cu and csrc/bindings_cuda.cpp, for sm_80 and sm_90, and PTX for what comes after;
+k2_megatron._cpu   always: csrc/bindings.cpp, and each csrc/cpu/*.cpp once for every instruction set of the processor
+k2_megatron._cuda  where nvcc is found: csrc/bindings_cuda.cpp and csrc/*.cu, for sm_80, sm_90, and PTX for later ones;
                    the CUDA runtime is linked statically, so that the module imports on a machine without a GPU
 
 K2_BUILD_CUDA=auto (default) builds _cuda where nvcc is on PATH or under CUDA_HOME; 1 insists on it; 0 leaves it out.

@@ -13,21 +13,16 @@ namespace {
 template <bool kResidual, bool kStreaming, class T, class Gamma>
 float normalize_row(const T* x, const T* residual, const Gamma* gamma, T* h, T* y, int64_t hidden, float epsilon,
                     float offset) {
-  Vec squares[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
-  auto add = [&](int64_t i, auto lanes, Vec& to) {
+  const float squares = blocked_sum(hidden, [&](int64_t i, auto lanes, Vec& to) {
     Vec value = load(x + i, lanes);
     if constexpr (kResidual) {
       store(h + i, value + load(residual + i, lanes), lanes);
       value = load(h + i, lanes);
     }
     to = fma(value, value, to);
-  };
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= hidden; i += 4 * kLanes)
-    for (int part = 0; part < 4; ++part) add(i + part * kLanes, Full{}, squares[part]);
-  for_lanes(hidden - i, [&](int64_t rest, auto lanes) { add(i + rest, lanes, squares[0]); });
-
-  const float rstd = 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(hidden) + epsilon);
+  });
+  const double mean_square = static_cast<double>(squares) / static_cast<double>(hidden);
+  const float rstd = static_cast<float>(1.0 / __builtin_sqrt(mean_square + static_cast<double>(epsilon)));
   const T* normalized = kResidual ? h : x;
   for_lanes(hidden, [&](int64_t column, auto lanes) {
     const Vec weight = load(gamma + column, lanes) + splat(offset);
@@ -54,6 +49,8 @@ void forward(const T* x, const T* residual, const Gamma* gamma, T* h, T* y, floa
   });
 }
 
+constexpr int64_t kDotBlock = 1024;  // columns after which a running sum is closed, for the sake of its rounding error
+
 template <class T, class Gamma>
 struct Backward {
   const T *grad_y, *grad_h, *x;
@@ -67,16 +64,21 @@ struct Backward {
   template <int kRows, bool kStreaming>
   void rows_at(int64_t row, float* partial) const {
     const int64_t at = row * hidden;
-    Vec dot[kRows], scale[kRows], mean[kRows];
-    for (int r = 0; r < kRows; ++r) dot[r] = splat(0.0f), scale[r] = splat(rstd[row + r]);
-    for_lanes(hidden, [&](int64_t column, auto lanes) {
-      const Vec weight = load(gamma + column, lanes) + splat(offset);
-      for (int r = 0; r < kRows; ++r) {
-        const int64_t i = at + r * hidden + column;
-        dot[r] = fma(load(grad_y + i, lanes) * weight, load(x + i, lanes) * scale[r], dot[r]);
-      }
-    });
-    for (int r = 0; r < kRows; ++r) mean[r] = splat(sum(dot[r]) / static_cast<float>(hidden));
+    Vec scale[kRows], mean[kRows];
+    for (int r = 0; r < kRows; ++r) scale[r] = splat(rstd[row + r]), mean[r] = splat(0.0f);
+    for (int64_t begin = 0; begin < hidden; begin += kDotBlock) {
+      Vec dot[kRows];
+      for (int r = 0; r < kRows; ++r) dot[r] = splat(0.0f);
+      for_lanes(hidden - begin < kDotBlock ? hidden - begin : kDotBlock, [&](int64_t within, auto lanes) {
+        const Vec weight = load(gamma + begin + within, lanes) + splat(offset);
+        for (int r = 0; r < kRows; ++r) {
+          const int64_t i = at + r * hidden + begin + within;
+          dot[r] = fma(load(grad_y + i, lanes) * weight, load(x + i, lanes) * scale[r], dot[r]);
+        }
+      });
+      for (int r = 0; r < kRows; ++r) mean[r] = mean[r] + dot[r];
+    }
+    for (int r = 0; r < kRows; ++r) mean[r] = splat(sum(mean[r]) / static_cast<float>(hidden));
 
     for_lanes(hidden, [&](int64_t column, auto lanes) {
       const Vec weight = load(gamma + column, lanes) + splat(offset);

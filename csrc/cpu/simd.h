@@ -69,9 +69,6 @@ inline Vec exp(Vec x) {
 // 1 / (1 + e^-x); the quotient is 0 where e^-x overflows.
 inline Vec sigmoid(Vec x) { return splat(1.0f) / (splat(1.0f) + exp(-x)); }
 
-// Sums over the lanes of four accumulators, in one fixed order.
-inline float sum(const Vec (&parts)[4]) { return sum((parts[0] + parts[1]) + (parts[2] + parts[3])); }
-
 // Calls body(i, lanes) over [0, length) in steps of kLanes: lanes is Full but for a short last step. The body is instantiated
 // twice, so that full steps carry no masks.
 template <class Body>
@@ -79,6 +76,25 @@ inline void for_lanes(int64_t length, Body&& body) {
   int64_t i = 0;
   for (; i + kLanes <= length; i += kLanes) body(i, Full{});
   if (i < length) body(i, Part{static_cast<int>(length - i)});
+}
+
+// A sum over [0, length) that add(i, lanes, to) gathers into `to`: four running sums, closed every kSumBlock elements, which
+// keeps the error of long rows near that of a pairwise sum.
+constexpr int64_t kSumBlock = 2048;
+
+template <class Add>
+inline float blocked_sum(int64_t length, Add&& add) {
+  Vec total = splat(0.0f);
+  for (int64_t begin = 0; begin < length; begin += kSumBlock) {
+    const int64_t end = length - begin < kSumBlock ? length : begin + kSumBlock;
+    Vec parts[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
+    int64_t i = begin;
+    for (; i + 4 * kLanes <= end; i += 4 * kLanes)
+      for (int part = 0; part < 4; ++part) add(i + part * kLanes, Full{}, parts[part]);
+    for_lanes(end - i, [&](int64_t rest, auto lanes) { add(i + rest, lanes, parts[0]); });
+    total = total + ((parts[0] + parts[1]) + (parts[2] + parts[3]));
+  }
+  return sum(total);
 }
 
 // A truth value known to the compiler.
