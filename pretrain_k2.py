@@ -30,8 +30,8 @@ from k2_megatron.runtime.launch import RankEnvironment, read_environment, run_lo
 from k2_megatron.runtime.mistakes import StopRun, run_program
 from k2_megatron.runtime.seeds import seed_everything
 from k2_megatron.runtime.signals import StopSignals
-from k2_megatron.train.checkpoint import layout_name, load_checkpoint, save_checkpoint
-from k2_megatron.train.checkpoint_files import apply_retention, latest_checkpoint, remove_unfinished
+from k2_megatron.train.checkpoint import find_checkpoint, layout_name, load_checkpoint, save_checkpoint
+from k2_megatron.train.checkpoint_files import apply_retention, remove_unfinished
 from k2_megatron.train.journal import Journal
 from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
 from k2_megatron.train.run_data import open_run_data
@@ -98,7 +98,7 @@ def train(config: Config, environment: RankEnvironment, device: Device) -> int:
 
     # Resume from the newest complete checkpoint, whatever layout wrote it
     step = 0
-    newest, doubt = latest_checkpoint(checkpoints)
+    newest, doubts = find_checkpoint(checkpoints, groups)
     if newest is not None:
         manifest = load_checkpoint(newest, config, groups, chunks, optimizer, device.torch)
         data.check_position(manifest)
@@ -108,12 +108,12 @@ def train(config: Config, environment: RankEnvironment, device: Device) -> int:
             "resume",
             step=step,
             checkpoint=newest.name,
-            doubt=doubt,
+            doubts=doubts,
             saved_layout=manifest["layout"],
             learning_rate=learning_rate,
             next_sample=next_sample,
         )
-        views.say(resume_report(config, manifest, newest, doubt))
+        views.say(resume_report(config, manifest, newest, doubts))
     saved_step = step
     peak = peak_bf16_flops(device)
 

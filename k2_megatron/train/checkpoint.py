@@ -29,8 +29,10 @@ from k2_megatron.runtime.seeds import restore_random_states
 from k2_megatron.train.checkpoint_files import (
     CheckpointError,
     HashingWriter,
+    latest_checkpoint,
     publish,
     read_manifest,
+    set_damaged_aside,
     start_writing,
     verify_files,
 )
@@ -39,6 +41,7 @@ from k2_megatron.train.checkpoint_state import (
     optimizer_state,
     random_state,
     restore_optimizer,
+    unwrapped,
     weight_fingerprint,
 )
 
@@ -96,8 +99,7 @@ def save_checkpoint(
     strategy = _HashedSave()
     if error is None:
         model = model_state(chunks)
-        float32 = config.train.precision == "float32"
-        tensors, _local = optimizer_state(optimizer, model, loading=False, float32=float32)
+        tensors, _local = optimizer_state(optimizer, model, loading=False)
         state = {**model, "optimizer": tensors, **random_state(groups, layout_name(config))}
         error = _everywhere(lambda: dist_checkpointing.save(state, str(aside), sharded_strategy=strategy))
     files = _gather_files(strategy.files)
@@ -123,31 +125,61 @@ def save_checkpoint(
     return SaveResult(checkpoints / checkpoint_name(step), time.monotonic() - began, total, weights)
 
 
+def find_checkpoint(checkpoints: Path, groups: Groups) -> tuple[Path | None, list[str]]:
+    """(the newest sound checkpoint or None, what was found wrong on the way), the same on every rank.
+
+    Every file of the candidate is hashed, the ranks sharing the work. A damaged checkpoint is set aside under another
+    name and the one before it is tried. CheckpointError when there are checkpoints and none is sound.
+    """
+    doubts: list[str] = []
+    while True:
+        folder, doubt = latest_checkpoint(checkpoints)
+        if doubt and not doubts:
+            doubts.append(doubt)
+        if folder is None:
+            if not doubts:
+                return None, []
+            raise CheckpointError(
+                f"no sound checkpoint is left in {checkpoints}: {'; '.join(doubts)}. "
+                "Put one back, or remove the folder to start over"
+            )
+        problems = _agree(_problems_of(folder, groups))
+        if not problems:
+            return folder, doubts
+        doubts.append(f"{folder.name} is damaged ({'; '.join(problems)}) and was set aside")
+        if groups.rank == 0:
+            set_damaged_aside(folder)
+        distributed.barrier()
+
+
+def _problems_of(folder: Path, groups: Groups) -> list[str]:
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError as error:
+        return [str(error)] if groups.rank == 0 else []
+    return verify_files(folder, manifest, groups.rank, groups.world_size)
+
+
 def load_checkpoint(
     folder: Path, config: Config, groups: Groups, chunks: Sequence, optimizer: MegatronOptimizer, device: torch.device
 ) -> dict:
-    """Check and load `folder` into model and optimizer, in this layout; returns its manifest.
+    """Load `folder`, found sound by `find_checkpoint`, into model and optimizer, in this layout; returns its manifest.
 
-    CheckpointError, the same on every rank, names every file that is missing, truncated or altered.
+    CheckpointError, the same on every rank, when it does not fit this run or the weights do not arrive as saved.
     """
     manifest = read_manifest(folder)
-    problems = _agree(verify_files(folder, manifest, groups.rank, groups.world_size))
-    if problems:
-        raise CheckpointError(
-            f"{folder} is damaged: {'; '.join(problems)}. Remove the folder to resume from the checkpoint before it"
-        )
     if manifest["precision"] != config.train.precision:
         raise CheckpointError(
             f"{folder} was trained in {manifest['precision']}, this configuration asks for {config.train.precision}; "
             f'set train.precision = "{manifest["precision"]}"'
         )
     model = model_state(chunks)
-    tensors, local = optimizer_state(optimizer, model, loading=True, float32=config.train.precision == "float32")
+    tensors, local = optimizer_state(optimizer, model, loading=True)
     same_layout = manifest["layout"] == layout_name(config)
     state = {**model, "optimizer": tensors, **(random_state(groups, layout_name(config)) if same_layout else {})}
     loaded = dist_checkpointing.load(state, str(folder))
     for name, chunk in zip(model, chunks, strict=True):
-        chunk.load_state_dict(loaded[name])
+        unwrapped(chunk).load_state_dict(loaded[name])
     restore_optimizer(optimizer, loaded["optimizer"], local, manifest["step"])
     if same_layout:
         restore_random_states(loaded["random"])

@@ -87,6 +87,10 @@ class _HashingFileSystem(FileSystem):
             yield hashing
         self.files[Path(path).name] = {"bytes": hashing.bytes_written, "xxh3": hashing.digest.hexdigest()}
 
+    def rename(self, path, new_path) -> None:
+        super().rename(path, new_path)
+        self.files[Path(new_path).name] = self.files.pop(Path(path).name)
+
 
 class HashingWriter(FileSystemWriter):
     """torch's checkpoint writer, whose files are hashed as they are written: no second pass over the data."""
@@ -158,6 +162,14 @@ def _set_aside(folder: Path, why: str) -> Path:
     shutil.rmtree(hidden, ignore_errors=True)
     os.rename(folder, hidden)
     return hidden
+
+
+def set_damaged_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint so that no reader takes it, and nothing of it is lost."""
+    aside = folder.with_name(f"damaged_{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(folder, aside)
+    return aside
 
 
 def remove_unfinished(checkpoints: Path) -> list[str]:

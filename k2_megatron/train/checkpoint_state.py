@@ -4,8 +4,8 @@ Only tensors are stored, each under its parameter's global name, so that any lay
 batch and data position are functions of the step and of the configuration, which stand in the manifest.
 
 megatron-core's three optimizers name the fp32 main parameters differently and wrap the state differently; here they
-meet in one naming: `optimizer.state.{exp_avg, exp_avg_sq, param}.<parameter>`, "param" for bfloat16 runs alone (in a
-float32 run the parameter is its own main parameter).
+meet in one naming: `optimizer.state.{exp_avg, exp_avg_sq, param}.<parameter>`. In a float32 run a parameter is its own
+main parameter and "param" repeats it, so that a run can go on with or without the distributed optimizer.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as distributed
 from megatron.core.dist_checkpointing.dict_utils import (
     dict_list_map_inplace,
+    dict_list_map_outplace,
     extract_matching_values,
     merge,
     nested_values,
@@ -27,6 +28,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
     is_main_replica,
 )
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 
 from k2_megatron.model.initialize import hash_mix
@@ -43,28 +45,33 @@ _MAIN = "optimizer.state.param."
 _MAIN_FLOAT16 = "optimizer.state.fp32_param."
 
 
+def unwrapped(chunk: torch.nn.Module) -> torch.nn.Module:
+    """The GPTModel inside DistributedDataParallel and Float16Module, whose parameter names are the global ones."""
+    while not isinstance(chunk, GPTModel):
+        chunk = chunk.module
+    return chunk
+
+
 def model_state(chunks: Sequence) -> dict:
     """The sharded weights, one entry a chunk, keyed as megatron-core's optimizer expects several chunks."""
     if len(chunks) == 1:
-        return {"model": chunks[0].sharded_state_dict()}
-    return {f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}
+        return {"model": unwrapped(chunks[0]).sharded_state_dict()}
+    return {f"model{index}": unwrapped(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
 
 
-def optimizer_state(optimizer: MegatronOptimizer, model: dict, *, loading: bool, float32: bool) -> tuple[dict, dict]:
+def optimizer_state(optimizer: MegatronOptimizer, model: dict, *, loading: bool) -> tuple[dict, dict]:
     """(sharded tensors to store or load, the local rest that `load_state_dict` wants beside them)."""
     state = optimizer.sharded_state_dict(model, is_loading=loading, metadata=_OPTIMIZER_FORMAT)
     sharded, local = extract_matching_values(state, lambda value: isinstance(value, ShardedBase))
-
-    def rename(value):
-        key = value.key.replace(_MAIN_FLOAT16, _MAIN)
-        if float32 and key.startswith(_MAIN):
-            key = key.removeprefix(_MAIN)  # the parameter itself: stored once, under its own name
-        return value if key == value.key else replace(value, key=key)
-
-    if float32 and not loading:
-        sharded, _main = extract_matching_values(sharded, lambda value: not value.key.startswith(_MAIN))
-    dict_list_map_inplace(rename, sharded)
+    dict_list_map_inplace(_with_common_name, sharded)
+    if not loading and not any(value.key.startswith(_MAIN) for value in nested_values(sharded)):
+        weights, _ = extract_matching_values(model, lambda value: isinstance(value, ShardedTensor | ShardedTensorFactory))
+        sharded["main"] = dict_list_map_outplace(lambda value: replace(value, key=_MAIN + value.key), weights)
     return sharded, local
+
+
+def _with_common_name(value: ShardedBase) -> ShardedBase:
+    return replace(value, key=value.key.replace(_MAIN_FLOAT16, _MAIN)) if _MAIN_FLOAT16 in value.key else value
 
 
 def restore_optimizer(optimizer: MegatronOptimizer, loaded: dict, local: dict, step: int) -> None:

@@ -8,10 +8,10 @@ from k2_megatron.train.journal import read_events, read_steps
 from k2_megatron.train.schedule import learning_rate_at
 
 
-def resume_report(config: Config, manifest: dict, folder: Path, doubt: str | None) -> str:
+def resume_report(config: Config, manifest: dict, folder: Path, doubts: list[str]) -> str:
     """Where the run goes on, from what, and every setting that differs from the saved one."""
     step = manifest["step"]
-    lines = [f"resuming from {folder}" + (f" ({doubt})" if doubt else "")]
+    lines = [*doubts, f"resuming from {folder}"]
     if manifest["layout"] != layout_name(config):
         lines.append(f"  saved under {manifest['layout']}, going on under {layout_name(config)}")
     if step < config.train.steps:
