@@ -1,5 +1,7 @@
 """K2's transformer layer and its specification: which class megatron-core builds at each place."""
 
+import contextlib
+
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -39,6 +41,10 @@ class K2TransformerLayer(TransformerLayer):
         super().__init__(*args, **kwargs)
         assert not self.config.add_bias_linear and self.config.hidden_dropout == 0.0, "the fused add knows no bias"
         self.self_attn_bda = self._fused_add
+        # megatron-core turns gradients on around its adds, for the sake of torch.jit. The norm in ours has a weight, so
+        # that would record a graph, and keep its input alive, where none is wanted: under full recompute (whose
+        # memory it doubled) and in evaluation.
+        self.bias_dropout_add_exec_handler = contextlib.nullcontext
         self._normalized_SBH: torch.Tensor | None = None
 
     def _fused_add(self, _training: bool, _fused: bool):

@@ -10,11 +10,13 @@ Model state. bfloat16 keeps 2 bytes of weights, 4 of gradients (accumulated and 
 Activations follow the accounting of Korthikanti et al. 2022 (arXiv 2205.05198, section 4), with the tensors that our
 layer keeps for its backward pass: no dropout masks, no S x S scores (flash attention), SwiGLU packed. Per micro-batch
 and layer, in units of S * B elements, T the tensor ranks:
-    H   the layer's input, its norm's output, the sum after attention, that norm's output     / T with sequence parallel
-    qkv (H + 2 * kv) / T after rotary, H / T attention output, kept twice: as computed and as the projection reads it
-    mlp 2 * F / T packed gate and up, F / T their product
-plus fp32 log-sum-exps, S * B * heads / T, and norm statistics, too few to count. The first stage of 1F1B holds as many
-micro-batches as there are stages, the last holds one.
+    residual  4 H: the layer's input, its norm's output, the sum after attention, that norm's output; divided by T
+              under sequence parallelism. Two fp32 inverse roots beside them.
+    attention (2 H + 2 K) / T: query, key and value after rotary, and the output; fp32 log-sum-exps, heads / T.
+    mlp       3 F / T: packed gate and up, and their product.
+After the last layer come the final norm's input and output and the logits, whose storage their gradient takes over.
+The first stage of 1F1B holds as many micro-batches as there are stages, the last holds one. The tests compare with
+what autograd saves with the compiled CPU kernels; the torch backend keeps about twice as much.
 
 Not counted: the CUDA context and NCCL's buffers, what the allocator loses to fragmentation, GEMM workspaces, and
 pipeline buffers in flight: allow some GiB.
@@ -63,7 +65,7 @@ def rank_memory(config: Config, pipeline_rank: int) -> Memory:
         gradients=parameters * GRADIENT_BYTES,
         optimizer=-(-parameters * (MAIN_WEIGHT_BYTES[precision] + ADAM_BYTES) // sharers),
         activations=_activations(config, pipeline_rank),
-        logits=_logits(config) if last else 0,
+        logits=output_bytes(config) if last else 0,
     )
 
 
@@ -80,12 +82,11 @@ def layer_activation_bytes(config: Config, recompute: str) -> int:
     residual_shards = tensor if config.parallel.sequence else 1
     if recompute == "full":
         return positions * hidden * element // residual_shards
-    residual = 4 * hidden * element // residual_shards
-    # Under selective recompute attention's own output and log-sum-exps are computed again; the copy that the
-    # projection reads stays.
-    outputs = 1 if recompute == "selective" else 2
-    log_sum_exp = 0 if recompute == "selective" else 4 * model.heads // tensor
-    attention = (hidden + 2 * kv_size + outputs * hidden) * element // tensor + log_sum_exp
+    inverse_roots = 2 * 4
+    residual = (4 * hidden * element + inverse_roots) // residual_shards
+    # Under selective recompute the log-sum-exps are computed again; the output stays, as the projection's input.
+    log_sum_exps = 0 if recompute == "selective" else 4 * model.heads // tensor
+    attention = (2 * hidden + 2 * kv_size) * element // tensor + log_sum_exps
     return positions * (residual + attention + 3 * model.ffn_hidden_size * element // tensor)
 
 
@@ -97,9 +98,9 @@ def _activations(config: Config, pipeline_rank: int) -> int:
     return kept + working
 
 
-def _logits(config: Config) -> int:
-    """Logits of one micro-batch, whose storage their gradient takes over, and the final norm's output."""
+def output_bytes(config: Config) -> int:
+    """What the last stage keeps of one micro-batch after its layers: final norm and logits, in bytes."""
     element, positions, model = ELEMENT_BYTES[config.train.precision], _positions(config), config.model
     residual_shards = config.parallel.tensor if config.parallel.sequence else 1
-    vocabulary = model.vocab_size // config.parallel.tensor
-    return positions * element * (vocabulary + model.hidden_size // residual_shards)
+    logits = model.vocab_size * element // config.parallel.tensor
+    return positions * (logits + (2 * model.hidden_size * element + 4) // residual_shards)
