@@ -154,7 +154,8 @@ class Train(Section):
     """Type of weights and activations. Main parameters, gradient accumulation, gradient reduction and optimizer
     state are float32 with either."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations computed again in the backward pass: none, attention alone, or each whole layer."""
+    """Activations computed again in the backward pass: none; "selective", the attention product alone, which saves
+    little here because ours keeps no scores; or "full", each whole layer from its input."""
     deterministic: bool = False
     """Ask every library for bitwise repeatable algorithms, at some cost in speed."""
     evaluate_every_steps: PositiveInt | None = None

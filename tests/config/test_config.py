@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from k2_megatron.config import Config, load_config
+from k2_megatron.config.__main__ import reference
 from k2_megatron.config.batch import constant_stages, consumed_samples, ramp_stages, stage_at
 from k2_megatron.config.schema import SECTIONS
 
@@ -148,6 +149,19 @@ def test_every_field_says_what_it_means():
         for key, field in section.model_fields.items():
             assert field.description, f"{name}.{key} has no docstring"
             assert field.description.strip().endswith("."), f"{name}.{key}"
+
+
+def test_reference_lists_every_key_with_default_and_meaning():
+    lines = reference().splitlines()
+    assert [line.split("]")[0][1:] for line in lines if line.startswith("[")] == list(SECTIONS)
+    entries = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines if line and line[0] not in " ["}
+    assert entries["steps"] == "required"
+    assert entries["batch_ramp"] == "left out"
+    assert entries["batch_ramp.increment"] == "required"
+    assert entries["kernels"] == '{default = "auto"}'
+    assert entries["kernels.adamw"] == "left out"
+    assert {key for section in SECTIONS.values() for key in section.model_fields} <= set(entries)
+    assert "    Transformer layers." in lines
 
 
 # The batch ramp
