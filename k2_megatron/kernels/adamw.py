@@ -20,6 +20,7 @@ from k2_megatron.kernels import peers
 from k2_megatron.kernels.checks import (
     FLOATS,
     require,
+    require_backend,
     require_backend_device,
     require_contiguous,
     require_dtype,
@@ -52,6 +53,7 @@ class AdamW(torch.optim.Optimizer):
         bias_correction: bool = True,
         **unsupported,
     ):
+        require_backend(OP, backend, "apex")
         refused = {name: value for name, value in unsupported.items() if value}
         require(
             not refused, OP, f"options {refused} are not offered (states are fp32, parameters are fp32 main copies)"
@@ -89,8 +91,7 @@ class AdamW(torch.optim.Optimizer):
             require_dtype(OP, "a parameter", parameter, (torch.float32, torch.float64))
             state = self.state[parameter]
             if not state:
-                state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
-                state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
             copy = self.model_copies.get(parameter)
             key = (parameter.device, parameter.grad.dtype, None if copy is None else copy.dtype)
             row = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], copy)

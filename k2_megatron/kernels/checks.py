@@ -47,6 +47,11 @@ def require_one_device(op: str, **tensors: torch.Tensor) -> None:
             )
 
 
+def require_backend(op: str, backend: str, *peers: str) -> None:
+    known = ("cuda", "cpu", "torch", *peers)
+    require(backend in known, op, f"no backend {backend!r}; known: {', '.join(known)}")
+
+
 def require_backend_device(op: str, backend: str, tensor: torch.Tensor) -> None:
     """The compiled backends are named after the device they run on."""
     if backend in ("cpu", "cuda") and tensor.device.type != backend:

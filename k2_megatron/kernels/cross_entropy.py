@@ -19,11 +19,18 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
 from k2_megatron.kernels import peers
-from k2_megatron.kernels.checks import require, require_backend_device, require_contiguous, require_dtype, require_shape
+from k2_megatron.kernels.checks import (
+    require,
+    require_backend,
+    require_backend_device,
+    require_contiguous,
+    require_dtype,
+    require_shape,
+)
 from k2_megatron.kernels.cross_entropy_steps import OP, CompiledSteps, ReferenceSteps, Settings, check_rows
+from k2_megatron.kernels.library import refuse_second_derivative
 
 STEPS = {"torch": ReferenceSteps, "cpu": CompiledSteps, "cuda": CompiledSteps}
 
@@ -41,6 +48,7 @@ def vocab_parallel_cross_entropy(
     """loss [S, B] fp32 (any leading shape serves). With backend "cpu" or "cuda" the logits are spent by the backward,
     which therefore runs once; a second one is refused. A label that is neither ignore_index nor in [0, V): ValueError
     on a CPU; on a GPU, and in compiled graphs, where looking would wait for the device, a NaN loss and gradient."""
+    require_backend(OP, backend, "transformer_engine")
     require(logits.dim() >= 2, OP, f"logits have shape {tuple(logits.shape)}; needed: [S, B, V/tp]")
     require_shape(OP, "labels", labels, logits.shape[:-1], "logits' shape without the vocabulary")
     require_dtype(OP, "labels", labels, (torch.int64,))
@@ -49,7 +57,6 @@ def vocab_parallel_cross_entropy(
     check_labels(labels, settings)
     if backend == "transformer_engine":
         return peers.cross_entropy(logits, labels, group, settings)
-    require(backend in STEPS, OP, f"no backend {backend!r}; known: cuda, cpu, torch, transformer_engine")
     require_backend_device(OP, backend, logits)
     if backend != "torch":
         check_rows(_flat(logits), labels.view(-1))
@@ -72,6 +79,7 @@ def cross_entropy_reference(logits, labels, label_smoothing=0.0, z_loss=0.0, ign
 
 
 def settings_for(columns, group, label_smoothing, z_loss, ignore_index) -> Settings:
+    require(columns > 0, OP, "logits have 0 columns; a shard needs at least one")
     require(0 <= label_smoothing < 1, OP, f"label_smoothing is {label_smoothing}; it lies in [0, 1)")
     require(z_loss >= 0, OP, f"z_loss is {z_loss}; it cannot be negative")
     ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
@@ -134,8 +142,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return loss.view(labels.shape)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_loss):
+        refuse_second_derivative(OP)
         if ctx.steps is CompiledSteps:
             spend(ctx)
         logits, labels, lse = ctx.saved_tensors

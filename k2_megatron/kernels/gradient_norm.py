@@ -14,7 +14,14 @@ from collections.abc import Sequence
 
 import torch
 
-from k2_megatron.kernels.checks import FLOATS, require, require_backend_device, require_contiguous, require_dtype
+from k2_megatron.kernels.checks import (
+    FLOATS,
+    require,
+    require_backend,
+    require_backend_device,
+    require_contiguous,
+    require_dtype,
+)
 from k2_megatron.kernels.library import DTYPE_CODES, address_of, addresses, module_for, pointer, register, run
 
 
@@ -26,6 +33,7 @@ def gradient_norm_squared(gradients: Sequence[torch.Tensor], *, backend: str) ->
 
 def gradient_statistics(gradients: Sequence[torch.Tensor], *, backend: str) -> torch.Tensor:
     """[2] fp64: the sum of squares, and how many elements are not finite."""
+    require_backend("gradient_norm", backend)
     _check_all("gradient_norm", gradients)
     parts = []
     for tensors in _by_dtype(gradients).values():
@@ -46,6 +54,7 @@ def clip_gradients_(
     norm [] is the global norm, a tensor on the gradients' device (so that nothing waits for it); a norm that is not
     finite gives a factor that is not finite, as in torch.nn.utils.clip_grad_norm_.
     """
+    require_backend("clip_gradients", backend)
     _check_all("clip_gradients", gradients)
     require(maximum_norm > 0, "clip_gradients", f"maximum_norm is {maximum_norm}; it must be positive")
     factor = torch.clamp(maximum_norm / (norm.double() + 1e-6), max=1.0).float()

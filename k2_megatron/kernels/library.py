@@ -50,6 +50,14 @@ def run(op: str, function: str, device: torch.device, *arguments: int | float | 
         raise RuntimeError(f"{op}: {function} on {device}: {error}") from error
 
 
+def refuse_second_derivative(op: str) -> None:
+    """For the head of a backward: with create_graph=True it runs in grad mode, and would count as constant."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{op}: this backward cannot be differentiated again (create_graph=True); use backend 'torch'"
+        )
+
+
 def pointer(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 

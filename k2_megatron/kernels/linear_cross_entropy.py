@@ -17,17 +17,18 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
 from k2_megatron.kernels.checks import (
     FLOATS,
     require,
+    require_backend,
     require_backend_device,
     require_dtype,
     require_one_device,
     require_shape,
 )
 from k2_megatron.kernels.cross_entropy import STEPS, check_labels, gather_statistics, settings_for
+from k2_megatron.kernels.library import refuse_second_derivative
 
 OP = "linear_cross_entropy"
 
@@ -48,6 +49,7 @@ def linear_cross_entropy(
     """loss [T] fp32. reduce_hidden_gradient=False leaves the sum of grad_hidden over the group to the caller (sequence
     parallelism reduce-scatters it instead). ValueError for shapes, dtypes, devices and labels out of range (on a
     CPU)."""
+    require_backend(OP, backend)
     allowed = FLOATS if backend != "torch" else (*FLOATS, torch.float64)
     require(hidden.dim() == 2, OP, f"hidden has shape {tuple(hidden.shape)}; needed: [T, H]")
     require(weight.dim() == 2, OP, f"weight has shape {tuple(weight.shape)}; needed: [V/tp, H]")
@@ -58,7 +60,6 @@ def linear_cross_entropy(
     require_shape(OP, "labels", labels, hidden.shape[:1], "[T] of hidden")
     require_one_device(OP, hidden=hidden, weight=weight, labels=labels)
     require(chunk_tokens > 0, OP, f"chunk_tokens is {chunk_tokens}; it must be positive")
-    require(backend in STEPS, OP, f"no backend {backend!r}; known: cuda, cpu, torch")
     require_backend_device(OP, backend, hidden)
     settings = settings_for(weight.shape[0], group, label_smoothing, z_loss, ignore_index)
     check_labels(labels, settings)
@@ -92,8 +93,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_loss):
+        refuse_second_derivative(OP)
         hidden, weight, labels, lse = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=lse.dtype)

@@ -21,7 +21,7 @@ def _attribute(op, module, name):
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"{op}: {module}.{name} is not there ({error}); install the package or choose another backend"
+            f"{op}: {module}:{name} is not there ({error}); install the package or choose another backend"
         ) from error
 
 

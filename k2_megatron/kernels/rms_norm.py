@@ -18,13 +18,16 @@ from k2_megatron.kernels.checks import (
     FLOATS,
     MAXIMUM_HIDDEN_SIZE,
     require,
+    require_backend,
     require_backend_device,
     require_contiguous,
     require_dtype,
     require_one_device,
     require_shape,
 )
-from k2_megatron.kernels.library import DTYPE_CODES, module_for, pointer, register, run
+from k2_megatron.kernels.library import DTYPE_CODES, module_for, pointer, refuse_second_derivative, register, run
+
+PEERS = ("apex", "transformer_engine")
 
 
 def rms_norm(
@@ -32,9 +35,10 @@ def rms_norm(
 ) -> torch.Tensor:
     """y [..., H] of x's dtype. Raises ValueError for tensors the backend cannot take; nothing is copied to make
     them fit."""
+    require_backend("rms_norm", backend, *PEERS)
     if backend == "torch":
         return rms_norm_reference(x, weight, epsilon, zero_centered)
-    if backend in ("apex", "transformer_engine"):
+    if backend in PEERS:
         _check_forward("rms_norm", x, weight)
         return peers.rms_norm(backend, x, weight, epsilon, zero_centered)
     require_backend_device("rms_norm", backend, x)
@@ -54,9 +58,10 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, h) with h = x + residual, both [..., H] of x's dtype; the gradient arriving at h is added in the same
     pass."""
+    require_backend("add_rms_norm", backend, *PEERS)
     if backend == "torch":
         return add_rms_norm_reference(x, residual, weight, epsilon, zero_centered)
-    if backend in ("apex", "transformer_engine"):
+    if backend in PEERS:
         _check_forward("add_rms_norm", x, weight, residual)
         h = x + residual
         return peers.rms_norm(backend, h, weight, epsilon, zero_centered), h
@@ -199,6 +204,7 @@ ADD_BACKWARD = register(
 
 def _grad(ctx, grad_y):
     """Gradients from autograd come in any layout (an expanded one from sum()): made dense, the only copy here."""
+    refuse_second_derivative("rms_norm")
     x, weight, rstd = ctx.saved_tensors
     if grad_y is None:
         return None, None
@@ -206,6 +212,7 @@ def _grad(ctx, grad_y):
 
 
 def _add_grad(ctx, grad_y, grad_h):
+    refuse_second_derivative("add_rms_norm")
     h, weight, rstd = ctx.saved_tensors
     if grad_y is None:
         return grad_h, None

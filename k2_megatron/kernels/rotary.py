@@ -27,6 +27,7 @@ from k2_megatron.kernels.checks import (
     FLOATS,
     byte_span,
     require,
+    require_backend,
     require_backend_device,
     require_contiguous,
     require_dtype,
@@ -63,13 +64,13 @@ def rotary(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(q, k) rotated, of their shapes and dtype; see above for when this is in place. Token s has position s, or
     positions [S, B] int32; a position outside the table is a ValueError on a CPU and gives NaN on a GPU."""
+    require_backend(OP, backend, "transformer_engine")
     if backend == "torch":
         _check_positions(positions, cos.shape[0])
         return rotary_reference(q, k, cos, sin, positions, interleaved)
     _check(q, k, cos, sin, positions)
     if backend == "transformer_engine":
         return peers.rotary(q, k, cos, sin, positions, interleaved)
-    require(backend in ("cpu", "cuda"), OP, f"no backend {backend!r}; known: cuda, cpu, torch, transformer_engine")
     require_backend_device(OP, backend, q)
     if torch.compiler.is_compiling():
         return ROTATED(q, k, cos, sin, positions, interleaved, False)

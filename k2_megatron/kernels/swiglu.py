@@ -15,20 +15,21 @@ import torch.nn.functional as F
 from k2_megatron.kernels.checks import (
     FLOATS,
     require,
+    require_backend,
     require_backend_device,
     require_contiguous,
     require_dtype,
     require_one_device,
     require_shape,
 )
-from k2_megatron.kernels.library import DTYPE_CODES, pointer, register, run
+from k2_megatron.kernels.library import DTYPE_CODES, pointer, refuse_second_derivative, register, run
 
 
 def swiglu(packed: torch.Tensor, *, backend: str) -> torch.Tensor:
     """y [..., F] of packed [..., 2F] = [gate | up]. Raises ValueError for a tensor the backend cannot take."""
+    require_backend("swiglu", backend)
     if backend == "torch":
         return swiglu_reference(packed)
-    require(backend in ("cpu", "cuda"), "swiglu", f"no backend {backend!r}; known: cuda, cpu, torch")
     require_backend_device("swiglu", backend, packed)
     if torch.compiler.is_compiling():
         return FORWARD(packed)
@@ -99,6 +100,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         """A gradient that autograd hands over expanded or strided is made dense first, the only copy here."""
+        refuse_second_derivative("swiglu")
         return BACKWARD(grad_y.contiguous(), *ctx.saved_tensors)
 
 

@@ -1,0 +1,89 @@
+"""Every compiled op against an exact answer: odd shapes, dtypes, alignments, strides; same bits for any threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_backends import COMPILED, on_cpu
+from kernel_cases import CASES, Case, assert_as_good_as_reference
+
+from k2_megatron.kernels.cross_entropy import vocab_parallel_cross_entropy
+from k2_megatron.kernels.rms_norm import rms_norm
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_error_is_at_most_twice_the_references(case, backend):
+    exact, reference = case.run("torch", exact=True), case.run("torch", device=backend)
+    assert_as_good_as_reference(case.run(backend, device=backend), reference, exact, case)
+
+
+# Large enough for every op to split its work over threads.
+THREADED = [
+    Case("rms_norm", (517, 1000), options={"add": True}),
+    Case("rms_norm", (700, 512), torch.bfloat16),
+    Case("swiglu", (300, 5504), torch.bfloat16),
+    Case("rotary", (256, 2, 8, 128), torch.bfloat16, options={"layout": "packed"}),
+    Case("cross_entropy", (200, 2, 4004), options={"label_smoothing": 0.1}),
+    Case("cross_entropy", (3, 1, 160_000), torch.bfloat16),
+]
+
+
+@on_cpu
+@pytest.mark.parametrize("case", THREADED, ids=str)
+def test_bits_do_not_depend_on_threads(case):
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(case.run("cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert torch.equal(value, other[name]), f"{case}: {name} differs between thread counts"
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_infinite_logits_are_masked_and_nan_shows(backend):
+    """A column of -inf takes no part; a NaN logit makes its own row NaN and no other."""
+    leaf = torch.randn(3, 9, device=backend)
+    leaf[0, 4] = -torch.inf
+    leaf[1, 2] = torch.nan
+    leaf.requires_grad_()
+    loss = vocab_parallel_cross_entropy(leaf * 1, torch.tensor([0, 1, 2], device=backend), backend=backend)
+    loss.sum().backward()
+    kept = [0, 1, 2, 3, 5, 6, 7, 8]
+    alone = torch.nn.functional.cross_entropy(leaf.detach()[:1, kept], torch.tensor([0], device=backend))
+    torch.testing.assert_close(loss[0].detach(), alone, rtol=1e-6, atol=1e-6)
+    assert leaf.grad[0, 4] == 0
+    assert loss.isnan().tolist() == [False, True, False]
+    assert leaf.grad.isnan().any(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_ignored_rows_have_exactly_no_loss_and_no_gradient(backend):
+    leaf = torch.full((2, 5), torch.nan, device=backend)
+    leaf[1] = torch.arange(5.0)
+    leaf.requires_grad_()
+    labels = torch.tensor([-100, 3], device=backend)
+    loss = vocab_parallel_cross_entropy(leaf * 1, labels, label_smoothing=0.1, z_loss=1e-3, backend=backend)
+    loss.sum().backward()
+    assert loss[0] == 0
+    assert torch.equal(leaf.grad[0], torch.zeros(5, device=backend))
+    assert leaf.grad[1].abs().sum() > 0
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_gradients_of_any_layout_are_taken(backend):
+    """Autograd hands over an expanded gradient from sum(), a transposed one from a transposed use."""
+    x = torch.randn(6, 4, 16, device=backend, requires_grad=True)
+    weight = torch.randn(16, device=backend, requires_grad=True)
+    factor = torch.randn(16, 4, 6, device=backend)
+    for backend_name in ("torch", backend):
+        y = rms_norm(x, weight, 1e-5, backend=backend_name)
+        (y.permute(2, 1, 0) * factor).sum().backward()
+        rms_norm(x, weight, 1e-5, backend=backend_name).sum().backward()
+        if backend_name == "torch":
+            expected, x.grad = x.grad, None
+    torch.testing.assert_close(x.grad, expected, rtol=1e-5, atol=1e-5)

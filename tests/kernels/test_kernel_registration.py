@@ -1,0 +1,187 @@
+"""The ops as torch sees them: opcheck, one compiled graph, activation recompute, in-place rotation under autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_backends import COMPILED, on_cpu
+from torch.utils.checkpoint import checkpoint
+
+from k2_megatron.kernels import adamw, gradient_norm  # noqa: F401 (registers their ops)
+from k2_megatron.kernels.cross_entropy import vocab_parallel_cross_entropy
+from k2_megatron.kernels.rms_norm import add_rms_norm, rms_norm
+from k2_megatron.kernels.rotary import rotary, rotary_tables
+from k2_megatron.kernels.swiglu import swiglu
+
+OPS = torch.ops.k2_megatron
+DIM = 16
+
+
+def op_samples(device):
+    """One call of every registered op, differentiable inputs requiring gradients."""
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape, grad=False):
+        return torch.randn(*shape, generator=generator).to(device).requires_grad_(grad)
+
+    cos, sin = rotary_tables(4, 8, 100.0, device)
+    labels = torch.tensor([0, 5, -100], device=device)
+    rotation = (cos, sin, None, False, False)
+    x, weight, rstd = normal(3, 8), normal(8), normal(3).abs()
+    smooth = (0, 6, 0.1, 1e-3, -100)
+    return {
+        "rms_norm_forward": (normal(3, 8, grad=True), normal(8, grad=True), 1e-5, False),
+        "add_rms_norm_forward": (normal(3, 8, grad=True), normal(3, 8, grad=True), normal(8, grad=True), 1e-5, True),
+        "rms_norm_backward": (normal(3, 8), x, weight, rstd, False),
+        "add_rms_norm_backward": (normal(3, 8), normal(3, 8), x, weight, rstd, False),
+        "swiglu_forward": (normal(3, 8, grad=True),),
+        "swiglu_backward": (normal(3, 4), normal(3, 8)),
+        "rotary": (normal(4, 1, 2, 8, grad=True), normal(4, 1, 1, 8, grad=True), *rotation),
+        "rotary_": (normal(4, 1, 2, 8), normal(4, 1, 1, 8), *rotation),
+        "cross_entropy_statistics": (normal(3, 6), labels, 0, 4),
+        "cross_entropy_loss": (normal(2, 4, 3).abs(), labels, 12, 0.1, 1e-3, -100),
+        "cross_entropy_gradient_": (normal(3, 6), labels, normal(3), normal(3), *smooth),
+        "squared_norm": ([normal(3), normal(4)],),
+        "scale_": ([normal(3), normal(4)], normal(1)),
+        "adamw_": ([normal(5)], [normal(5)], [normal(5)], [normal(5).abs()], [], None, 0.1, 0.9, 0.99, 1e-8, 0.1, 1),
+    }
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_opcheck(backend):
+    for name, arguments in op_samples(backend).items():
+        torch.library.opcheck(getattr(OPS, name).default, arguments)
+
+
+class Block(torch.nn.Module):
+    """Norm, projection, rotation on megatron-core's layout, SwiGLU, fused residual norm, loss: every op once."""
+
+    def __init__(self, backend, device, heads=2, vocabulary=21):
+        super().__init__()
+        self.backend, self.heads = backend, heads
+        hidden = heads * DIM
+        torch.manual_seed(5)
+        self.norm = torch.nn.Parameter(torch.rand(hidden, device=device))
+        self.qkv = torch.nn.Linear(hidden, 3 * hidden, bias=False, device=device)
+        self.mlp = torch.nn.Linear(hidden, 2 * hidden, bias=False, device=device)
+        self.head = torch.nn.Linear(hidden, vocabulary, bias=False, device=device)
+        self.tables = rotary_tables(8, DIM, 100.0, device)
+
+    def body(self, x):
+        sequence, batch, _ = x.shape
+        qkv = self.qkv(rms_norm(x, self.norm, 1e-5, backend=self.backend))
+        q, k, v = qkv.view(sequence, batch, self.heads, 3 * DIM).split(DIM, dim=-1)
+        q, k = rotary(q, k, *self.tables, backend=self.backend)
+        mixed = (q * k.sigmoid() + v).reshape(x.shape)
+        y, h = add_rms_norm(mixed, x, self.norm, 1e-5, backend=self.backend)
+        return h + swiglu(self.mlp(y), backend=self.backend)
+
+    def forward(self, x, labels):
+        return vocab_parallel_cross_entropy(self.head(self.body(x)), labels, label_smoothing=0.1, backend=self.backend)
+
+    def losses_and_gradients(self, x, labels, function=None):
+        x = x.detach().requires_grad_()
+        self.zero_grad()
+        loss = (self if function is None else function)(x, labels)
+        (loss * torch.arange(1.0, 1 + loss.numel(), device=loss.device).view(loss.shape)).sum().backward()
+        return [loss.detach(), x.grad, *(parameter.grad for parameter in self.parameters())]
+
+
+@pytest.fixture(params=COMPILED)
+def block(request):
+    return Block(request.param, request.param)
+
+
+@pytest.fixture
+def batch(block):
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(8, 2, block.norm.numel(), generator=generator)
+    return x.to(block.norm.device), torch.randint(0, 21, (8, 2), generator=generator).to(block.norm.device)
+
+
+def assert_all_close(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_block_of_all_ops_equals_the_reference(block, batch):
+    reference = Block("torch", block.norm.device)
+    assert_all_close(block.losses_and_gradients(*batch), reference.losses_and_gradients(*batch))
+
+
+def test_compile_in_one_graph(block, batch):
+    compiled = torch.compile(block, fullgraph=True)
+    assert_all_close(block.losses_and_gradients(*batch, compiled), block.losses_and_gradients(*batch))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recompute_gives_the_same_bits(block, batch, reentrant):
+    def recomputed(x, labels):
+        hidden = checkpoint(block.body, x, use_reentrant=reentrant)
+        return vocab_parallel_cross_entropy(block.head(hidden), labels, label_smoothing=0.1, backend=block.backend)
+
+    found, expected = block.losses_and_gradients(*batch, recomputed), block.losses_and_gradients(*batch)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_recompute_of_the_loss_gives_the_same_bits(block, batch):
+    def recomputed(x, labels):
+        return checkpoint(block, x, labels, use_reentrant=False)
+
+    found, expected = block.losses_and_gradients(*batch, recomputed), block.losses_and_gradients(*batch)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@on_cpu
+def test_rotation_is_in_place_and_leaves_the_rest_alone():
+    qkv = torch.randn(4, 1, 2, 3 * DIM)
+    before = qkv.clone()
+    q, k, _ = qkv.split(DIM, dim=-1)
+    out_q, out_k = rotary(q, k, *rotary_tables(4, DIM, 100.0, "cpu"), backend="cpu")
+    assert out_q.data_ptr() == q.data_ptr()
+    assert out_k.data_ptr() == k.data_ptr()
+    assert not torch.equal(q[1:], before[1:, ..., :DIM])
+    assert torch.equal(qkv[..., 2 * DIM :], before[..., 2 * DIM :])
+
+
+@on_cpu
+def test_rotation_of_a_tensor_that_autograd_saved_is_reported():
+    q = torch.randn(4, 1, 2, DIM, requires_grad=True).exp()  # exp saves its result
+    k = torch.randn(4, 1, 2, DIM) * 1
+    out, _ = rotary(q, k, *rotary_tables(4, DIM, 100.0, "cpu"), backend="cpu")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@on_cpu
+def test_rotation_does_not_touch_a_gradient_with_other_readers():
+    """An addition hands the same gradient tensor to both of its inputs."""
+    leaf, other = torch.randn(4, 1, 2, DIM, requires_grad=True), torch.randn(4, 1, 2, DIM, requires_grad=True)
+    out, _ = rotary(leaf * 1, torch.zeros(4, 1, 1, DIM), *rotary_tables(4, DIM, 100.0, "cpu"), backend="cpu")
+    gradient = torch.randn(4, 1, 2, DIM)
+    kept = gradient.clone()
+    (out + other * 1).backward(gradient)
+    assert torch.equal(other.grad, kept)
+    assert torch.equal(gradient, kept)
+
+
+@on_cpu
+def test_the_gradient_lies_in_the_logits_storage_and_is_taken_once():
+    leaf = torch.randn(3, 1, 7, requires_grad=True)
+    logits = leaf * 1
+    logits.retain_grad()
+    loss = vocab_parallel_cross_entropy(logits, torch.tensor([[1], [2], [3]]), backend="cpu").sum()
+    loss.backward(retain_graph=True)
+    torch.testing.assert_close(logits.detach(), leaf.grad)
+    with pytest.raises(
+        RuntimeError, match="cross_entropy: the logits were overwritten by the gradient in an earlier back"
+    ):
+        loss.backward()
+
+
+@on_cpu
+def test_cross_entropy_has_no_second_derivative():
+    logits = torch.randn(3, 1, 7, requires_grad=True)
+    loss = vocab_parallel_cross_entropy(logits * 1, torch.tensor([[1], [2], [3]]), backend="cpu").sum()
+    with pytest.raises(RuntimeError, match="cross_entropy: this backward cannot be differentiated again"):
+        torch.autograd.grad(loss, logits, create_graph=True)
