@@ -137,10 +137,11 @@ __global__ void __launch_bounds__(loss_threads)
     target += plane_of(rank, 2);
     if (planes > 3) logit_sum += plane_of(rank, 3);
   }
-  const float log_sum = shift + logf(sum);
+  const float above_shift = logf(sum), log_sum = shift + above_shift;
   const float smoothing = planes > 3 ? label_smoothing : 0.0f;
   const int64_t label = labels[row];
-  float value = log_sum - (1.0f - smoothing) * target + z_loss * log_sum * log_sum;
+  // The large numbers first: of logits of 30,000 the loss keeps all its digits.
+  float value = above_shift + (shift - (1.0f - smoothing) * target) + z_loss * log_sum * log_sum;
   if (smoothing != 0.0f) value -= smoothing * (logit_sum / static_cast<float>(vocabulary_size));
   if (label < 0 || label >= vocabulary_size) value = nanf("");
   loss[row] = label == ignore_index ? 0.0f : value;

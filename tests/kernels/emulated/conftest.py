@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-import emulated_build
 import pytest
+
+FOLDER = Path(__file__).resolve().parent
+sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]  # kernel_cases: the cases that every backend is tested on
+
+import emulated_build  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.machinery
 import importlib.util
+import os
 import shlex
 import shutil
 import subprocess
@@ -98,6 +99,18 @@ def build_module(folder: Path, *, sanitize: bool = False) -> Path:
         done = subprocess.run(link, capture_output=True, text=True)
         assert done.returncode == 0, f"linking failed:\n{done.stderr[-4000:]}"
     return target
+
+
+def sanitizer_runtime() -> str | None:
+    """AddressSanitizer's library, which must be loaded before Python itself; None where g++ has none."""
+    found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    return found if Path(found).is_absolute() and Path(found).exists() else None
+
+
+def sanitizer_environment(runtime: str) -> dict[str, str]:
+    """The environment of a Python process that loads sanitised modules. Python itself leaks at its end, by design."""
+    options = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    return {**os.environ, **options, "PYTHONMALLOC": "malloc"}
 
 
 def load_module(path: Path) -> ModuleType:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comparison import DTYPES, Guarded, assert_as_exact_as, empty
+from guarded import DTYPES, Guarded, check_all, empty
+from kernel_cases import assert_as_good_as_reference
 
 EPSILON = 1e-5
 
@@ -42,8 +43,7 @@ def forward(kernels, x, residual, gamma, zero_centered=False, offset=0):
     kernels.rms_norm_forward(
         *address.values(), rows, hidden, EPSILON, zero_centered, DTYPES[x.dtype], DTYPES[gamma.dtype], 0
     )
-    for name, guarded in held.items():
-        guarded.check(name)
+    check_all(held)
     return held["y"].tensor, held["h"].tensor if residual is not None else x, held["rstd"].tensor
 
 
@@ -68,8 +68,7 @@ def backward(kernels, grad_y, grad_h, h, gamma, rstd, zero_centered=False, offse
     kernels.rms_norm_backward(
         *address, partial_rows, rows, hidden, zero_centered, DTYPES[h.dtype], DTYPES[gamma.dtype], 0
     )
-    for name, guarded in held.items():
-        guarded.check(name)
+    check_all(held)
     return held["grad_x"].tensor, held["grad_gamma"].tensor
 
 
@@ -81,9 +80,8 @@ def gradients_of_equation(h, gamma, grad_y, grad_h, zero_centered):
     return (grad_x if grad_h is None else grad_x + grad_h), grad_gamma
 
 
-def torch_reference(dtype):
-    """torch computes norms of 16-bit activations in fp32 and rounds the result; so does the reference."""
-    return torch.float32 if dtype != torch.float32 else dtype
+def judge(name, actual, reference, exact):
+    assert_as_good_as_reference({name: actual}, {name: reference}, {name: exact}, "rms_norm")
 
 
 @pytest.mark.parametrize(("dtype", "gamma_dtype"), TYPES, ids=lambda t: str(t).removeprefix("torch."))
@@ -97,9 +95,9 @@ def test_forward_is_as_exact_as_torch(kernels, rows, hidden, dtype, gamma_dtype,
         assert torch.equal(h, x + residual), "h must be x + residual, rounded once"
     exact, _ = equation(h.double(), None, gamma.double(), residual_given)
     reference, _ = equation(h.float(), None, gamma.float(), residual_given)
-    assert_as_exact_as("y", y, reference.to(dtype), exact)
+    judge("y", y, reference.to(dtype), exact)
     exact_rstd = torch.rsqrt(h.double().pow(2).mean(-1) + EPSILON)
-    assert_as_exact_as("rstd", rstd, torch.rsqrt(h.float().pow(2).mean(-1) + EPSILON), exact_rstd)
+    judge("rstd", rstd, torch.rsqrt(h.float().pow(2).mean(-1) + EPSILON), exact_rstd)
 
 
 @pytest.mark.parametrize(("dtype", "gamma_dtype"), TYPES, ids=lambda t: str(t).removeprefix("torch."))
@@ -116,14 +114,14 @@ def test_backward_is_as_exact_as_torch(kernels, rows, hidden, dtype, gamma_dtype
         return gradients_of_equation(h.to(kind), gamma.to(kind), grad_y.to(kind), branch, branch_given)
 
     (exact_x, exact_gamma), (torch_x, torch_gamma) = reference(torch.float64), reference(torch.float32)
-    assert_as_exact_as("grad_x", grad_x, torch_x.to(dtype), exact_x)
-    assert_as_exact_as("grad_gamma", grad_gamma, torch_gamma.to(gamma_dtype), exact_gamma)
+    judge("grad_x", grad_x, torch_x.to(dtype), exact_x)
+    judge("grad_gamma", grad_gamma, torch_gamma.to(gamma_dtype), exact_gamma)
 
 
-@pytest.mark.parametrize("hidden", [64, 1024, 20000])
+@pytest.mark.parametrize("hidden", [64, 1024, 16400])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_alignment_does_not_change_a_bit(kernels, dtype, hidden):
-    x, residual, gamma, grad_y, grad_h = inputs(5, hidden, dtype, dtype)
+    x, residual, gamma, grad_y, grad_h = inputs(2, hidden, dtype, dtype)
     aligned = forward(kernels, x, residual, gamma)
     gradients = backward(kernels, grad_y, grad_h, aligned[1], gamma, aligned[2])
     for offset in (1, 3):
@@ -138,12 +136,12 @@ def test_backward_with_any_number_of_partial_rows(kernels, partial_rows):
     rstd = torch.rsqrt(h.pow(2).mean(-1) + EPSILON)
     _, grad_gamma = backward(kernels, grad_y, None, h, gamma, rstd, partial_rows=partial_rows)
     exact = (grad_y.double() * h.double() * rstd.double()[:, None]).sum(0)
-    assert_as_exact_as("grad_gamma", grad_gamma, (grad_y * h * rstd[:, None]).sum(0), exact)
+    judge("grad_gamma", grad_gamma, (grad_y * h * rstd[:, None]).sum(0), exact)
 
 
-@pytest.mark.parametrize("hidden", [512, 20000])
+@pytest.mark.parametrize("hidden", [512, 16400])
 def test_backward_may_overwrite_grad_y(kernels, hidden):
-    h, _, gamma, grad_y, grad_h = inputs(6, hidden, torch.bfloat16, torch.bfloat16)
+    h, _, gamma, grad_y, grad_h = inputs(3, hidden, torch.bfloat16, torch.bfloat16)
     rstd = torch.rsqrt(h.float().pow(2).mean(-1) + EPSILON)
     apart = backward(kernels, grad_y, grad_h, h, gamma, rstd)
     assert all(map(torch.equal, apart, backward(kernels, grad_y, grad_h, h, gamma, rstd, in_place=True)))
