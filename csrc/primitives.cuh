@@ -267,7 +267,7 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared
                              static_cast<int>(shared_bytes));
     if (refused != cudaSuccess) return refused;
   }
-  kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)> > >(arguments...);
+  kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   return cudaGetLastError();
 #endif
 }
