@@ -183,13 +183,26 @@ def load_checkpoint(
     restore_optimizer(optimizer, loaded["optimizer"], local, manifest["step"])
     if same_layout:
         restore_random_states(loaded["random"])
-    weights = weight_fingerprint(chunks, device)
-    if weights != manifest["weights"]:
-        raise CheckpointError(
-            f"{folder}: the weights in memory have fingerprint {weights}, those saved had {manifest['weights']}; "
-            "this is a defect of loading or of the machine's memory: do not train on, try another node"
-        )
+    _check_fingerprint(folder, manifest["weights"], chunks, device)
     return manifest
+
+
+def load_weights(folder: Path, chunks: Sequence, device: torch.device) -> None:
+    """Load the weights alone, for evaluation; CheckpointError when they do not arrive as they were saved."""
+    model = model_state(chunks)
+    loaded = dist_checkpointing.load(dict(model), str(folder))
+    for name, chunk in zip(model, chunks, strict=True):
+        unwrapped(chunk).load_state_dict(loaded[name])
+    _check_fingerprint(folder, read_manifest(folder)["weights"], chunks, device)
+
+
+def _check_fingerprint(folder: Path, saved: str, chunks: Sequence, device: torch.device) -> None:
+    found = weight_fingerprint(chunks, device)
+    if found != saved:
+        raise CheckpointError(
+            f"{folder}: the weights in memory have fingerprint {found}, those saved had {saved}; "
+            "this is a defect of loading or of the machine's memory: do not go on, try another node"
+        )
 
 
 def layout_name(config: Config) -> str:
