@@ -86,6 +86,35 @@ def test_overrides_are_toml_values_or_text():
     assert config.train.steps == 60
 
 
+EDGES = [
+    ["parallel.pipeline=1"],
+    ["parallel.pipeline=1", "parallel.tensor=1", "parallel.sequence=false"],
+    ["parallel.virtual_pipeline=2"],
+    ["parallel.data=2", "parallel.distributed_optimizer=true"],
+    ["model.sequence_length=255", "parallel.sequence=false"],
+    [
+        *("model.implementation=transformer_engine", "model.kernels.adamw=torch", "parallel.context=4"),
+        *("parallel.distributed_optimizer=true", "parallel.sequence=false", "model.sequence_length=200"),
+    ],
+    ["optimizer.warmup_steps=239"],
+    ["optimizer.schedule=wsd", "optimizer.decay_steps=220"],
+    ["optimizer.schedule=constant", "optimizer.min_learning_rate="],
+    ["optimizer.min_learning_rate=1.5e-3"],
+    ["optimizer.min_learning_rate=0.0"],
+    ["checkpoint.keep_every_steps=160"],
+    ["checkpoint.chunks=", "checkpoint.every_steps=1000"],
+    [RAMP, "train.steps=16", "optimizer.warmup_steps=0", "checkpoint.chunks=1"],
+    ["train.batch_ramp={start=4, increment=12, samples=64}"],
+    ["parallel.virtual_pipeline=2", "train.batch_ramp={start=8, increment=8, samples=64}"],
+    ["data.held_out=", "train.evaluate_every_steps=", "train.evaluate_batches="],
+]
+
+
+@pytest.mark.parametrize("overrides", EDGES, ids=[",".join(overrides) for overrides in EDGES])
+def test_what_is_just_right_is_accepted(overrides):
+    load_config(TOY, overrides)
+
+
 def test_tree_is_frozen():
     config = load_config(TOY)
     with pytest.raises(ValidationError, match="frozen"):
@@ -138,6 +167,7 @@ def test_fingerprint_names_the_training_and_not_the_layout():
         ],
     )
     assert same.fingerprint == toy.fingerprint
+    assert len(toy.fingerprint) == 16
     assert toy.differences(same)["train.micro_batch"] == (4, 2)
     changes = ["run.seed=1", "optimizer.beta2=0.9", "train.global_batch=32", "train.steps=120", "model.rope_base=5e5"]
     for change in [*changes, "train.precision=bfloat16", RAMP]:

@@ -140,6 +140,11 @@ MISTAKES = [
         "train.batch_ramp.samples = 64000: the ramp takes",
     ),
     (
+        "ramp_ends_within_run",
+        ["train.batch_ramp={start=4, increment=4, samples=96}", "train.steps=15"],
+        "train.batch_ramp.samples = 96: the ramp takes 15 steps and train.steps = 15 never sees the full batch",
+    ),
+    (
         "evaluation_is_whole",
         ["data.held_out="],
         "train.evaluate_every_steps = 80: has no effect without data.held_out: give that too, or remove it",
