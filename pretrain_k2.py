@@ -22,7 +22,6 @@ from k2_megatron.kernels.dispatch import OPS, choose_backend
 from k2_megatron.model import build_model
 from k2_megatron.plan import plan_text
 from k2_megatron.plan.dry_run import dry_run_text
-
 from k2_megatron.runtime.cpu_stand_in import cpu_stands_in_for_cuda
 from k2_megatron.runtime.devices import Device, find_device, peak_bf16_flops
 from k2_megatron.runtime.groups import build_groups, connect, disconnect
@@ -80,7 +79,7 @@ def train(config: Config, environment: RankEnvironment, device: Device) -> int:
     views = Views(config, folder, enabled=is_writer)
 
     # Data, model, optimizer
-    data = open_run_data(config)
+    data = open_run_data(config, writer=is_writer)
     choices = [choose_backend(op, config.model.kernels.backend(op), device.type) for op in OPS]
     kernels = {choice.op: choice.backend for choice in choices}
     chunks = wrap_model(config, build_model(config, kernels, groups.collection), groups.collection)
@@ -101,7 +100,7 @@ def train(config: Config, environment: RankEnvironment, device: Device) -> int:
     newest, doubts = find_checkpoint(checkpoints, groups)
     if newest is not None:
         manifest = load_checkpoint(newest, config, groups, chunks, optimizer, device.torch)
-        data.check_position(manifest)
+        data.resume_at(manifest)
         step = manifest["step"]
         learning_rate, next_sample = learning_rate_at(config, step), config.consumed_samples_at(step)
         journal.write(
@@ -145,10 +144,11 @@ def train(config: Config, environment: RankEnvironment, device: Device) -> int:
             journal.write("incident", kind="not finite", **event)
             raise StopRun(
                 f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite. The update was not "
-                f"applied; samples {first_sample} to {consumed - 1} are the batch. The last checkpoint is step {saved_step}"
+                f"applied; its batch is samples {first_sample} to {consumed - 1}. The last checkpoint is step {saved_step}"
             )
         journal.write("step", **event)
         views.step(event)
+        data.consumed(first_sample, consumed)
 
         last = step == config.train.steps
         signal = stop.agreed(device.torch)
@@ -157,6 +157,7 @@ def train(config: Config, environment: RankEnvironment, device: Device) -> int:
             journal.write("evaluation", step=step, held_out_loss=held_out_loss)
             views.evaluation(step, held_out_loss)
         if step % config.checkpoint.every_steps == 0 or last or signal:
+            data.record_position(step, consumed)
             saved = save_checkpoint(checkpoints, step, config, groups, chunks, optimizer, device.torch, data.position())
             journal.write(
                 "checkpoint",

@@ -1,4 +1,7 @@
-"""Continue a prompt with the newest checkpoint of a run: python tools/continue_text.py runs/toy --prompt "My fellow"."""
+"""Continue a prompt with the newest checkpoint of a run.
+
+python tools/continue_text.py runs/toy --prompt "My fellow citizens"
+"""
 
 import argparse
 import sys

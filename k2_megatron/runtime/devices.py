@@ -1,5 +1,6 @@
 """Which device this process computes on, and what that implies: communication backend, data type of the peak."""
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,8 @@ _BF16_PEAK_FLOPS = (("A100", 312e12), ("H100 PCIe", 756e12), ("H100", 989e12), (
 
 def find_device(local_rank: int) -> Device:
     """The device of this local rank. ValueError when there are fewer GPUs than local ranks."""
+    # Kernels of tensor-parallel layers must start in the order they were issued for communication to overlap with them.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not torch.cuda.is_available():
         return Device("cpu", 0, "gloo", _cpu_name())
     count = torch.cuda.device_count()

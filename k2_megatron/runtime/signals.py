@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGUSR1 (Slurm's warning before the time limit) ask the run to finish its step, save and leave."""
+"""SIGINT, SIGTERM and SIGUSR1 (Slurm's warning before the time limit) ask the run to finish its step, save, leave."""
 
 import signal
 from types import FrameType

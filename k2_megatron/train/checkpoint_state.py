@@ -65,7 +65,9 @@ def optimizer_state(optimizer: MegatronOptimizer, model: dict, *, loading: bool)
     sharded, local = extract_matching_values(state, lambda value: isinstance(value, ShardedBase))
     dict_list_map_inplace(_with_common_name, sharded)
     if not loading and not any(value.key.startswith(_MAIN) for value in nested_values(sharded)):
-        weights, _ = extract_matching_values(model, lambda value: isinstance(value, ShardedTensor | ShardedTensorFactory))
+        weights, _ = extract_matching_values(
+            model, lambda value: isinstance(value, ShardedTensor | ShardedTensorFactory)
+        )
         sharded["main"] = dict_list_map_outplace(lambda value: replace(value, key=_MAIN + value.key), weights)
     return sharded, local
 

@@ -1,42 +1,76 @@
-"""The data of one run: the rows it trains on, the rows it is evaluated on, and its position among them."""
+"""The data of one run: the rows it trains on, the rows it is evaluated on, its ledger, and its position."""
+
+from pathlib import Path
 
 from k2_megatron.config import Config
 from k2_megatron.data.feed import Feed, open_feed
+from k2_megatron.data.ledger import CHAIN_START, Ledger
 from k2_megatron.train.checkpoint_files import CheckpointError
 
 
 class RunData:
-    """`train` and `held_out` (None when the run is not evaluated) give rows by sample number."""
+    """`train` and `held_out` (None when the run is not evaluated) give rows by sample number.
 
-    def __init__(self, train: Feed, held_out: Feed | None) -> None:
+    `chain` is the hash over all samples consumed so far, kept by the rank that writes the ledger.
+    """
+
+    def __init__(self, train: Feed, held_out: Feed | None, ledger: Ledger, *, writer: bool) -> None:
         self.train = train
         self.held_out = held_out
         self.fingerprint = train.fingerprint
+        self._ledger = ledger
+        self._writer = writer
+        self.chain = CHAIN_START
+
+    def consumed(self, first_sample: int, end_sample: int) -> None:
+        """Tell of samples first_sample ... end_sample - 1; they follow those told before."""
+        if self._writer:
+            self.chain = self._ledger.chain(self.chain, first_sample, end_sample)
+
+    def record_position(self, step: int, consumed_samples: int) -> None:
+        """Write the position reached and its chain into the ledger, when a checkpoint of it is on disk."""
+        if self._writer:
+            self._ledger.record_position(consumed_samples, self.chain, step=step)
 
     def position(self) -> dict:
         """What a checkpoint says of the data; the sample number itself is a function of the step."""
-        return {"data": self.fingerprint}
+        return {"data": self.fingerprint, "chain": self.chain, "amendments": len(self._ledger.amendments)}
 
-    def check_position(self, manifest: dict) -> None:
-        """CheckpointError when the checkpoint was trained on other rows than this run would go on with."""
+    def resume_at(self, manifest: dict) -> None:
+        """Go on after a checkpoint. CheckpointError when it was trained on other rows than this run would read."""
         if manifest["data"] != self.fingerprint:
             raise CheckpointError(
                 f"the checkpoint of step {manifest['step']} was trained on data {manifest['data']}, data.train is now "
                 f"{self.fingerprint}; put the old files back, or start a new run.folder"
             )
+        self.chain = manifest["chain"]
 
 
-def open_run_data(config: Config) -> RunData:
-    """Open what data.train and data.held_out name. ValueError when files are missing, damaged or do not fit."""
+def open_run_data(config: Config, *, writer: bool = False) -> RunData:
+    """Open what data.train and data.held_out name, under the ledger of the run folder.
+
+    ValueError when files are missing, damaged, too small for the run, or made for another vocabulary.
+    """
     shape = {
         "sequence_length": config.model.sequence_length,
         "seed": config.run.seed,
         "vocab_size": config.model.vocab_size,
     }
+    ledger = Ledger(Path(config.run.folder))
     # One prefix for both is split by document; two names are taken whole.
     split = config.data.train == config.data.held_out
-    train = open_feed(config.data.train, part="train" if split else "all", **shape)
+    train = open_feed(config.data.train, part="train" if split else "all", ledger=ledger, **shape)
+    _check_rows("data.train", config.data.train, train, config.total_samples, "train.steps or train.global_batch")
     held_out = None
     if config.train.evaluate_every_steps:
         held_out = open_feed(config.data.held_out, part="held_out" if split else "all", **shape)
-    return RunData(train, held_out)
+        needed = config.train.evaluate_batches * config.train.global_batch
+        _check_rows("data.held_out", config.data.held_out, held_out, needed, "train.evaluate_batches")
+    return RunData(train, held_out, ledger, writer=writer)
+
+
+def _check_rows(key: str, path: str, feed: Feed, needed: int, remedy: str) -> None:
+    if feed.rows is not None and feed.rows < needed:
+        raise ValueError(
+            f"{key} = {path!r} has {feed.rows:,} rows and {needed:,} are asked for; lower {remedy}, or give more data"
+        )

@@ -5,10 +5,8 @@ Out: a `StepResult` that is equal on every rank.
 """
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy
 import torch
@@ -20,13 +18,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from k2_megatron.config import Config
+from k2_megatron.data.feed import Feed
 from k2_megatron.runtime.groups import Groups
-
-
-class Feed(Protocol):
-    """What the step reads: `tokens(first, count)` -> integer array [count, S + 1], a pure function of its arguments."""
-
-    def tokens(self, first_sample: int, count: int) -> numpy.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -41,19 +34,6 @@ class StepResult:
     data_seconds: float
 
 
-class _TimedFeed:
-    """A feed that adds up the seconds its caller waited."""
-
-    def __init__(self, feed: "Feed") -> None:
-        self._feed, self.seconds = feed, 0.0
-
-    def tokens(self, first_sample: int, count: int) -> numpy.ndarray:
-        began = time.perf_counter()
-        rows = self._feed.tokens(first_sample, count)
-        self.seconds += time.perf_counter() - began
-        return rows
-
-
 def micro_batches(
     config: Config, groups: Groups, feed: Feed, first_sample: int, global_batch: int, device: torch.device
 ) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]]:
@@ -61,13 +41,16 @@ def micro_batches(
 
     Samples first_sample ... + global_batch belong to the step in every layout; micro-batch m of data rank r takes the
     ones from first_sample + (m * data_size + r) * B. Only the first stage reads tokens and only the last reads labels.
+    The micro-batch that comes next, this step's or the next step's, is read in the background.
     """
     size = config.train.micro_batch
-    for start in range(first_sample + groups.data_rank * size, first_sample + global_batch, groups.data_size * size):
+    stride = groups.data_size * size
+    for start in range(first_sample + groups.data_rank * size, first_sample + global_batch, stride):
         if not (groups.is_first_stage or groups.is_last_stage):
             yield None, None
             continue
         rows = torch.from_numpy(feed.tokens(start, size).astype(numpy.int64)).to(device)
+        feed.prefetch(start + stride, size)
         yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
@@ -134,8 +117,8 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     first_sample, global_batch = config.consumed_samples_at(step), config.global_batch_at(step)
-    timed = _TimedFeed(feed)
-    loss = _run_schedule(config, groups, chunks, timed, first_sample, global_batch, device, forward_only=False)
+    waited = feed.seconds_waited
+    loss = _run_schedule(config, groups, chunks, feed, first_sample, global_batch, device, forward_only=False)
 
     # What MegatronOptimizer.step() does, with a look at the norm before anything is changed
     optimizer.prepare_grads()
@@ -147,7 +130,7 @@ def train_step(
                 if part.get_parameters():
                     clip_grad_by_total_norm_fp32(part.get_parameters(), config.optimizer.clip_grad_norm, grad_norm)
         optimizer.step_with_ready_grads()
-    return StepResult(loss, grad_norm, updated=finite, data_seconds=timed.seconds)
+    return StepResult(loss, grad_norm, updated=finite, data_seconds=feed.seconds_waited - waited)
 
 
 def evaluate(config: Config, groups: Groups, chunks: Sequence, feed: Feed, device: torch.device) -> float:
