@@ -144,7 +144,7 @@ def train(config: Config, environment: RankEnvironment, device: Device) -> int:
             journal.write("incident", kind="not finite", **event)
             raise StopRun(
                 f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite. The update was not "
-                f"applied; its batch is samples {first_sample} to {consumed - 1}. The last checkpoint is step {saved_step}"
+                f"applied; its batch is samples {first_sample} to {consumed - 1}. The last save was step {saved_step}"
             )
         journal.write("step", **event)
         views.step(event)

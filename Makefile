@@ -1,0 +1,56 @@
+# Two commands: `make pretrain` and `make test`. The rest is for those who change the code.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/toy
+DATA := runs/toy_data
+
+# On a machine with no NVIDIA GPU torch is pinned to a version whose CPU build is at hand.
+ifeq ($(shell nvidia-smi -L 2>/dev/null | grep -c GPU),0)
+CONSTRAINTS := -c constraints-cpu.txt
+endif
+ifdef TORCH_INDEX
+INDEX := --extra-index-url $(TORCH_INDEX)
+endif
+
+SOURCES := setup.py pyproject.toml constraints-cpu.txt $(wildcard csrc/*.* csrc/cpu/*)
+
+.PHONY: pretrain test check drill clean
+
+pretrain: $(VENV)/installed $(DATA)/train
+	$(BIN)/python pretrain_k2.py examples/toy/toy.toml
+	$(BIN)/python tools/continue_text.py $(RUN) --prompt "My fellow citizens, the state of the Union is"
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 12) else \
+	  f"k2_megatron needs Python 3.10, 3.11 or 3.12 and {sys.executable} is {v[0]}.{v[1]}: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+
+$(VENV)/installed: $(VENV)/bin/python $(SOURCES)
+	$(BIN)/pip install --quiet $(INDEX) $(CONSTRAINTS) -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/bin/python $(SOURCES)
+	$(BIN)/pip install --quiet $(INDEX) $(CONSTRAINTS) -e ".[dev]"
+	touch $@ $(VENV)/installed
+
+$(DATA)/speeches_text_document.idx: | $(VENV)/installed
+	$(BIN)/python tools/preprocess_data.py --input examples/toy/state_of_the_union.jsonl.xz \
+	  --tokenizer examples/toy/tokenizer.json --output-prefix $(DATA)/speeches --append-eod
+
+# The plan does not change with a new installation: it is built where it is missing, and never over an old one.
+$(DATA)/train: | $(DATA)/speeches_text_document.idx
+	$(BIN)/python tools/build_plan.py examples/toy/data.toml --output $(DATA)/train --held-out $(DATA)/held_out
+
+clean:
+	rm -rf $(VENV) build k2_megatron.egg-info k2_megatron/*.so
