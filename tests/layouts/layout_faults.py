@@ -1,0 +1,66 @@
+"""Faults that a distributed run has had, put back on purpose: the comparison of layouts must see each of them."""
+
+import dataclasses
+
+import torch
+
+import k2_megatron.model.build as build
+import k2_megatron.train.step as step
+from k2_megatron.model.norm import K2RMSNorm
+
+
+def tensor_parallel_weights_unmarked() -> None:
+    """Each tensor rank's part counts as a copy, and one rank's part alone enters the gradient norm."""
+    build.mark_tensor_parallel = lambda model: None
+
+
+def norms_unmarked_for_sequence_parallelism() -> None:
+    """Each tensor rank keeps the norm gradients of its own positions."""
+    marked = K2RMSNorm.__init__
+
+    def unmarked(self, *args, **kwargs) -> None:
+        marked(self, *args, **kwargs)
+        self.weight.sequence_parallel = False
+
+    K2RMSNorm.__init__ = unmarked
+
+
+def batched_messages_between_two_interleaved_stages() -> None:
+    """Next and previous stage are one rank, and megatron-core's batched messages pair up wrongly."""
+    right = build.transformer_config
+
+    def batched(config, kernels):
+        return dataclasses.replace(right(config, kernels), overlap_p2p_comm=False, batch_p2p_comm=True)
+
+    build.transformer_config = batched
+
+
+def replicas_read_the_same_samples() -> None:
+    """Every data-parallel rank reads what rank 0 reads."""
+    right = step.micro_batches
+
+    def same(config, groups, *rest):
+        return right(config, dataclasses.replace(groups, data_rank=0), *rest)
+
+    step.micro_batches = same
+
+
+def weights_drawn_from_the_generator_of_the_rank() -> None:
+    """megatron-core's own way: every rank draws its weights in turn."""
+
+    def drawn(model, seed, init_std, *_unused) -> None:
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=init_std)
+
+    build.initialize_weights = drawn
+
+
+def one_micro_batch_left_out() -> None:
+    """The last micro-batch of each rank repeats the one before it."""
+    right = step.micro_batches
+
+    def repeated(config, groups, feed, first_sample, global_batch, device):
+        batches = list(right(config, groups, feed, first_sample, global_batch, device))
+        return iter([*batches[:-1], batches[-2]])
+
+    step.micro_batches = repeated

@@ -1,0 +1,165 @@
+"""Every layout trains the same model: weights, losses and gradients against one process, five steps in float32.
+
+The first loss and the first gradients differ by the order of summation alone; afterwards Adam, which divides by the
+root of a tiny second moment, lets that rounding grow. Bounds, relative: first loss 1e-6, later losses 1e-5; gradient
+norms 1e-4.
+"""
+
+import math
+
+import layout_faults
+import pytest
+import torch
+from small_run import VOCABULARY
+
+ONE_PROCESS: dict[str, object] = {}
+LAYOUTS = {
+    "tp2": (2, {"parallel.tensor": 2}),
+    "tp2-sp": (2, {"parallel.tensor": 2, "parallel.sequence": True}),
+    "pp2": (2, {"parallel.pipeline": 2}),
+    "pp2-vp2": (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}),
+    "dp2": (2, {}),
+    "dp2-sharded": (2, {"parallel.distributed_optimizer": True}),
+    "tp2-pp2": (4, {"parallel.tensor": 2, "parallel.pipeline": 2}),
+    "tp2-sp-dp2-sharded": (
+        4,
+        {"parallel.tensor": 2, "parallel.sequence": True, "parallel.distributed_optimizer": True},
+    ),
+    "pp2-vp2-dp2-sharded": (
+        4,
+        {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2, "parallel.distributed_optimizer": True},
+    ),
+}
+FIRST_LOSS, LATER_LOSSES, GRADIENT_NORMS, GRADIENTS = 1e-6, 1e-5, 1e-4, 1e-5
+# bfloat16 keeps 8 bits: two orders of summation differ by some 2^-9 in an activation, and the mean over 256 positions
+# of a loss by less.
+BFLOAT16_LOSSES, BFLOAT16_GRADIENT_NORMS = 2e-3, 2e-2
+
+in_every_layout = pytest.mark.parametrize(("ranks", "settings"), LAYOUTS.values(), ids=LAYOUTS)
+
+
+def differences(expected, found, first_loss=FIRST_LOSS, losses=LATER_LOSSES, grad_norms=GRADIENT_NORMS) -> list[str]:
+    """What of two trainings differs by more than the bounds, one line each."""
+    lines = []
+    for name, values, bounds in (
+        ("loss", (expected.losses, found.losses), [first_loss] + [losses] * (len(expected.losses) - 1)),
+        ("gradient norm", (expected.grad_norms, found.grad_norms), [grad_norms] * len(expected.losses)),
+        ("held-out loss", ([expected.held_out_loss], [found.held_out_loss]), [losses]),
+    ):
+        for step, (a, b, bound) in enumerate(zip(*values, bounds, strict=True), 1):
+            if not abs(b - a) <= bound * abs(a):
+                lines.append(f"{name} of step {step}: {b} against {a}, relative {abs(b / a - 1):.1e} over {bound}")
+    return lines
+
+
+def gradient_differences(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], bound: float) -> list[str]:
+    """Names whose gradients differ in norm by more than `bound` of the expected norm."""
+    assert expected.keys() == found.keys()
+    return [
+        f"{name}: off by {float(difference):.1e} of its norm"
+        for name, gradient in expected.items()
+        if not (difference := (found[name] - gradient).norm() / gradient.norm()) <= bound
+    ]
+
+
+@in_every_layout
+def test_initial_weights_are_the_same(train, ranks, settings):
+    assert train(ranks, settings).training.initial_weights == train(1, ONE_PROCESS).training.initial_weights
+
+
+@in_every_layout
+def test_losses_and_gradient_norms_are_those_of_one_process(train, ranks, settings):
+    found = train(ranks, settings)
+    assert differences(train(1, ONE_PROCESS).training, found.training) == []
+    assert found.ranks_agree, "ranks report different losses, norms or weights"
+
+
+@in_every_layout
+def test_every_gradient_of_the_first_step_is_that_of_one_process(train, ranks, settings):
+    expected = train(1, ONE_PROCESS).gradients
+    assert len(expected) == 9, "embedding, output, final norm, and six kinds in a layer"
+    assert gradient_differences(expected, train(ranks, settings).gradients, GRADIENTS) == []
+
+
+def test_first_loss_is_that_of_a_model_which_knows_nothing(train):
+    # The logits' variance, init_std^2 * hidden_size = 0.026, adds half of itself; the sample of 256 positions, the rest.
+    assert abs(train(1, ONE_PROCESS).training.losses[0] - math.log(VOCABULARY)) < 0.05
+
+
+def test_training_is_repeatable_to_the_bit(train, small_config, tmp_path):
+    again = train(1, {"run.folder": str(tmp_path)})  # the folder keeps the cache from answering
+    assert again.training == train(1, ONE_PROCESS).training
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize(
+    ("ranks", "settings"), [(1, {}), (2, {"parallel.tensor": 2, "parallel.sequence": True})], ids=["one", "tp2-sp"]
+)
+def test_recomputed_activations_are_the_same_to_the_bit(train, ranks, settings, recompute):
+    assert train(ranks, {**settings, "train.recompute": recompute}).training == train(ranks, settings).training
+
+
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2-vp2", "dp2-sharded", "tp2-pp2"])
+def test_bfloat16_stays_within_its_rounding_of_one_process(train, layout):
+    ranks, settings = LAYOUTS[layout]
+    expected = train(1, {"train.precision": "bfloat16"}).training
+    found = train(ranks, {**settings, "train.precision": "bfloat16"}).training
+    assert found.initial_weights == expected.initial_weights
+    assert differences(expected, found, BFLOAT16_LOSSES, BFLOAT16_LOSSES, BFLOAT16_GRADIENT_NORMS) == []
+
+
+def test_bfloat16_is_near_float32(train):
+    expected, found = train(1, ONE_PROCESS).training, train(1, {"train.precision": "bfloat16"}).training
+    assert differences(expected, found, BFLOAT16_LOSSES, BFLOAT16_LOSSES, BFLOAT16_GRADIENT_NORMS) == []
+    assert found.losses != expected.losses
+
+
+@pytest.mark.parametrize("layout", ["tp2-sp", "tp2-pp2"])
+def test_grouped_query_attention_divides_over_tensor_ranks(train, layout):
+    ranks, settings = LAYOUTS[layout]
+    grouped = {"model.kv_heads": 2}
+    expected, found = train(1, grouped), train(ranks, {**settings, **grouped})
+    assert found.training.initial_weights == expected.training.initial_weights
+    assert differences(expected.training, found.training) == []
+    assert gradient_differences(expected.gradients, found.gradients, GRADIENTS) == []
+
+
+@pytest.mark.parametrize("layout", ["dp2", "pp2-vp2"])
+def test_batch_ramp_feeds_the_same_samples(train, layout):
+    ramp = {"train.global_batch": 16, "train.batch_ramp": "{start = 8, increment = 8, samples = 16}"}
+    ranks, settings = LAYOUTS[layout]
+    expected = train(1, ramp).training
+    assert differences(expected, train(ranks, {**settings, **ramp}).training) == []
+    constant = train(1, ONE_PROCESS).training  # the ramp's first two steps are steps of 8
+    assert expected.losses[:2] == constant.losses[:2]
+    assert expected.losses[2] != constant.losses[2]
+
+
+def test_kernels_do_not_change_the_result(train):
+    expected = train(1, ONE_PROCESS)
+    found = train(1, {"model.kernels": "torch"})
+    assert differences(expected.training, found.training) == []
+    assert gradient_differences(expected.gradients, found.gradients, GRADIENTS) == []
+
+
+# Which part of the comparison must see a fault: the weights at the start, losses and norms, or gradients by name.
+FAULTS = [
+    (layout_faults.weights_drawn_from_the_generator_of_the_rank, "pp2", {"weights", "losses", "gradients"}),
+    (layout_faults.tensor_parallel_weights_unmarked, "tp2", {"losses", "gradients"}),
+    (layout_faults.norms_unmarked_for_sequence_parallelism, "tp2-sp", {"losses", "gradients"}),
+    (layout_faults.batched_messages_between_two_interleaved_stages, "pp2-vp2", {"losses", "gradients"}),
+    (layout_faults.replicas_read_the_same_samples, "dp2", {"losses", "gradients"}),
+    (layout_faults.one_micro_batch_left_out, "pp2", {"losses", "gradients"}),
+]
+
+
+@pytest.mark.parametrize(("fault", "layout", "seen"), FAULTS, ids=[fault[0].__name__ for fault in FAULTS])
+def test_comparison_sees_a_fault(train, fault, layout, seen):
+    ranks, settings = LAYOUTS[layout]
+    expected, found = train(1, ONE_PROCESS), train(ranks, settings, fault)
+    disagreements = {
+        "weights": expected.training.initial_weights != found.training.initial_weights,
+        "losses": bool(differences(expected.training, found.training)),
+        "gradients": bool(gradient_differences(expected.gradients, found.gradients, GRADIENTS)),
+    }
+    assert {name for name, differs in disagreements.items() if differs} == seen
