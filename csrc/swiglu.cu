@@ -64,18 +64,19 @@ __device__ __forceinline__ float sigmoid(float x) { return fast_reciprocal(1.0f 
 template <class T, bool ALIGNED>
 __global__ void __launch_bounds__(tile_threads) forward_kernel(const T* packed, T* out, int64_t rows, int columns) {
   const Tiles<T, ALIGNED> tiles(rows, columns);
+  Place places[vectors_per_thread];
   Packed<T> gate[vectors_per_thread], up[vectors_per_thread];
 #pragma unroll
   for (int i = 0; i < vectors_per_thread; ++i) {
     if (!tiles.has(i)) continue;
-    const Place at = tiles.place(i);
+    const Place at = places[i] = tiles.place(i);
     gate[i] = read<ALIGNED>(packed + at.row * 2 * columns + at.column);
     up[i] = read<ALIGNED>(packed + at.row * 2 * columns + columns + at.column);
   }
 #pragma unroll
   for (int i = 0; i < vectors_per_thread; ++i) {
     if (!tiles.has(i)) continue;
-    const Place at = tiles.place(i);
+    const Place at = places[i];
     Packed<T> result;
 #pragma unroll
     for (int j = 0; j < Tiles<T, ALIGNED>::width; ++j) {
@@ -90,11 +91,12 @@ template <class T, bool ALIGNED>
 __global__ void __launch_bounds__(tile_threads)
     backward_kernel(const T* grad_out, const T* packed, T* grad_packed, int64_t rows, int columns) {
   const Tiles<T, ALIGNED> tiles(rows, columns);
+  Place places[vectors_per_thread];
   Packed<T> grad[vectors_per_thread], gate[vectors_per_thread], up[vectors_per_thread];
 #pragma unroll
   for (int i = 0; i < vectors_per_thread; ++i) {
     if (!tiles.has(i)) continue;
-    const Place at = tiles.place(i);
+    const Place at = places[i] = tiles.place(i);
     grad[i] = read<ALIGNED>(grad_out + at.row * columns + at.column);
     gate[i] = read<ALIGNED>(packed + at.row * 2 * columns + at.column);
     up[i] = read<ALIGNED>(packed + at.row * 2 * columns + columns + at.column);
@@ -102,7 +104,7 @@ __global__ void __launch_bounds__(tile_threads)
 #pragma unroll
   for (int i = 0; i < vectors_per_thread; ++i) {
     if (!tiles.has(i)) continue;
-    const Place at = tiles.place(i);
+    const Place at = places[i];
     Packed<T> grad_gate, grad_up;
 #pragma unroll
     for (int j = 0; j < Tiles<T, ALIGNED>::width; ++j) {
