@@ -66,7 +66,6 @@ def main() -> int:
     options = parse_arguments()
     start = time.monotonic()
     try:
-        os.makedirs(os.path.dirname(options.output_prefix) or ".", exist_ok=True)
         job = Job(
             sources=tuple(find_sources(options.input)),
             keys=tuple(options.json_keys),
@@ -76,13 +75,13 @@ def main() -> int:
             append_end_of_document=options.append_eod,
             prefix=options.output_prefix,
             shard_bytes=options.shard_size or DEFAULT_SHARD_BYTES,
+            one_file=options.shard_size is None,
             encoder=options.encoder,
         )
         with ConsoleProgress(sum(source.size for source in job.sources) // options.part[1]) as progress:
             totals = preprocess(
                 job,
                 workers=options.workers,
-                one_file=options.shard_size is None,
                 max_bad_fraction=options.max_bad_fraction,
                 part=options.part,
                 merge_only=options.merge,

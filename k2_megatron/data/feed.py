@@ -120,7 +120,7 @@ class Feed:
         return ThreadPoolExecutor(1, thread_name_prefix="prefetch")
 
     def _read(self, first_sample: int, count: int) -> np.ndarray:
-        first_row, rows = self._row_range(first_sample, count)
+        first_row, rows = self.row_range(first_sample, count)
         positions = self.schedule.positions(first_row, rows)
         records = self.order.records(positions)
         self._prefetch_next_chunk(first_row + rows)
@@ -129,7 +129,7 @@ class Feed:
             tokens[number] = self._filled_in(tokens[number], records[number])
         return self._cut(tokens, first_sample, count)
 
-    def _row_range(self, first_sample: int, count: int) -> tuple[int, int]:
+    def row_range(self, first_sample: int, count: int) -> tuple[int, int]:
         """(first row, rows) of the schedule that hold the samples."""
         if self.rows is not None and first_sample + count > self.rows:
             raise ValueError(
@@ -167,9 +167,13 @@ class Feed:
         key = hash64(self._fim_seed, "fim", self.source_names[source], spans[0].file)
         return reorder(row, segments, self._fim[source], key)
 
+    def after(self, amendment: dict[str, Any]) -> Schedule:
+        """The schedule that one more amendment would give. ValueError where it does not fit."""
+        return amended(self.schedule, amendment, self.order.rows_per_chunk, self.store.row_length)
+
     def sample_records(self, first_sample: int, count: int) -> Iterable[bytes]:
         """What the ledger's chain hashes of each sample: its row records, and the part of the row where S < L."""
-        first_row, rows = self._row_range(first_sample, count)
+        first_row, rows = self.row_range(first_sample, count)
         records = self.order.records(self.schedule.positions(first_row, rows)).astype("<u8")
         if self.samples_a_row == 1:
             width = 8 * self.rows_a_sample
@@ -183,7 +187,7 @@ class Feed:
 
     def describe(self, sample: int) -> list[DocumentSpan]:
         """The documents that the rows of a sample hold, in order."""
-        first_row, rows = self._row_range(sample, 1)
+        first_row, rows = self.row_range(sample, 1)
         records = self.order.records(self.schedule.positions(first_row, rows))
         return [
             span
@@ -239,7 +243,7 @@ def _plan_feed(folder: Path, sequence_length: int, vocab_size: int, ledger: Ledg
             raise ValueError(f"{folder}: fill-in-the-middle piece {token}, model.vocab_size is {vocab_size}; raise it")
     store = RowStore(streams, plan.row_length, vocab_size, _widest(entries))
     schedule = Schedule.of_chunks(plan.chunk_order, plan.rows_per_chunk)
-    schedule = amend(schedule, ledger, plan.rows_per_chunk, plan.row_length)
+    schedule = amended_by(schedule, ledger, plan.rows_per_chunk, plan.row_length)
     names = [source["name"] for source in plan.sources]
     return Feed(plan, schedule, store, sequence_length, plan.fingerprint, names, fim, plan.content["recipe"]["seed"])
 
@@ -269,7 +273,7 @@ def _prefix_feed(
         )
     hashes = [file.entry["bin_xxh3"] if file.entry else str(file.token_count) for file in files]
     fingerprint = f"{hash64('prefix', *hashes, sequence_length, seed, part, fraction):016x}"
-    schedule = amend(Schedule.endless(), ledger, None, sequence_length)
+    schedule = amended_by(Schedule.endless(), ledger, None, sequence_length)
     order = EpochOrder(store.rows(0), seed)
     return Feed(order, schedule, store, sequence_length, fingerprint, [os.path.basename(files[0].prefix)], {})
 
@@ -300,18 +304,24 @@ def check_vocabulary(path: str | Path, tokenizer: dict[str, Any] | None, vocab_s
         )
 
 
-def amend(schedule: Schedule, ledger: Ledger | None, rows_per_chunk: int | None, row_length: int) -> Schedule:
-    """The schedule after every amendment of a ledger. Sample numbers become rows of `row_length` tokens, rounded up
-    where an amendment holds from, and outwards for a range. ValueError names the amendment that does not fit."""
+def amended(schedule: Schedule, entry: dict[str, Any], rows_per_chunk: int | None, row_length: int) -> Schedule:
+    """The schedule after one amendment of a ledger. Sample numbers become rows of `row_length` tokens: rounded up where
+    the amendment holds from, outwards for a range."""
+    length = entry["sequence_length"]
+    from_row = -(-entry["from_sample"] * length // row_length)
+    rows = None
+    if "samples" in entry:
+        first, end = entry["samples"]
+        low = first * length // row_length
+        rows = (low if first < entry["from_sample"] else max(low, from_row), -(-end * length // row_length))
+    return schedule.amended(Amendment(entry["action"], from_row, entry.get("chunk"), rows), rows_per_chunk)
+
+
+def amended_by(schedule: Schedule, ledger: Ledger | None, rows_per_chunk: int | None, row_length: int) -> Schedule:
+    """The schedule after every amendment of a ledger. ValueError names the one that does not fit."""
     for number, entry in enumerate(ledger.amendments if ledger else []):
-        length = entry["sequence_length"]
-        from_row = -(-entry["from_sample"] * length // row_length)
-        rows = None
-        if "samples" in entry:
-            first, end = entry["samples"]
-            rows = (max(from_row, first * length // row_length), -(-end * length // row_length))
         try:
-            schedule = schedule.amended(Amendment(entry["action"], from_row, entry.get("chunk"), rows), rows_per_chunk)
+            schedule = amended(schedule, entry, rows_per_chunk, row_length)
         except ValueError as error:
             raise ValueError(f"{ledger.path}, amendment {number}: {error}") from None
     return schedule

@@ -16,8 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 from collections.abc import Iterable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,12 +27,14 @@ CHAIN_START = ""  # the chain of no samples
 FILE_NAME = "ledger.jsonl"
 
 
-class Records(Protocol):
-    """What the chain needs of a feed."""
+class Samples(Protocol):
+    """What the ledger needs of a feed."""
 
     fingerprint: str
 
     def sample_records(self, first_sample: int, count: int) -> Iterable[bytes]: ...
+
+    def after(self, amendment: dict[str, Any]) -> Any: ...
 
 
 class Ledger:
@@ -43,7 +45,7 @@ class Ledger:
         self.entries: list[dict[str, Any]] = []
         self._whole_bytes = 0
         self._last_hash = ""
-        self._feed: Records | None = None
+        self._feed: Samples | None = None
         self._read()
 
     def _read(self) -> None:
@@ -74,7 +76,7 @@ class Ledger:
 
     def append(self, event: str, **fields: Any) -> dict[str, Any]:
         """Write one line, durably. Call on rank 0 only."""
-        entry = {"event": event, "time": time.time(), **fields, "previous": self._last_hash}
+        entry = {"event": event, "time": now(), **fields, "previous": self._last_hash}
         line = json.dumps(entry).encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "r+b" if self.path.is_file() else "wb") as file:
@@ -99,26 +101,29 @@ class Ledger:
         samples: tuple[int, int] | None = None,
     ) -> dict[str, Any]:
         """Append an amendment: from sample `from_sample` on, skip or defer a chunk or samples samples[0]..samples[1]-1
-        (as numbered before this amendment). Feeds opened afterwards follow it. ValueError where it says nothing."""
+        (as numbered before this amendment). Feeds opened afterwards follow it. ValueError where it says nothing, or
+        does not fit the attached feed."""
         if action not in (SKIP, DEFER):
             raise ValueError(f"action {action!r}: {SKIP} or {DEFER}")
         if (chunk is None) == (samples is None):
             raise ValueError("an amendment names either a chunk or a range of samples")
         what: dict[str, Any] = {"chunk": chunk} if samples is None else {"samples": list(samples)}
-        return self.append(
-            "amendment",
-            action=action,
-            **what,
-            from_sample=from_sample,
-            sequence_length=sequence_length,
-            reason=reason,
-        )
+        amendment = {"action": action, **what, "from_sample": from_sample, "sequence_length": sequence_length}
+        if self._feed is not None:
+            self._feed.after(amendment)
+        return self.append("amendment", **amendment, reason=reason)
 
     def record_position(self, consumed_samples: int, chain: str, **fields: Any) -> dict[str, Any]:
         """Append the position reached, with its chain: at every checkpoint."""
         return self.append("position", consumed_samples=consumed_samples, chain=chain, **fields)
 
-    def attach(self, feed: Records) -> None:
+    def before(self, number: int) -> Ledger:
+        """The ledger as it was before its entry `number` (from 0) was appended; for reading only."""
+        earlier = Ledger.__new__(Ledger)
+        earlier.path, earlier.entries, earlier._feed = self.path, self.entries[:number], None
+        return earlier
+
+    def attach(self, feed: Samples) -> None:
         """The feed whose samples `chain` hashes: `open_feed(..., ledger=...)` does this."""
         self._feed = feed
 
@@ -128,7 +133,7 @@ class Ledger:
         return chain_samples(self._feed, previous, first_sample, end_sample)
 
 
-def chain_samples(feed: Records, previous: str, first_sample: int, end_sample: int) -> str:
+def chain_samples(feed: Samples, previous: str, first_sample: int, end_sample: int) -> str:
     """See `Ledger.chain`. About a microsecond a sample."""
     value = bytes.fromhex(previous) if previous else feed.fingerprint.encode()
     block = 1 << 16
@@ -136,6 +141,11 @@ def chain_samples(feed: Records, previous: str, first_sample: int, end_sample: i
         for record in feed.sample_records(first, min(block, end_sample - first)):
             value = hashlib.blake2b(value + record, digest_size=16).digest()
     return value.hex() if end_sample > first_sample else previous
+
+
+def now() -> str:
+    """UTC, as the journal writes it: the two files are compared by time."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
 def _line_hash(line: bytes) -> str:

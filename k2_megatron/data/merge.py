@@ -24,8 +24,8 @@ from k2_megatron.data.store import HashedWriter, publish, write_sealed
 COPY_BYTES = 8 << 20
 
 
-def merge(job: Job, tokenizer: Any, *, one_file: bool, max_bad_fraction: float) -> dict[str, Any]:
-    """Check that every shard is there, join them (`one_file`) or leave them, write the manifests, and count.
+def merge(job: Job, tokenizer: Any, max_bad_fraction: float) -> dict[str, Any]:
+    """Check that every shard is there, join them or leave them, write the manifests, and count.
 
     ValueError: a shard is missing, or more than `max_bad_fraction` of the documents were rejected.
     """
@@ -43,7 +43,7 @@ def merge(job: Job, tokenizer: Any, *, one_file: bool, max_bad_fraction: float) 
         ]
         first_lines = _first_lines(records)
         shards = [{**record["files"][key], "parts": [_part(number, record, first_lines)]} for number, record in parts]
-        files = [_join(job, key, shards)] if one_file else shards
+        files = [_join(job, key, shards)] if job.one_file else shards
         manifest = {
             "format": FORMAT,
             "job": fingerprint,
@@ -62,7 +62,7 @@ def merge(job: Job, tokenizer: Any, *, one_file: bool, max_bad_fraction: float) 
         }
         write_sealed(manifest_path(job.output(key)), manifest)
         totals["tokens"] += manifest["tokens"]
-    _remove_shards(job, records, keep_tokens=not one_file)
+    _remove_shards(job, records, keep_tokens=not job.one_file)
     return totals
 
 

@@ -50,7 +50,6 @@ def preprocess(
     job: Job,
     *,
     workers: int,
-    one_file: bool,
     max_bad_fraction: float,
     part: tuple[int, int] = (0, 1),
     merge_only: bool = False,
@@ -62,6 +61,7 @@ def preprocess(
     Returns the totals, or None where other parts are still needed. ValueError for the user's mistakes, RuntimeError
     where a worker died.
     """
+    os.makedirs(os.path.dirname(job.prefix) or ".", exist_ok=True)
     maker = ShardMaker(job)
     finished = _finished(job, maker)
     if finished:
@@ -78,7 +78,7 @@ def preprocess(
             _run_workers(job, units, min(workers, len(units)), counter)
     if part[1] > 1 and not merge_only:
         return None
-    return merge(job, maker.tokenizer, one_file=one_file, max_bad_fraction=max_bad_fraction)
+    return merge(job, maker.tokenizer, max_bad_fraction)
 
 
 def _finished(job: Job, maker: ShardMaker) -> dict[str, Any] | None:

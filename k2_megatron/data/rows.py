@@ -58,6 +58,18 @@ class Stream:
             position, count, span = position + size, count - size, span + 1
         return found
 
+    def rows_of_tokens(self, start: int, end: int, row_length: int, source: int, first_row: int) -> list[int]:
+        """Records of the rows that hold any of the file's tokens start..end-1; `first_row` is the stream's first."""
+        rows: set[int] = set()
+        for first, length, bound in zip(self.starts, np.diff(self.bounds), self.bounds[:-1], strict=True):
+            low, high = max(start, int(first)), min(end, int(first + length))
+            if low < high:
+                position = int(bound) + low - int(first)
+                # a row's last token is the next one's first
+                rows.update(range(max(0, position - 1) // row_length, (position + high - low - 1) // row_length + 1))
+        kept = np.array(sorted(row for row in rows if row < self.rows(row_length)), dtype=np.int64)
+        return pack(source, kept + first_row).tolist()
+
     def read(self, position: int, out: np.ndarray) -> None:
         """Fill `out` [n] with the stream's tokens from `position` on, their blocks checked."""
         filled = 0

@@ -37,11 +37,12 @@ class Job:
     append_end_of_document: bool
     prefix: str
     shard_bytes: int  # uncompressed input bytes a shard
+    one_file: bool  # join the shards in one file a key, or leave them
     encoder: str
 
     def fingerprint(self, tokenizer_fingerprint: str) -> str:
         """Changes with anything that changes the tokens or how they are cut into shards."""
-        parts = (tokenizer_fingerprint, self.keys, self.append_end_of_document, self.shard_bytes)
+        parts = (tokenizer_fingerprint, self.keys, self.append_end_of_document, self.shard_bytes, self.one_file)
         return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
     def output(self, key: str) -> str:
@@ -129,7 +130,7 @@ class ShardMaker:
         shard = unit.first_shard
         while record := read_record(self.job, unit.source, shard, self.fingerprint):
             report(Progress(record["disk_bytes"], record["documents"], len(record["rejected"]), 0, shard_done=True))
-            if record["last"]:
+            if record["last"] or shard == unit.last_shard:
                 return
             shard += 1
         open_shard = _OpenShard(self, unit.source, shard)

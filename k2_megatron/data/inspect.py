@@ -1,0 +1,262 @@
+"""Questions about a run's data, answered from its plan, ledger and journal: what was trained when, and is it proved.
+
+In: a run folder. Out: lines of text. `tools/inspect_data.py` is the command line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from k2_megatron.config import Config, load_config
+from k2_megatron.data.documents import DocumentSpan, line_of_document
+from k2_megatron.data.feed import Feed, open_feed
+from k2_megatron.data.ledger import CHAIN_START, Ledger, chain_samples
+from k2_megatron.data.manifest import manifest_path, read_manifest
+from k2_megatron.data.plan import Plan
+from k2_megatron.data.rows import unpack
+from k2_megatron.data.tokenizer import Tokenizer, load_tokenizer
+
+SAMPLES_A_SLICE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step event of the journal: samples first..end-1, and how many ledger entries there were by then."""
+
+    number: int
+    first: int
+    end: int
+    ledger_entries: int
+
+
+class Run:
+    """A run folder, open for questions."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not (self.folder / "config.toml").is_file():
+            raise ValueError(f"{folder}: no config.toml there; name the folder of a run")
+        self.config: Config = load_config(self.folder / "config.toml")
+        self.ledger = Ledger(self.folder)
+        self._feeds: dict[int, Feed] = {}
+
+    def feed_at(self, ledger_entries: int) -> Feed:
+        """The feed under the amendments among the first `ledger_entries` lines of the ledger."""
+        amendments = len(self.ledger.before(ledger_entries).amendments)
+        if amendments not in self._feeds:
+            data = self.config.data
+            self._feeds[amendments] = open_feed(
+                data.train,
+                sequence_length=self.config.model.sequence_length,
+                seed=self.config.run.seed,
+                vocab_size=self.config.model.vocab_size,
+                part="train" if data.train == data.held_out else "all",
+                ledger=self.ledger.before(ledger_entries),
+            )
+        return self._feeds[amendments]
+
+    @property
+    def feed(self) -> Feed:
+        return self.feed_at(len(self.ledger.entries))
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        return load_tokenizer(self.config.data.tokenizer) if self.config.data.tokenizer else None
+
+    @cached_property
+    def manifests(self) -> dict[str, dict[str, Any]]:
+        """Token file name -> the manifest it is in."""
+        train = Path(self.config.data.train)
+        if train.is_dir():
+            paths = Plan(train).manifest_paths()
+        else:
+            paths = [path for path in [manifest_path(train)] if path.is_file()]
+        found = [read_manifest(path) for path in paths]
+        return {entry["name"]: manifest for manifest in found for entry in manifest["files"]}
+
+    @cached_property
+    def steps(self) -> list[Step]:
+        """Every step that the journal tells of, in order; a step done twice stands twice."""
+        times = [entry["time"] for entry in self.ledger.entries]
+        found = []
+        path = self.folder / "journal.jsonl"
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # a line that a kill cut short
+            if event.get("event") == "step":
+                first, end = event["samples"]
+                found.append(Step(event["step"], first, end, sum(time <= event["time"] for time in times)))
+        return found
+
+    def step(self, number: int) -> Step:
+        """The last telling of a step; where there is no journal, what the configuration says of it."""
+        told = [step for step in self.steps if step.number == number]
+        if told:
+            return told[-1]
+        if not 1 <= number <= self.config.train.steps:
+            raise ValueError(f"step {number}: the run has steps 1..{self.config.train.steps}")
+        first, end = self.config.consumed_samples_at(number - 1), self.config.consumed_samples_at(number)
+        return Step(number, first, end, len(self.ledger.entries))
+
+    def where(self, span: DocumentSpan) -> str:
+        """Source, document, and the file and line it was read from."""
+        manifest = self.manifests.get(span.file)
+        line = line_of_document(manifest, span.file, span.document) if manifest else None
+        origin = f"{line[0]} line {line[1]}" if line else "source text not recorded"
+        return f"{span.source}  {span.file}:{span.document}  {origin}  tokens {span.first_token}..{span.end_token - 1}"
+
+
+def step_lines(run: Run, number: int, characters: int) -> Iterator[str]:
+    """The documents of a step, sample by sample, with the beginning of their text."""
+    step = run.step(number)
+    feed = run.feed_at(step.ledger_entries)
+    yield f"step {number}: samples {step.first}..{step.end - 1}"
+    for sample in range(step.first, step.end):
+        tokens = feed.tokens(sample, 1)[0]
+        start = 0
+        yield f"sample {sample}"
+        for span in feed.describe(sample):
+            size = span.end_token - span.first_token
+            yield f"  {run.where(span)}"
+            if run.tokenizer is not None and characters:
+                text = run.tokenizer.decode(tokens[start : start + size].tolist())
+                yield f"    {text[:characters]!r}"
+            start += size
+
+
+def show_lines(run: Run, count: int, first_sample: int) -> Iterator[str]:
+    """Samples decoded whole."""
+    if run.tokenizer is None:
+        raise ValueError(f"{run.folder}/config.toml: data.tokenizer is not set; it is needed to decode rows")
+    for number, tokens in enumerate(run.feed.tokens(first_sample, count), start=first_sample):
+        yield f"--- sample {number}"
+        yield run.tokenizer.decode(tokens.tolist())
+
+
+def mix_lines(run: Run, first_step: int, last_step: int) -> Iterator[str]:
+    """Rows of each source in steps first_step..last_step, against the whole plan's mixture."""
+    counts: Counter[int] = Counter()
+    for number in range(first_step, last_step + 1):
+        step = run.step(number)
+        feed = run.feed_at(step.ledger_entries)
+        first_row, rows = feed.row_range(step.first, step.end - step.first)
+        sources = unpack(feed.order.records(feed.schedule.positions(first_row, rows)))[0]
+        counts.update(dict(zip(*(part.tolist() for part in np.unique(sources, return_counts=True)), strict=True)))
+    total = counts.total()
+    train = Path(run.config.data.train)
+    planned = Plan(train).sources if train.is_dir() else [{"rows_used": 1}]
+    whole = sum(source["rows_used"] for source in planned)
+    yield f"steps {first_step}..{last_step}: {total} rows"
+    yield f"{'source':28}{'rows':>12}{'here':>9}{'plan':>9}"
+    for number, name in enumerate(run.feed.source_names):
+        here, plan = counts[number] / total, planned[number]["rows_used"] / whole
+        yield f"{name:28}{counts[number]:>12}{here:>9.2%}{plan:>9.2%}"
+
+
+def document_lines(run: Run, identity: str) -> Iterator[str]:
+    """Every step that saw a document, named FILE:NUMBER as `step` prints it."""
+    name, _, number = identity.rpartition(":")
+    if not name or not number.isdigit():
+        raise ValueError(f"document {identity!r}: FILE:NUMBER, as `step` prints it")
+    steps = run.steps
+    if not steps:
+        raise ValueError(f"{run.folder}/journal.jsonl tells of no step yet")
+    feed = run.feed
+    wanted = _records_of_document(feed, name, int(number))
+    seen = 0
+    cache: dict[int, np.ndarray] = {}
+    for step in steps:
+        amendments = len(run.ledger.before(step.ledger_entries).amendments)
+        if amendments not in cache:
+            end = max(other.end for other in steps)
+            cache[amendments] = _samples_with(run.feed_at(step.ledger_entries), wanted, end)
+        hits = cache[amendments]
+        for sample in hits[(hits >= step.first) & (hits < step.end)].tolist():
+            seen += 1
+            yield f"step {step.number}, sample {sample}"
+    yield f"{identity}: seen {seen} times" if seen else f"{identity}: never seen"
+
+
+def _records_of_document(feed: Feed, name: str, document: int) -> np.ndarray:
+    """Records of every row that holds a token of a document."""
+    found = []
+    known = False
+    for source, streams in enumerate(feed.store.sources):
+        first_row = 0
+        for stream in streams:
+            rows = stream.rows(feed.store.row_length)
+            if Path(stream.file.prefix).name == name:
+                known = True
+                if document >= stream.file.documents:
+                    raise ValueError(f"{name} has documents 0..{stream.file.documents - 1}")
+                start, end = (int(stream.file.document_start(document + more)) for more in (0, 1))
+                found += stream.rows_of_tokens(start, end, feed.store.row_length, source, first_row)
+            first_row += rows
+    if not known:
+        raise ValueError(f"no token file {name!r} in this run's data")
+    return np.array(found, dtype=np.uint64)
+
+
+def _samples_with(feed: Feed, wanted: np.ndarray, end: int) -> np.ndarray:
+    """Samples below `end` that hold any of the `wanted` records, ascending."""
+    found = [np.zeros(0, dtype=np.int64)]
+    for first in range(0, end, SAMPLES_A_SLICE):
+        count = min(SAMPLES_A_SLICE, end - first)
+        first_row, rows = feed.row_range(first, count)
+        hit = np.flatnonzero(np.isin(feed.order.records(feed.schedule.positions(first_row, rows)), wanted)) + first_row
+        if feed.samples_a_row > 1:
+            hit = (hit[:, None] * feed.samples_a_row + np.arange(feed.samples_a_row)).reshape(-1)
+        found.append(np.unique(hit // feed.rows_a_sample))
+    return np.concatenate(found)
+
+
+def verify_lines(run: Run, contents: bool) -> Iterator[str]:
+    """Check the ledger's chain at every recorded position, the plan, and (`contents`) every byte of the tokens.
+
+    ValueError at the first thing that is not as it was written.
+    """
+    yield f"ledger: {len(run.ledger.entries)} lines follow from one another"
+    chains: dict[int, tuple[int, str]] = {}  # amendments -> (samples, chain) computed so far
+    for number, entry in enumerate(run.ledger.entries):
+        if entry["event"] != "position":
+            continue
+        amendments = len(run.ledger.before(number).amendments)
+        done, chain = chains.get(amendments, (0, CHAIN_START))
+        if entry["consumed_samples"] < done:
+            done, chain = 0, CHAIN_START
+        chain = chain_samples(run.feed_at(number), chain, done, entry["consumed_samples"])
+        chains[amendments] = (entry["consumed_samples"], chain)
+        if chain != entry["chain"]:
+            raise ValueError(
+                f"{run.ledger.path}, line {number + 1}: {entry['consumed_samples']} samples have chain {chain}, the "
+                f"run recorded {entry['chain']}: it was trained on other rows than plan and ledger now say"
+            )
+        yield f"position {entry['consumed_samples']}: chain {chain} holds"
+    yield from verify_plan(run.feed, Path(run.config.data.train), contents)
+
+
+def verify_plan(feed: Feed, path: Path, contents: bool) -> Iterator[str]:
+    """Every chunk of a plan, and the token files behind it."""
+    if path.is_dir():
+        plan = Plan(path)
+        for chunk in range(len(plan.chunk_order)):
+            plan.load_chunk(chunk).result()
+        yield f"{path}: {len(plan.chunk_order)} chunks are as built"
+    files = {stream.file.prefix: stream.file for streams in feed.store.sources for stream in streams}
+    for file in files.values():
+        if file.entry is None:
+            yield f"{file.prefix}: has no manifest; sizes and index checked only (tools/inspect_data.py manifest)"
+        elif contents:
+            file.check_everything()
+    if contents:
+        yield f"{len(files)} token files are as written"

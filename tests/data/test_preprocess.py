@@ -1,0 +1,242 @@
+"""Token files: Megatron's bytes, whatever the workers, parts, kills and bad lines on the way."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from token_corpora import ROOT, make_job, outputs, write_jsonl
+from tokenizers import Tokenizer
+
+from k2_megatron.data.documents import line_of_document
+from k2_megatron.data.manifest import manifest_of_foreign_files, open_token_files, read_manifest
+from k2_megatron.data.preprocess import preprocess
+from k2_megatron.data.shards import ShardMaker
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, speeches) -> Path:
+    """A folder of three files: plain lines with blank and bad ones between, compressed lines, and an empty document."""
+    folder = tmp_path_factory.mktemp("corpus")
+    write_jsonl(folder / "a.jsonl", speeches[:20])
+    with open(folder / "a.jsonl", "ab") as file:
+        file.write(b'\n{"text": ""}\nnot json\n{"text": "the last <s> of a"}')
+    lines = [json.dumps({"text": text}) for text in speeches[20:]]
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress("\n".join([*lines, '{"body": 1}', lines[0]]).encode(), mtime=0))
+    (folder / "c.txt").write_text(speeches[5], encoding="utf-8")
+    return folder
+
+
+def run(corpus, tokenizer, prefix, *, workers=1, part=(0, 1), merge_only=False, **changes):
+    job = make_job([corpus], tokenizer, prefix, **changes)
+    return preprocess(job, workers=workers, max_bad_fraction=0.1, part=part, merge_only=merge_only)
+
+
+def test_output_is_byte_identical_to_megatrons_procedure(tmp_path, speeches, hugging_face_twin):
+    """Megatron's tool: tokenize each document, append the end where there are ids, add_document, finalize."""
+    texts = [*speeches, "", "a <s> literal", " ", speeches[0]]
+    run(write_jsonl(tmp_path / "in.jsonl", texts), hugging_face_twin, tmp_path / "ours")
+    tokenizer = Tokenizer.from_file(hugging_face_twin)
+    tokenizer.encode_special_tokens = True
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        ids = [*ids, 2] if ids else ids
+        builder.add_document(torch.tensor(ids), [len(ids)] if ids else [])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    for suffix in (".bin", ".idx"):
+        ours = (tmp_path / f"ours_text_document{suffix}").read_bytes()
+        assert ours == (tmp_path / f"theirs{suffix}").read_bytes()
+
+
+def test_sentencepiece_and_its_twin_give_the_same_files(tmp_path, corpus, sentencepiece_model, hugging_face_twin):
+    for name, tokenizer in (("one", sentencepiece_model), ("other", hugging_face_twin)):
+        run(corpus, tokenizer, tmp_path / name / "x")
+    for suffix in (".bin", ".idx", ".xxh3"):
+        one, other = (tmp_path / name / f"x_text_document{suffix}" for name in ("one", "other"))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_counts_rejects_and_where_documents_came_from(tmp_path, corpus, toy_tokenizer, speeches):
+    totals = run(corpus, toy_tokenizer, tmp_path / "x")
+    files, manifest = open_token_files(tmp_path / "x_text_document")
+    assert (totals["documents"], totals["rejected"]) == (len(speeches) + 4, 2)
+    assert files[0].documents == totals["documents"]
+    assert files[0].token_count == totals["tokens"] == manifest["tokens"]
+    rejects = [json.loads(line) for line in (tmp_path / "x.rejects.jsonl").read_text().splitlines()]
+    assert [(reject["file"], reject["line"]) for reject in rejects] == [("a.jsonl", 23), ("b.jsonl.gz", 21)]
+    assert [source["documents"] for source in manifest["sources"]] == [22, 21, 1]
+    name = "x_text_document"
+    expected = {0: ("a.jsonl", 1), 19: ("a.jsonl", 20), 20: ("a.jsonl", 22), 21: ("a.jsonl", 24)}
+    expected |= {22: ("b.jsonl.gz", 1), 41: ("b.jsonl.gz", 20), 42: ("b.jsonl.gz", 22), 43: ("c.txt", 1)}
+    assert {document: line_of_document(manifest, name, document) for document in expected} == expected
+
+
+def test_workers_shards_and_compression_do_not_change_the_tokens(tmp_path, corpus, toy_tokenizer):
+    run(corpus, toy_tokenizer, tmp_path / "one" / "x")
+    small = {"shard_bytes": 9000}
+    run(corpus, toy_tokenizer, tmp_path / "two" / "x", workers=2, **small)
+    run(corpus, toy_tokenizer, tmp_path / "three" / "x", workers=1, **small)
+    one, two, three = (outputs(tmp_path / name) for name in ("one", "two", "three"))
+    assert two == three
+    tokens = [name for name in one if name.endswith((".bin", ".idx", ".xxh3", ".rejects.jsonl"))]
+    assert len(tokens) == 4
+    assert all(one[name] == two[name] for name in tokens)
+
+
+def test_parts_do_not_change_the_shards(tmp_path, corpus, toy_tokenizer):
+    """3 parts in any order, then a merge, against one run: the same files, manifest included."""
+    settings = {"one_file": False, "shard_bytes": 9000}
+    run(corpus, toy_tokenizer, tmp_path / "whole" / "x", **settings)
+    for index in (2, 0):
+        assert run(corpus, toy_tokenizer, tmp_path / "parts" / "x", part=(index, 3), **settings) is None
+    with pytest.raises(ValueError, match="is not done; run the same command"):
+        run(corpus, toy_tokenizer, tmp_path / "parts" / "x", merge_only=True, **settings)
+    run(corpus, toy_tokenizer, tmp_path / "parts" / "x", part=(1, 3), **settings)
+    run(corpus, toy_tokenizer, tmp_path / "parts" / "x", merge_only=True, **settings)
+    whole = outputs(tmp_path / "whole")
+    assert len([name for name in whole if name.endswith(".bin")]) > 5
+    assert outputs(tmp_path / "parts") == whole
+
+
+def test_several_keys_become_several_files(tmp_path, toy_tokenizer, speeches):
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"q": t[:50], "a": t[50:]}) + "\n" for t in speeches), encoding="utf-8")
+    run(source, toy_tokenizer, tmp_path / "x", keys=("q", "a"))
+    counts = [open_token_files(tmp_path / f"x_{key}_document")[0][0].documents for key in ("q", "a")]
+    assert counts == [len(speeches)] * 2
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("kill_at", range(1, 11))
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path, corpus, toy_tokenizer, monkeypatch, kill_at):
+    """The run dies at its kill_at-th rename (tokens, index, hashes or record of a shard, or of the merge)."""
+    settings = {"shard_bytes": 20_000}
+    run(corpus, toy_tokenizer, tmp_path / "clean" / "x", **settings)
+    renames = []
+
+    def replace(source, target, *, real=os.replace):
+        renames.append(target)
+        if len(renames) == kill_at * 3:
+            raise Killed
+        real(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", replace)
+        run(corpus, toy_tokenizer, tmp_path / "killed" / "x", **settings)
+    made = []
+    monkeypatch.setattr(ShardMaker, "encode", counting(ShardMaker.encode, made))
+    run(corpus, toy_tokenizer, tmp_path / "killed" / "x", **settings)
+    assert outputs(tmp_path / "killed") == outputs(tmp_path / "clean")
+    whole = -(-(corpus / "a.jsonl").stat().st_size // 20_000) + 4
+    assert len(made) <= whole - kill_at * 3 // 4 + 1, "finished shards were made again"
+
+
+def counting(encode, calls):
+    def counted(self, texts, where):
+        calls.append(where)
+        return encode(self, texts, where)
+
+    return counted
+
+
+def tool(arguments, environment, **settings):
+    command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, **pipes, **settings)
+
+
+def test_a_dead_worker_ends_the_run_with_its_name(tmp_path, speeches, toy_tokenizer, tool_environment):
+    write_jsonl(tmp_path / "in.jsonl", speeches * 40)
+    arguments = ["--input", tmp_path, "--tokenizer", toy_tokenizer, "--output-prefix", tmp_path / "out" / "x"]
+    process = tool([*arguments, "--workers", 2, "--shard-size", "64K"], tool_environment)
+    victim = None
+    while victim is None and process.poll() is None:
+        children = psutil.Process(process.pid).children()
+        victim = next((child for child in children if "spawn_main" in " ".join(child.cmdline())), None)
+    assert victim is not None, process.communicate()
+    victim.kill()
+    killed = time.monotonic()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert time.monotonic() - killed < 5
+    assert f"(pid {victim.pid}) died with signal SIGKILL while it read" in error
+    assert error.startswith("preprocess_data: worker ")
+    assert "Traceback" not in error
+
+
+def test_sigkill_of_everything_loses_only_open_shards(tmp_path, speeches, toy_tokenizer, tool_environment):
+    write_jsonl(tmp_path / "in.jsonl", speeches * 10)
+    common = ["--input", tmp_path / "in.jsonl", "--tokenizer", toy_tokenizer, "--shard-size", "64K", "--append-eod"]
+    out = tmp_path / "out"
+    process = tool([*common, "--workers", 2, "--output-prefix", out / "x"], tool_environment, start_new_session=True)
+    while not list(out.glob("x.shards/*.json")) and process.poll() is None:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    clean = make_job(
+        [tmp_path / "in.jsonl"], toy_tokenizer, tmp_path / "clean" / "x", shard_bytes=64 << 10, one_file=False
+    )
+    preprocess(clean, workers=1, max_bad_fraction=0.0)
+    process = tool([*common, "--workers", 1, "--output-prefix", out / "x"], tool_environment)
+    assert "0 rejected" in process.communicate(timeout=60)[0]
+    assert outputs(out) == outputs(tmp_path / "clean")
+
+
+def test_too_many_bad_lines_stop_with_the_list(tmp_path, toy_tokenizer, speeches):
+    source = write_jsonl(tmp_path / "in.jsonl", speeches[:8])
+    with open(source, "a", encoding="utf-8") as file:
+        file.write("broken\n[]\n")
+    job = make_job([source], toy_tokenizer, tmp_path / "x")
+    with pytest.raises(ValueError, match=r"2 of 10 documents rejected.*in\.jsonl line 9: not JSON.*line 10: not an"):
+        preprocess(job, workers=1, max_bad_fraction=0.1)
+    assert not list(tmp_path.glob("*.bin.*")), "half-written files remain"
+    assert preprocess(job, workers=1, max_bad_fraction=0.2)["rejected"] == 2
+
+
+def test_far_too_many_bad_lines_stop_early(tmp_path, toy_tokenizer):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"body": "x"}\n' * 5000, encoding="utf-8")
+    with pytest.raises(ValueError, match="of the first 5000 documents rejected, more than --max-bad-fraction 0.5"):
+        preprocess(make_job([source], toy_tokenizer, tmp_path / "x"), workers=1, max_bad_fraction=0.5)
+
+
+def test_another_run_under_the_same_name_is_refused(tmp_path, toy_tokenizer, corpus, sentencepiece_model):
+    run(corpus, toy_tokenizer, tmp_path / "x")
+    assert run(corpus, toy_tokenizer, tmp_path / "x")["rejected"] == 2  # the same again: nothing to do
+    with pytest.raises(ValueError, match="made by another run"):
+        run(corpus, sentencepiece_model, tmp_path / "x")
+
+
+def test_a_source_that_changed_between_runs_is_refused(tmp_path, corpus, toy_tokenizer):
+    folder = shutil.copytree(corpus, tmp_path / "in")
+    settings = {"one_file": False, "shard_bytes": 9000}
+    run(folder, toy_tokenizer, tmp_path / "x", part=(0, 2), **settings)
+    with open(folder / "a.jsonl", "ab") as file:
+        file.write(b'\n{"text": "more"}')
+    with pytest.raises(ValueError, match="its source_bytes is"):
+        run(folder, toy_tokenizer, tmp_path / "x", part=(0, 2), **settings)
+
+
+def test_foreign_files_get_a_manifest(tmp_path, token_prefix):
+    for suffix in (".bin", ".idx"):
+        shutil.copy(token_prefix + suffix, tmp_path / f"x{suffix}")
+    ours = read_manifest(Path(token_prefix + ".manifest.json"))["files"][0]
+    theirs = manifest_of_foreign_files(str(tmp_path / "x"))["files"][0]
+    assert {**theirs, "name": "", "parts": []} == {**ours, "name": "", "parts": []}
+    open_token_files(tmp_path / "x")[0][0].check_everything()

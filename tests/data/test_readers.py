@@ -1,0 +1,143 @@
+"""Every format gives the same documents; shards are cut by the text alone; what cannot be read is named."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+
+import pyarrow as arrow
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from k2_megatron.data import readers
+from k2_megatron.data.readers import documents, find_sources, parse_lines, pieces
+
+TEXTS = ["one", "", "two\nlines", "naïve 🙂 <s>", "x" * 500, "last"]
+LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+
+
+def compressed(folder):
+    (folder / "a.jsonl").write_bytes(LINES)
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(LINES))
+    (folder / "c.jsonl.xz").write_bytes(lzma.compress(LINES))
+    frames = zstandard.compress(LINES[:100]) + zstandard.compress(LINES[100:])  # several frames, as pzstd writes
+    (folder / "d.jsonl.zst").write_bytes(frames)
+    parquet.write_table(arrow.table({"text": TEXTS, "id": range(len(TEXTS))}), folder / "e.parquet", row_group_size=2)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "b.jsonl.gz", "c.jsonl.xz", "d.jsonl.zst", "e.parquet"])
+def test_every_format_gives_the_same_documents(tmp_path, name):
+    assert list(documents(find_sources([str(compressed(tmp_path) / name)]), "text")) == TEXTS
+
+
+def test_a_text_file_is_a_document(tmp_path):
+    (tmp_path / "a.txt").write_text("whole\nfile\n", encoding="utf-8")
+    assert list(documents(find_sources([str(tmp_path)]), "text")) == ["whole\nfile\n"]
+
+
+def test_folders_globs_and_files_are_found_once_in_order(tmp_path):
+    (tmp_path / "sub").mkdir()
+    compressed(tmp_path / "sub")
+    (tmp_path / "notes.md").write_text("not data", encoding="utf-8")
+    by_folder = [source.name for source in find_sources([str(tmp_path)])]
+    assert by_folder == ["sub/a.jsonl", "sub/b.jsonl.gz", "sub/c.jsonl.xz", "sub/d.jsonl.zst", "sub/e.parquet"]
+    by_glob = find_sources([str(tmp_path / "sub" / "*.jsonl*"), str(tmp_path / "sub" / "a.jsonl")])
+    assert [source.name for source in by_glob] == ["a.jsonl", "b.jsonl.gz", "c.jsonl.xz", "d.jsonl.zst"]
+    with pytest.raises(ValueError, match="no text file there; give .jsonl"):
+        find_sources([str(tmp_path / "*.md")])
+
+
+def test_two_files_of_one_name_are_refused(tmp_path):
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.jsonl").write_bytes(LINES)
+    with pytest.raises(ValueError, match="have one name"):
+        find_sources([str(tmp_path / "x"), str(tmp_path / "y")])
+
+
+def shards_of(path, shard_bytes, plain):
+    """Texts of each shard, a plain file entered at each shard anew."""
+    (source,) = find_sources([str(path)])
+    found: dict[int, list[str]] = {}
+    count = -(-source.size // shard_bytes)
+    runs = [(shard, shard) for shard in range(count)] if plain else [(0, None)]
+    for first, last in runs:
+        for piece in pieces(source, ["text"], shard_bytes, first, last):
+            found.setdefault(piece.shard, []).extend(piece.texts["text"])
+    return {shard: texts for shard, texts in found.items() if texts}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 90), min_size=1, max_size=30),
+    shard_bytes=st.integers(1, 200),
+    piece_bytes=st.integers(1, 150),
+    newline_at_end=st.booleans(),
+)
+def test_shards_are_cut_at_the_same_lines_whatever_the_compression(
+    tmp_path_factory, lengths, shard_bytes, piece_bytes, newline_at_end
+):
+    folder = tmp_path_factory.mktemp("shards")
+    texts = [chr(97 + number % 26) * length for number, length in enumerate(lengths)]
+    content = "\n".join(json.dumps({"text": text}) for text in texts).encode() + b"\n" * newline_at_end
+    (folder / "a.jsonl").write_bytes(content)
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(content))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "PIECE_BYTES", piece_bytes)
+        plain = shards_of(folder / "a.jsonl", shard_bytes, plain=True)
+        packed = shards_of(folder / "a.jsonl.gz", shard_bytes, plain=False)
+    assert plain == packed
+    assert [text for shard in sorted(plain) for text in plain[shard]] == texts
+
+
+def test_parquet_is_entered_at_a_shard(tmp_path):
+    parquet.write_table(arrow.table({"text": [str(n) for n in range(10)]}), tmp_path / "a.parquet", row_group_size=2)
+    (source,) = find_sources([str(tmp_path / "a.parquet")])
+    whole = [(piece.shard, piece.texts["text"]) for piece in pieces(source, ["text"], 1, 0, None)]
+    assert whole == [(shard, [str(2 * shard), str(2 * shard + 1)]) for shard in range(5)]
+    assert [(p.shard, p.texts["text"]) for p in pieces(source, ["text"], 1, 3, None)] == whole[3:]
+    with pytest.raises(ValueError, match=r"no column 'body'; it has text \(--json-keys\)"):
+        list(pieces(source, ["body"], 1, 0, None))
+
+
+def test_bad_lines_are_listed_with_reasons():
+    bad = [b"not json", b"[1]", b'{"body": "x"}', b'{"text": 5}', b'{"text": null}', b'{"text": "\xff"}']
+    block = b'{"text": "good"}\n\n' + b"\n".join(bad) + b'\n{"text": "\\ud800"}\n{"text": "end"}'
+    piece = parse_lines(block, ["text"], 0)
+    assert piece.texts["text"] == ["good", "end"]
+    assert piece.blank == [1]
+    assert [line for line, _ in piece.rejected] == [2, 3, 4, 5, 6, 7, 8]
+    reasons = [reason for _, reason in piece.rejected]
+    assert reasons[1:5] == [
+        "not an object but list",
+        "has no 'text'",
+        "'text' is int, not a string",
+        "'text' is NoneType, not a string",
+    ]
+    assert all(reason.startswith("not JSON") for reason in (reasons[0], *reasons[5:]))
+    assert piece.lines == 10
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+def test_a_line_without_end_is_rejected_within_bounds(tmp_path, monkeypatch, at_end):
+    monkeypatch.setattr(readers, "PIECE_BYTES", 64)
+    monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 256)
+    long = json.dumps({"text": "y" * 5000}).encode()
+    after = b"" if at_end else b'\n{"text": "after"}\n'
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n' + long + after)
+    (source,) = find_sources([str(tmp_path / "a.jsonl")])
+    found = list(pieces(source, ["text"], 1 << 30, 0, None))
+    assert [text for piece in found for text in piece.texts["text"]] == ["one"] + ["after"] * (not at_end)
+    assert [reason[:12] for piece in found for _, reason in piece.rejected] == ["longer than "]
+    assert sum(piece.lines for piece in found) == 3 - at_end
+
+
+def test_documents_stops_at_a_bad_line(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\nbroken\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: not JSON"):
+        list(documents(find_sources([str(tmp_path / "a.jsonl")]), "text"))

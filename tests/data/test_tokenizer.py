@@ -1,0 +1,137 @@
+"""Two kinds of tokenizer, one interface; control pieces in text are text; the fast encoder is exact or not used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from token_corpora import TOY
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from k2_megatron.data import encoder as encoders
+from k2_megatron.data.encoder import PROBE, first_difference, make_encoder
+from k2_megatron.data.readers import documents, find_sources
+from k2_megatron.data.tokenizer import load_tokenizer
+from k2_megatron.data.training import train_byte_level_bpe
+
+LITERALS = "a <s> b </s> c <|endoftext|> d <unk>"
+
+
+def test_the_toys_tokenizer_is_what_the_command_trains():
+    texts = documents(find_sources([str(TOY / "state_of_the_union.jsonl.xz")]), "text")
+    trained = train_byte_level_bpe(texts, 4096, ["<|endoftext|>"])
+    assert json.loads(trained.to_str()) == json.loads((TOY / "tokenizer.json").read_text(encoding="utf-8"))
+
+
+def test_toy_tokenizer(toy_tokenizer):
+    tokenizer = load_tokenizer(toy_tokenizer)
+    assert (tokenizer.vocab_size, tokenizer.end_of_document) == (4096, 0)
+    text = "We the People, naïve — 🙂\n\t<|endoftext|> 1790"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_control_pieces_in_text_stay_text(toy_tokenizer, sentencepiece_model, hugging_face_twin):
+    for path in (toy_tokenizer, sentencepiece_model, hugging_face_twin):
+        tokenizer = load_tokenizer(path)
+        assert tokenizer.end_of_document not in tokenizer.encode(LITERALS)
+    asked = load_tokenizer(toy_tokenizer, special_pieces=True)
+    assert 0 in asked.encode(LITERALS)
+    assert asked.fingerprint != load_tokenizer(toy_tokenizer).fingerprint
+
+
+def test_both_kinds_agree(sentencepiece_model, hugging_face_twin, speeches):
+    one, other = load_tokenizer(sentencepiece_model), load_tokenizer(hugging_face_twin)
+    assert one.end_of_document == other.end_of_document == 2
+    for text in (*speeches, LITERALS, "  two  spaces ", "naïve 🙂"):
+        assert one.encode(text) == other.encode(text)
+
+
+@pytest.mark.parametrize("special_pieces", [False, True])
+def test_gigatoken_is_used_and_exact_for_byte_level_bpe(toy_tokenizer, speeches, special_pieces):
+    encoder = make_encoder(load_tokenizer(toy_tokenizer, special_pieces=special_pieces))
+    assert encoder.name == "gigatoken"
+    texts = [*speeches, *PROBE, LITERALS]
+    assert first_difference(encoder.encode, encoder.reference, texts) == ""
+    ids, lengths = encoder.encode(texts)
+    assert (0 in ids[-lengths[-1] :]) == special_pieces
+
+
+def test_gigatoken_is_exact_for_both_llama_like_kinds(sentencepiece_model, hugging_face_twin, speeches):
+    ids = []
+    for path in (sentencepiece_model, hugging_face_twin):
+        encoder = make_encoder(load_tokenizer(path))
+        assert first_difference(encoder.encode, encoder.reference, [*speeches, LITERALS]) == ""
+        ids.append(encoder.encode([*speeches, LITERALS])[0])
+    assert np.array_equal(*ids)
+
+
+def word_tokenizer(path: Path, speeches) -> Path:
+    """A kind that gigatoken does not read."""
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.train_from_iterator(speeches, trainers.WordLevelTrainer(special_tokens=["<unk>", "</s>"]))
+    tokenizer.save(str(path))
+    return path
+
+
+def test_falls_back_and_says_why(tmp_path, speeches):
+    tokenizer = load_tokenizer(word_tokenizer(tmp_path / "tokenizer.json", speeches))
+    encoder = make_encoder(tokenizer)
+    assert encoder.name == "tokenizers"
+    assert "gigatoken does not take this tokenizer" in encoder.reason
+    ids, lengths = encoder.encode(["the Congress", ""])
+    assert ids.tolist() == tokenizer.encode("the Congress")
+    assert lengths.tolist() == [2, 0]
+    with pytest.raises(ValueError, match="--encoder gigatoken: it does not take"):
+        make_encoder(tokenizer, "gigatoken")
+
+
+def test_an_encoder_that_differs_is_not_used(toy_tokenizer, monkeypatch):
+    def off_by_one(tokenizer):
+        exact = encoders._tokenizers_encode(tokenizer)
+
+        def encode(texts):
+            ids, lengths = exact(texts)
+            return np.where(np.arange(len(ids)) == len(ids) - 1, ids + 1, ids), lengths
+
+        return encode
+
+    monkeypatch.setattr(encoders, "_gigatoken_encode", off_by_one)
+    encoder = make_encoder(load_tokenizer(toy_tokenizer))
+    assert encoder.name == "tokenizers"
+    assert "instead of" in encoder.reason
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "none.json", "no such tokenizer; train one with"),
+        (lambda folder: folder, "holds neither tokenizer.json nor tokenizer.model"),
+        (lambda folder: write(folder / "tokenizer.json", "{"), "not a tokenizer.json"),
+        (lambda folder: write(folder / "tokenizer.model", "x"), "not a sentencepiece model"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read(tmp_path, make, message):
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(make(tmp_path))
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_end_of_document_piece_must_exist(toy_tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="has no piece '<eot>'"):
+        load_tokenizer(toy_tokenizer, end_of_document="<eot>")
+    write(tmp_path / "tokenizer_config.json", json.dumps({"eos_token": {"content": "the"}}))
+    write(tmp_path / "tokenizer.json", Path(toy_tokenizer).read_text(encoding="utf-8"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.end_of_document == tokenizer.piece_id("the")
+
+
+def test_too_small_a_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="--vocab-size 100: bytes and special tokens alone take 257"):
+        train_byte_level_bpe(["text"], 100, ["<|endoftext|>"])

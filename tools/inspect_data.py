@@ -1,0 +1,100 @@
+"""What a run trained on, and whether that can be proved.
+
+python tools/inspect_data.py verify RUN               the ledger's chain, the plan, the token files
+python tools/inspect_data.py step RUN N               documents of step N: source, file, line, text, token span
+python tools/inspect_data.py document RUN FILE:NUMBER every step that saw a document
+python tools/inspect_data.py mix RUN A B              mixture of steps A to B against the plan's
+python tools/inspect_data.py show RUN N               N samples decoded
+python tools/inspect_data.py amend RUN skip|defer ... append an amendment to the ledger
+python tools/inspect_data.py manifest PREFIX          hashes for .bin/.idx files made with Megatron's own tool
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+from k2_megatron.data.inspect import Run, document_lines, mix_lines, show_lines, step_lines, verify_lines
+from k2_megatron.data.manifest import manifest_of_foreign_files, manifest_path
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name)
+        added.add_argument("run", help="the run folder")
+        return added
+
+    command("verify").add_argument("--quick", action="store_true", help="do not read the token files whole")
+    step = command("step")
+    step.add_argument("number", type=int)
+    step.add_argument("--characters", type=int, default=100, help="of the text of each document (100)")
+    command("document").add_argument("identity", help="FILE:NUMBER, as step prints it")
+    mix = command("mix")
+    mix.add_argument("first", type=int)
+    mix.add_argument("last", type=int)
+    show = command("show")
+    show.add_argument("count", type=int)
+    show.add_argument("--from", dest="first_sample", type=int, default=0, help="the first sample (0)")
+    amend = command("amend")
+    amend.add_argument("action", choices=["skip", "defer"])
+    what = amend.add_mutually_exclusive_group(required=True)
+    what.add_argument("--chunk", type=int)
+    what.add_argument("--samples", type=int, nargs=2, metavar=("FIRST", "END"))
+    amend.add_argument(
+        "--from-sample", type=int, required=True, help="consumed_samples of the checkpoint to go on from"
+    )
+    amend.add_argument("--reason", required=True)
+    commands.add_parser("manifest").add_argument("prefix")
+    return parser.parse_args()
+
+
+def answer(options: argparse.Namespace) -> Iterator[str]:
+    if options.command == "manifest":
+        manifest = manifest_of_foreign_files(options.prefix)
+        yield f"{manifest_path(options.prefix)}: {manifest['files'][0]['tokens']} tokens"
+        return
+    run = Run(options.run)
+    if options.command == "verify":
+        yield from verify_lines(run, contents=not options.quick)
+    elif options.command == "step":
+        yield from step_lines(run, options.number, options.characters)
+    elif options.command == "document":
+        yield from document_lines(run, options.identity)
+    elif options.command == "mix":
+        yield from mix_lines(run, options.first, options.last)
+    elif options.command == "show":
+        yield from show_lines(run, options.count, options.first_sample)
+    else:
+        yield amend_order(run, options)
+
+
+def amend_order(run: Run, options: argparse.Namespace) -> str:
+    """Append an amendment that fits the run's schedule."""
+    run.ledger.attach(run.feed)
+    run.ledger.amend(
+        options.action,
+        from_sample=options.from_sample,
+        sequence_length=run.config.model.sequence_length,
+        reason=options.reason,
+        chunk=options.chunk,
+        samples=tuple(options.samples) if options.samples else None,
+    )
+    return f"{run.ledger.path}: {options.action} holds from sample {options.from_sample}; it goes for runs started now"
+
+
+def main() -> int:
+    try:
+        for line in answer(parse_arguments()):
+            print(line)
+    except (ValueError, OSError) as error:
+        print(f"inspect_data: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
