@@ -1,0 +1,195 @@
+"""`python -m benchmarks.kernels`: every op against this machine's copy bandwidth, torch, and the packages installed.
+
+    --quick        fewer shapes and rounds      --only OP      one op      --no-compile   leave torch.compile out
+    --results DIR  where the JSON goes (benchmarks/results), named after the hardware
+
+All candidates of a workload and a plain copy take turns in every round, so that a machine whose speed drifts favours
+none; the fastest round counts, since other processes only ever add time (the JSON holds the medians too). Inputs rotate
+through sets that together exceed the last-level cache. On a GPU a round is a queue of launches behind a device-side wait,
+timed by events: the host's time is not in it. On a CPU glibc is told to keep freed memory, for everyone: otherwise the
+page faults of fresh results would be what is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.kernel_workloads import Workload, cpu_workloads, cuda_workloads
+from k2_megatron.kernels.dispatch import OPS, choose_backend
+
+ROTATION_BYTES = {
+    "cpu": 640 << 20,
+    "cuda": 512 << 20,
+}  # beyond the caches: 260 MiB on large Xeons, 50-60 MB on H100/H200
+COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
+LAUNCHES = 10  # of one candidate in one round on a GPU
+WAIT_CYCLES = 20_000_000  # about 10 ms: long enough to enqueue the launches behind it
+
+
+def keep_freed_memory() -> None:
+    """glibc: large blocks come from the heap and stay there (mallopt's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD)."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30)
+        libc.mallopt(-1, (1 << 31) - 1)
+
+
+def milliseconds(device: str, run: Callable[[int], object]) -> float:
+    """One round of one candidate; run(i) is its i-th launch."""
+    if device == "cpu":
+        start = time.perf_counter()
+        run(0)
+        return (time.perf_counter() - start) * 1e3
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(WAIT_CYCLES)
+    start.record()
+    for launch in range(LAUNCHES):
+        run(launch)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / LAUNCHES
+
+
+def passes(workload: Workload, sets: list, candidate: Callable) -> dict[str, Callable[[int], object]]:
+    """The forward, and forward and backward together, as functions of a launch's number."""
+    runs: dict[str, Callable[[int], object]] = {"forward": lambda i: candidate(*sets[i % len(sets)])}
+    if workload.wanted(sets[0]):
+        outputs = candidate(*sets[0])
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        gradients = [torch.randn_like(output) for output in outputs]
+
+        def both(i):
+            inputs = sets[i % len(sets)]
+            results = candidate(*inputs)
+            torch.autograd.grad(
+                results if isinstance(results, tuple) else (results,), workload.wanted(inputs), gradients
+            )
+
+        runs["forward + backward"] = both
+    return runs
+
+
+def measure(workload: Workload, device: str, rounds: int, with_compile: bool) -> dict[str, dict[str, list[float]]]:
+    """Milliseconds of each round, by pass and candidate; "copy" among them."""
+    each = max(workload.forward_bytes // 2, 1 << 24)
+    sets = [workload.inputs() for _ in range(min(12, max(2, ROTATION_BYTES[device] // each)))]
+    candidates = dict(workload.candidates)
+    if with_compile and workload.compiled:
+        torch._dynamo.reset()
+        candidates["compile"] = torch.compile(workload.compiled, fullgraph=True, dynamic=False)
+    source = torch.ones(COPY_BYTES[device] // 4, device=device)
+    target = torch.zeros_like(source)
+    runs = {name: passes(workload, sets, candidate) for name, candidate in candidates.items()}
+    times: dict[str, dict[str, list[float]]] = {}
+    for part in next(iter(runs.values())):
+        turns = {name: run[part] for name, run in runs.items()} | {"copy": lambda _: target.copy_(source)}
+        times[part] = {name: [] for name in turns}
+        for number in range(rounds + 2):
+            for name, run in turns.items():
+                taken = milliseconds(device, lambda i, run=run, number=number: run(number * LAUNCHES + i))
+                if number >= 2:  # the first two warm up, and compile
+                    times[part][name].append(taken)
+    return times
+
+
+def summarise(workload: Workload, times: dict[str, dict[str, list[float]]], device: str) -> list[dict]:
+    """One row a pass, by the fastest rounds: bandwidth of the necessary bytes, share of the copy's, ratios to others."""
+    rows = []
+    for part, by_name in times.items():
+        necessary = workload.forward_bytes + (workload.backward_bytes if part != "forward" else 0)
+        fastest = {name: min(values) for name, values in by_name.items()}
+        copy_rate, rate = 2 * COPY_BYTES[device] / fastest["copy"] / 1e6, necessary / fastest["ours"] / 1e6
+        rows.append({
+            "op": workload.op, "shape": workload.shape, "dtype": str(workload.dtype)[6:], "pass": part,
+            "milliseconds": fastest,
+            "median_milliseconds": {name: statistics.median(values) for name, values in by_name.items()},
+            "necessary_bytes": necessary,
+            "gigabytes_per_second": rate,
+            "copy_gigabytes_per_second": copy_rate,
+            "share_of_copy": rate / copy_rate,
+            "times_faster_than": {
+                name: taken / fastest["ours"] for name, taken in fastest.items() if name not in ("ours", "copy")
+            },
+        })  # fmt: skip
+    return rows
+
+
+def show(rows: list[dict], title: str) -> None:
+    others = list(dict.fromkeys(name for row in rows for name in row["times_faster_than"]))
+    table = Table(title=title, title_justify="left")
+    for heading in ("op", "shape", "dtype", "pass"):
+        table.add_column(heading)
+    for heading in ("ms", "GB/s", "% of copy", *(f"x {name}" for name in others)):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        bandwidth = [f"{row['gigabytes_per_second']:.1f}", f"{100 * row['share_of_copy']:.0f}"]
+        ratios = [
+            f"{row['times_faster_than'][name]:.2f}" if name in row["times_faster_than"] else "-" for name in others
+        ]
+        table.add_row(row["op"], row["shape"], row["dtype"], row["pass"], f"{row['milliseconds']['ours']:.3f}",
+                      *(bandwidth if row["necessary_bytes"] else ["-", "-"]), *ratios)  # fmt: skip
+    Console(width=None if Console().is_terminal else 170).print(table)
+
+
+def hardware(device: str) -> str:
+    """The GPU's name, or the processor's with the number of threads."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    names = (
+        re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        if Path("/proc/cpuinfo").exists()
+        else []
+    )
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
+    parser.add_argument("--only", help="one op, by name")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument(
+        "--results", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON file"
+    )
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for op in OPS:
+        choose_backend(op, device, device)  # raises, with the remedy, where the extension is not built
+    if device == "cpu":
+        keep_freed_memory()
+    rounds = 5 if arguments.quick else 15
+    workloads = (cuda_workloads if device == "cuda" else cpu_workloads)(arguments.quick)
+    rows = []
+    for workload in workloads:
+        if arguments.only in (None, workload.op):
+            rows += summarise(workload, measure(workload, device, rounds, not arguments.no_compile), device)
+            print(f"{workload.op} {workload.shape} {str(workload.dtype)[6:]}", flush=True)
+    name = hardware(device)
+    show(rows, f"{name}, torch {torch.__version__}: x = how many times faster ours is")
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    slug = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    path = arguments.results / f"kernels_{slug}.json"
+    record = {
+        "hardware": name,
+        "torch": torch.__version__,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    path.write_text(json.dumps(record | {"rounds": rounds, "rows": rows}, indent=1) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
