@@ -57,6 +57,8 @@ def test_ranks_that_run_decide_data_parallelism():
     assert load_config(TOY, ["parallel.data=4"], world_size=8).parallel.data == 2
     assert load_config(TOY, ["parallel.data=4"]).parallel.data == 4
     assert load_config(TOY, ["parallel.ranks=16"]).parallel.data == 4
+    one_rank = ["parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence=false"]
+    assert load_config(TOY, one_rank, world_size=1).world_size == 1
 
 
 def test_overrides_are_toml_values_or_text():

@@ -251,6 +251,7 @@ def test_all_problems_are_reported_at_once():
 
 def test_ranks_that_do_not_fit_the_layout():
     assert "ranks started = 6: must be a multiple of parallel.tensor * pipeline * context" in message([], world_size=6)
+    assert "ranks started = 0: must be a multiple of" in message([], world_size=0)
 
 
 def test_missing_file_and_broken_toml(tmp_path):
