@@ -11,7 +11,7 @@ import multiprocessing.connection
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,11 +109,23 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def pretrain(arguments: list[str]) -> None:
-    """pretrain_k2.py with these arguments, in a process that has its imports behind it."""
+def pretrain(
+    ranks: int, config: Path, settings: Sequence[str], folder: Path, fault: Callable[[], None] | None = None
+) -> list[Outcome]:
+    """`pretrain_k2.py config --set ...`: the ranks that a plain start would begin, or the plain start of one rank."""
+    arguments = ([str(config), *(part for setting in settings for part in ("--set", setting))], fault)
+    if ranks == 1:
+        return [Rank(run_pretrain, arguments, {}, folder).finish()]
+    return run_ranks(run_pretrain, ranks, arguments, folder)
+
+
+def run_pretrain(arguments: list[str], fault: Callable[[], None] | None = None) -> None:
+    """pretrain_k2.py with these arguments, in this process, which has its imports behind it; then the exit."""
     import pretrain_k2
     from k2_megatron.runtime.mistakes import run_program
 
+    if fault is not None:
+        fault()
     sys.exit(run_program(pretrain_k2.main, arguments))
 
 

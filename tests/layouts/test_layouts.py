@@ -82,7 +82,7 @@ def test_every_gradient_of_the_first_step_is_that_of_one_process(train, ranks, s
 
 
 def test_first_loss_is_that_of_a_model_which_knows_nothing(train):
-    # The logits' variance, init_std^2 * hidden_size = 0.026, adds half of itself; the sample of 256 positions, the rest.
+    # The logits' variance, init_std^2 * hidden_size = 0.026, adds half of itself; the sample of positions, the rest.
     assert abs(train(1, ONE_PROCESS).training.losses[0] - math.log(VOCABULARY)) < 0.05
 
 

@@ -1,0 +1,124 @@
+"""A run that was stopped goes on as if it had not been: to the bit in its own layout, within rounding in another."""
+
+import pytest
+import resaving
+import torch
+from rank_processes import pretrain, results_of, run_ranks
+from small_run import checkpoint_tensors, overrides
+
+from k2_megatron.train.checkpoint_files import read_manifest
+from k2_megatron.train.journal import read_events, read_steps
+
+LAYOUTS = {
+    "one": (1, {}),
+    "tp2-pp2-sp": (4, {"parallel.tensor": 2, "parallel.pipeline": 2, "parallel.sequence": True}),
+    "dp2-sharded": (2, {"parallel.data": 2, "parallel.distributed_optimizer": True}),
+    "pp2-vp2": (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}),
+}
+BFLOAT16 = {"train.precision": "bfloat16"}
+LOSSES, GRADIENT_NORMS = 1e-5, 1e-4  # relative, between layouts: as in tests/layouts
+MEASURED = {"event", "time", "step_seconds", "data_seconds", "tokens_per_second", "model_flops_utilization"}
+
+
+def told(run, first_step: int = 1) -> list[dict]:
+    """The journal's steps from `first_step` on, without what a clock measured."""
+    return [
+        {key: value for key, value in event.items() if key not in MEASURED}
+        for step, event in read_steps(run / "journal.jsonl").items()
+        if step >= first_step
+    ]
+
+
+def events(run, kind: str) -> list[dict]:
+    return [event for event in read_events(run / "journal.jsonl") if event["event"] == kind]
+
+
+def unequal_tensors(expected_folder, found_folder) -> list[str]:
+    """Names of the tensors that differ in a single bit, or that one of the two lacks."""
+    expected, found = checkpoint_tensors(expected_folder), checkpoint_tensors(found_folder)
+    assert any(name.startswith("optimizer.state.exp_avg_sq.") for name in expected)
+    shared = expected.keys() & found.keys()
+    return sorted(expected.keys() ^ found.keys()) + sorted(
+        name for name in shared if not torch.equal(expected[name], found[name])
+    )
+
+
+@pytest.mark.parametrize(
+    ("layout", "precision"),
+    [("tp2-pp2-sp", {}), ("pp2-vp2", {}), ("dp2-sharded", {}), ("dp2-sharded", BFLOAT16), ("one", BFLOAT16)],
+    ids=["tp2-pp2-sp", "pp2-vp2", "dp2-sharded", "dp2-sharded-bfloat16", "one-bfloat16"],
+)
+def test_resume_is_bitwise(whole_run, continued, layout, precision):
+    ranks, settings = LAYOUTS[layout][0], {**LAYOUTS[layout][1], **precision}
+    whole = whole_run(ranks, settings)
+    resumed = continued(whole, ranks, settings)
+    (resume,) = events(resumed, "resume")
+    assert (resume["step"], resume["doubts"], resume["next_sample"]) == (3, [], 24)
+    assert len(told(resumed)) == 6
+    assert told(resumed, 4) == told(whole, 4)
+    assert events(resumed, "evaluation")[-1]["held_out_loss"] == events(whole, "evaluation")[-1]["held_out_loss"]
+    last = "checkpoints/step_00000006"
+    assert read_manifest(resumed / last)["weights"] == read_manifest(whole / last)["weights"]
+    assert unequal_tensors(whole / last, resumed / last) == []
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        ("tp2-pp2-sp", "one"),
+        ("tp2-pp2-sp", "dp2-sharded"),
+        ("tp2-pp2-sp", "pp2-vp2"),
+        ("one", "tp2-pp2-sp"),
+        ("dp2-sharded", "tp2-pp2-sp"),
+        ("pp2-vp2", "tp2-pp2-sp"),
+    ],
+)
+def test_resume_in_another_layout_stays_within_rounding(whole_run, continued, saved, loaded):
+    whole = whole_run(*LAYOUTS[saved])
+    resumed = continued(whole, *LAYOUTS[loaded])
+    for expected, found in zip(told(whole, 4), told(resumed, 4), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=LOSSES)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=GRADIENT_NORMS)
+        assert {**found, "loss": 0, "grad_norm": 0} == {**expected, "loss": 0, "grad_norm": 0}
+
+
+@pytest.mark.parametrize("precision", [{}, BFLOAT16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [("tp2-pp2-sp", "dp2-sharded"), ("dp2-sharded", "pp2-vp2"), ("pp2-vp2", "tp2-pp2-sp")]
+)
+def test_loading_in_another_layout_changes_no_bit(whole_run, small_config, tmp_path, saved, loaded, precision):
+    """Weights, both moments and main parameters, saved again as soon as they are loaded."""
+    saved_ranks, saved_settings = LAYOUTS[saved]
+    source = whole_run(saved_ranks, {**saved_settings, **precision}) / "checkpoints" / "step_00000003"
+    ranks, settings = LAYOUTS[loaded]
+    given = overrides({"train.steps": 6, **settings, **precision})
+    results_of(run_ranks(resaving.load_and_save, ranks, (small_config, given, source, tmp_path), tmp_path / "output"))
+    assert unequal_tensors(source, tmp_path / "step_00000003") == []
+
+
+def test_finished_run_says_so_and_trains_no_further(whole_run, small_config, tmp_path):
+    ranks, settings = LAYOUTS["one"]
+    run = whole_run(ranks, settings)
+    before = told(run)
+    given = overrides({"train.steps": 6, "train.evaluate_every_steps": 3, **settings, "run.folder": run})
+    (outcome,) = pretrain(ranks, small_config, given, tmp_path)
+    assert outcome.exit_code == 0, outcome.stderr
+    assert f"finished: {run}" in outcome.stdout
+    assert told(run) == before
+    assert [event["event"] for event in read_events(run / "journal.jsonl")][-3:] == ["start", "resume", "stop"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step_00000003", "step_00000006"]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        resaving.optimizer_not_restored,
+        resaving.second_moment_not_restored,
+        resaving.optimizer_step_not_restored,
+        resaving.next_sample_is_the_first,
+    ],
+    ids=lambda fault: fault.__name__,
+)
+def test_comparison_sees_a_fault(whole_run, continued, fault):
+    whole = whole_run(*LAYOUTS["one"])
+    assert told(continued(whole, *LAYOUTS["one"], fault), 4) != told(whole, 4)
