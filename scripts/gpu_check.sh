@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command and under eight minutes: builds the extension, runs `pytest -m gpu`, the
+# benchmarks and compute-sanitizer, and leaves a log of each part and a summary in one folder.
+#
+#   scripts/gpu_check.sh [WHEELS]
+#
+# The machine brings Python 3.10 to 3.12, torch with CUDA, and nvcc; it needs no network. What else is missing
+# (megatron-core, pybind11, pytest, ...) comes as wheels from the folder WHEELS (default: wheels/, if it exists); they are
+# unpacked beside the results' work files and put on PYTHONPATH, so that nothing is installed.
+#
+#   OUT     folder of the results        (default benchmarks/results/<GPU>)
+#   PYTHON  interpreter that has torch   (default python3)
+#
+# Exit code: the number of parts that failed. A part that runs out of its time fails with 124.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+
+wheels=${1:-wheels}
+python=${PYTHON:-python3}
+gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | tr -cs 'A-Za-z0-9\n' '_')
+if [ -z "$gpu" ]; then
+  echo "gpu_check: nvidia-smi names no GPU; this script is for a machine that has one" >&2
+  exit 1
+fi
+results=${OUT:-benchmarks/results/$gpu}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir -p "$results"
+summary=$results/summary.txt
+failed=0
+
+# part NAME SECONDS COMMAND...: runs it within its time, its output to NAME.log, one line to the summary.
+part() {
+  local name=$1 limit=$2 started=$SECONDS code
+  shift 2
+  echo "== $name (at most $limit s)"
+  timeout --kill-after=5 "$limit" "$@" >"$results/$name.log" 2>&1
+  code=$?
+  tail -n 5 "$results/$name.log"
+  printf '%-12s exit code %3d  %4d s\n' "$name" "$code" $((SECONDS - started)) | tee -a "$summary"
+  [ "$code" -eq 0 ] || failed=$((failed + 1))
+}
+
+{
+  nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem --format=csv,noheader
+  nvcc --version | tail -n 1
+  "$python" -c 'import sys, torch; print("Python", sys.version.split()[0], "torch", torch.__version__)'
+  git rev-parse HEAD 2>/dev/null
+} >"$summary" 2>&1
+
+if [ -d "$wheels" ]; then
+  # --no-deps: what the machine already has, torch above all, must stay what is imported.
+  part wheels 30 "$python" -m pip install --quiet --no-index --no-deps --target "$work/packages" "$wheels"/*.whl
+fi
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}:$work/packages
+
+K2_BUILD_CUDA=1 part build 110 "$python" setup.py build_ext --inplace
+touch "$work/before_benchmarks"
+part tests 120 "$python" -m pytest -m gpu -p no:cacheprovider tests
+part kernels 100 "$python" -m benchmarks.kernels
+part train_step 40 "$python" benchmarks/train_step.py
+if command -v compute-sanitizer >/dev/null; then
+  # Small bf16 cases: memcheck slows a kernel many times over.
+  part sanitizer 60 compute-sanitizer --error-exitcode 99 --target-processes all \
+    "$python" -m pytest -x -m gpu -p no:cacheprovider tests/kernels -k "bfloat16 and (rms_norm or cross_entropy)"
+else
+  echo "sanitizer    not run: no compute-sanitizer on PATH" | tee -a "$summary"
+fi
+
+# The benchmarks write their tables under benchmarks/results; what this run wrote goes with the logs.
+find benchmarks/results -name '*.json' -newer "$work/before_benchmarks" -not -path "$results/*" -exec cp {} "$results/" \;
+echo "results in $results; $failed parts failed"
+exit "$failed"
