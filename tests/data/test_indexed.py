@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -55,7 +57,7 @@ def test_we_read_megatrons(tmp_path):
     file = TokenFile(tmp_path / "theirs")
     file.check_index()
     starts = file.document_start(np.arange(file.documents + 1))
-    read = [file.tokens[start:end].tolist() for start, end in zip(starts, starts[1:], strict=False)]
+    read = [file.tokens[start:end].tolist() for start, end in pairwise(starts)]
     assert read == DOCUMENTS
     assert file.document_at(3) == 2  # the empty document holds no token
     assert file.document_at(303) == 3

@@ -48,7 +48,7 @@ def test_folders_globs_and_files_are_found_once_in_order(tmp_path):
     assert by_folder == ["sub/a.jsonl", "sub/b.jsonl.gz", "sub/c.jsonl.xz", "sub/d.jsonl.zst", "sub/e.parquet"]
     by_glob = find_sources([str(tmp_path / "sub" / "*.jsonl*"), str(tmp_path / "sub" / "a.jsonl")])
     assert [source.name for source in by_glob] == ["a.jsonl", "b.jsonl.gz", "c.jsonl.xz", "d.jsonl.zst"]
-    with pytest.raises(ValueError, match="no text file there; give .jsonl"):
+    with pytest.raises(ValueError, match=r"no text file there; give \.jsonl"):
         find_sources([str(tmp_path / "*.md")])
 
 

@@ -1,0 +1,205 @@
+"""Samples are a pure function of their number; what does not fit is one clear error before a token is used."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from token_corpora import ROOT
+
+from k2_megatron.data.build import build_plans
+from k2_megatron.data.feed import open_feed
+from k2_megatron.data.indexed import TokenFile
+from k2_megatron.data.ledger import Ledger
+from k2_megatron.data.recipe import Recipe
+
+LENGTH = 32
+
+
+def open_small(path, **settings):
+    return open_feed(path, **{"sequence_length": LENGTH, "seed": 3, "vocab_size": 4096, **settings})
+
+
+@pytest.fixture(scope="module")
+def plan_folder(tmp_path_factory, token_prefix) -> Path:
+    folder = tmp_path_factory.mktemp("plan") / "train"
+    sources = {"text": {"tokens": (token_prefix,), "repeats": 2.0}}
+    recipe = {"sequence_length": LENGTH, "chunks": 6, "rows_per_chunk": 200, "seed": 5, "sources": sources}
+    build_plans(Recipe.model_validate(recipe), folder, None)
+    return folder
+
+
+@pytest.fixture(params=["plan", "prefix"])
+def data(request, plan_folder, token_prefix):
+    return plan_folder if request.param == "plan" else token_prefix
+
+
+def test_samples_do_not_depend_on_how_they_are_read(data):
+    """Steps of any batch, ranks and micro-batches in any order, prefetched or not: sample n is sample n."""
+    whole = open_small(data).tokens(0, 96)
+    assert whole.shape == (96, LENGTH + 1)
+    assert whole.dtype == np.uint16
+    feed = open_small(data)
+    for micro_batch in (3, 2, 1, 0):
+        for rank in (1, 0):
+            first = 40 + (micro_batch * 2 + rank) * 5
+            feed.prefetch(first, 5)
+            assert np.array_equal(feed.tokens(first, 5), whole[first : first + 5])
+    feed.prefetch(0, 8)
+    assert np.array_equal(feed.tokens(8, 8), whole[8:16]), "another range than the prefetched one"
+    assert feed.seconds_waited > 0
+
+
+def test_an_epoch_holds_every_row_once_and_the_next_another_order(token_prefix):
+    feed = open_small(token_prefix)
+    assert feed.rows is None
+    rows = feed.store.rows(0)
+    assert rows == (TokenFile(token_prefix).token_count - 1) // LENGTH
+    first, second = feed.tokens(0, rows), feed.tokens(rows, rows)
+    assert sorted(map(bytes, first)) == sorted(map(bytes, second))
+    assert len(set(map(bytes, first))) == rows
+    assert not np.array_equal(first, second)
+    assert np.array_equal(feed.tokens(rows - 2, 4), np.concatenate([first[-2:], second[:2]]))
+    assert not np.array_equal(open_small(token_prefix, seed=4).tokens(0, 8), first[:8])
+
+
+def test_neighbouring_rows_share_one_token(token_prefix):
+    """Every token but the first is a label once."""
+    feed = open_small(token_prefix)
+    rows = feed.store.rows(0)
+    tokens = np.asarray(TokenFile(token_prefix).tokens)
+    labels = sorted(map(bytes, feed.tokens(0, rows)[:, 1:]))
+    assert labels == sorted(bytes(tokens[1 + LENGTH * row :][:LENGTH]) for row in range(rows))
+
+
+def test_a_prefix_is_split_by_document(token_prefix):
+    parts = {name: open_small(token_prefix, part=name, held_out_fraction=0.3) for name in ("train", "held_out")}
+    documents = {
+        name: {span.document for sample in range(feed.store.rows(0)) for span in feed.describe(sample)}
+        for name, feed in parts.items()
+    }
+    assert len(documents["held_out"]) >= 5
+    assert not documents["train"] & documents["held_out"]
+    assert len(documents["train"] | documents["held_out"]) >= 38  # the end of a part may be too short for a row
+    assert parts["train"].fingerprint != parts["held_out"].fingerprint
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+def test_a_longer_context_is_rows_end_to_end(plan_folder, factor):
+    rows = open_small(plan_folder).tokens(0, 12 * factor)
+    feed = open_small(plan_folder, sequence_length=LENGTH * factor)
+    assert feed.rows == 1200 // factor
+    samples = feed.tokens(2, 8)
+    for number, sample in enumerate(samples, start=2):
+        own = rows[number * factor : (number + 1) * factor]
+        assert np.array_equal(sample[:-1], own[:, :-1].reshape(-1))
+        assert sample[-1] == own[-1, -1]
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_a_shorter_context_is_parts_of_rows(plan_folder, factor):
+    rows = open_small(plan_folder).tokens(0, 10)
+    feed = open_small(plan_folder, sequence_length=LENGTH // factor)
+    assert feed.rows == 1200 * factor
+    short = LENGTH // factor
+    for first, count in ((0, 8), (3, 9), (5, 1)):
+        for number, sample in enumerate(feed.tokens(first, count), start=first):
+            part = number % factor * short
+            assert np.array_equal(sample, rows[number // factor, part : part + short + 1])
+
+
+def test_a_context_that_does_not_fit_the_plan_is_refused(plan_folder):
+    with pytest.raises(ValueError, match="48 is neither a multiple nor a divisor of the plan's 32; build a plan"):
+        open_small(plan_folder, sequence_length=48)
+
+
+def test_amendments_move_what_is_to_come(plan_folder, tmp_path):
+    plain = open_small(plan_folder).tokens(0, 1200)
+    ledger = Ledger(tmp_path)
+    open_small(plan_folder, ledger=ledger)
+    ledger.amend("defer", from_sample=250, sequence_length=LENGTH, reason="spike", chunk=2)
+    ledger.amend("skip", from_sample=300, sequence_length=LENGTH, reason="spike", samples=(310, 320))
+    feed = open_small(plan_folder, ledger=Ledger(tmp_path))
+    moved = np.concatenate([plain[:400], plain[600:], plain[400:600]])
+    assert feed.rows == 1190
+    assert np.array_equal(feed.tokens(0, 1190), np.concatenate([moved[:310], moved[320:]]))
+
+
+def test_amendments_hold_for_another_context_length(plan_folder, tmp_path):
+    """From sample 5 of 64 tokens on = from row 10 of 32."""
+    ledger = Ledger(tmp_path)
+    ledger.amend("skip", from_sample=5, sequence_length=2 * LENGTH, reason="spike", samples=(6, 7))
+    plain = open_small(plan_folder).tokens(0, 30)
+    feed = open_small(plan_folder, ledger=ledger)
+    assert np.array_equal(feed.tokens(0, 20), np.concatenate([plain[:12], plain[14:22]]))
+
+
+def test_an_amendment_that_does_not_fit_names_its_line(plan_folder, tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.amend("skip", from_sample=0, sequence_length=LENGTH, reason="x", chunk=77)
+    with pytest.raises(ValueError, match=r"ledger\.jsonl, amendment 0: chunk 77: none of its rows"):
+        open_small(plan_folder, ledger=ledger)
+
+
+def test_the_chain_is_of_the_rows_trained(plan_folder, tmp_path):
+    ledger = Ledger(tmp_path / "a")
+    open_small(plan_folder, ledger=ledger)
+    before, after = ledger.chain("", 0, 250), ledger.chain("", 0, 260)
+    ledger.amend("defer", from_sample=250, sequence_length=LENGTH, reason="spike", samples=(250, 270))
+    again = Ledger(tmp_path / "a")
+    open_small(plan_folder, ledger=again)
+    assert again.chain("", 0, 250) == before
+    assert again.chain("", 0, 260) != after
+
+
+def test_past_the_end_of_a_plan(plan_folder):
+    with pytest.raises(ValueError, match=r"samples 1196\.\.1203 asked for, the data has 1200; lower train\.steps"):
+        open_small(plan_folder).tokens(1196, 8)
+
+
+def copy_of(prefix, folder, with_manifest):
+    suffixes = (".bin", ".idx", ".xxh3", ".manifest.json") if with_manifest else (".bin", ".idx")
+    name = folder / Path(prefix).name
+    for suffix in suffixes:
+        shutil.copy(prefix + suffix, str(name) + suffix)
+    return str(name)
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused(token_prefix, plan_folder, tmp_path):
+    for path in (token_prefix, plan_folder):
+        with pytest.raises(ValueError, match="tokenizer of 4096 pieces"):
+            open_small(path, vocab_size=4000)
+    bare = open_small(copy_of(token_prefix, tmp_path, with_manifest=False), vocab_size=3000)
+    with pytest.raises(ValueError, match=r"token id \d+ near .* model.vocab_size is 3000; use the data's own"):
+        bare.tokens(0, bare.store.rows(0))
+
+
+def test_files_of_megatrons_own_tool_need_no_manifest(token_prefix, tmp_path):
+    bare = open_small(copy_of(token_prefix, tmp_path, with_manifest=False))
+    assert np.array_equal(bare.tokens(0, 50), open_small(token_prefix).tokens(0, 50))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"path": "nowhere"}, r"nowhere\.bin: no such file; make it with tools/preprocess_data\.py"),
+        ({"part": "some"}, "part 'some': one of all, train, held_out"),
+        ({"sequence_length": 10**6}, "too few for one row of 1000001; give more text"),
+        ({"part": "held_out", "held_out_fraction": 1e-9}, "the held_out part has 0 tokens"),
+    ],
+)
+def test_mistakes_are_named(token_prefix, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        open_small(**{"path": token_prefix, **arguments})
+
+
+def test_training_imports_nothing_heavy():
+    """A rank that feeds needs numpy and the hash: no parquet, no tokenizers, no pydantic, no torch."""
+    heavy = ["pyarrow", "gigatoken", "awkward", "tokenizers", "sentencepiece", "pydantic", "torch", "rich"]
+    code = f"import sys, k2_megatron.data.feed; print([name for name in {heavy} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

@@ -1,0 +1,195 @@
+"""Plans: the same bytes every time, every row as often as asked, copies far apart, held-out documents never trained."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from token_corpora import outputs, tokenize
+
+from k2_megatron.data.build import build_plans
+from k2_megatron.data.feed import open_feed
+from k2_megatron.data.plan import Plan
+from k2_megatron.data.recipe import Recipe
+from k2_megatron.data.rows import unpack
+
+LENGTH = 16
+
+
+def make_recipe(prefixes: dict[str, str], **settings) -> Recipe:
+    sources = {
+        "often": {"tokens": (prefixes["a"],), "repeats": 3.0},
+        "half": {"tokens": (prefixes["b"],), "repeats": 0.5},
+        "rest": {"tokens": (prefixes["c"], prefixes["d"]), "share": 1.0},
+    }
+    standard = {"sequence_length": LENGTH, "chunks": 12, "rows_per_chunk": 150, "seed": 7, "held_out_fraction": 0.2}
+    return Recipe.model_validate({**standard, "sources": sources, **settings})
+
+
+@pytest.fixture(scope="module")
+def prefixes(tmp_path_factory, speeches, toy_tokenizer) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("sources")
+    texts = [text[:400] for text in speeches]
+    cuts = {"a": texts[:8], "b": texts[8:16], "c": texts[16:28], "d": [text[:900] for text in speeches[28:]]}
+    return {name: tokenize(part, folder, toy_tokenizer, name) for name, part in cuts.items()}
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory, prefixes) -> Path:
+    folder = tmp_path_factory.mktemp("plans")
+    build_plans(make_recipe(prefixes), folder / "train", folder / "held_out")
+    return folder
+
+
+def open_plan(folder, **settings):
+    return open_feed(folder, **{"sequence_length": LENGTH, "seed": 0, "vocab_size": 4096, **settings})
+
+
+def test_the_same_bytes_with_any_number_of_threads(tmp_path, prefixes, plans):
+    for number, threads in enumerate((1, 3)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        build_plans(make_recipe(prefixes), folder / "train", folder / "held_out", threads=threads)
+    one, other = outputs(tmp_path / "0"), outputs(tmp_path / "1")
+    assert one == other
+    without_locations = {name: content for name, content in one.items() if "locations" not in name}
+    assert {name: outputs(plans)[name] for name in without_locations} == without_locations
+    build_plans(make_recipe(prefixes, seed=8), tmp_path / "s" / "train", tmp_path / "s" / "held_out")
+    changed = outputs(tmp_path / "s")
+    assert all(changed[name] != one[name] for name in one if name.startswith("train/chunks"))
+
+
+def test_tokens_that_were_moved_change_no_byte_but_the_locations(tmp_path, prefixes, plans):
+    moved = {name: str(tmp_path / "moved" / Path(prefix).name) for name, prefix in prefixes.items()}
+    shutil.copytree(Path(prefixes["a"]).parent, tmp_path / "moved")
+    build_plans(make_recipe(moved), tmp_path / "train", tmp_path / "held_out")
+    one, other = (open_plan(folder / "train").tokens(0, 50) for folder in (plans, tmp_path))
+    assert np.array_equal(one, other)
+
+
+def test_every_row_as_often_as_asked(plans):
+    plan = Plan(plans / "train")
+    records = plan.records(np.arange(plan.rows))
+    sources, rows = unpack(records)
+    counts = Counter(sources.tolist())
+    assert [counts[number] for number in range(3)] == [source["rows_used"] for source in plan.sources]
+    assert plan.rows == 12 * 150
+    often, half = plan.sources[0], plan.sources[1]
+    assert often["rows_used"] == 3 * often["rows_available"]
+    assert half["rows_used"] == round(half["rows_available"] / 2)
+    each = Counter(rows[sources == 0].tolist())
+    assert set(each.values()) == {3}
+    assert len(each) == often["rows_available"]
+    assert set(Counter(rows[sources == 1].tolist()).values()) == {1}
+
+
+def test_copies_are_a_whole_pass_apart(plans):
+    """Three uses of a row in 12 chunks: 4 chunks apart, or as close to it as whole rows allow."""
+    plan = Plan(plans / "train")
+    sources, rows = unpack(plan.records(np.arange(plan.rows)))
+    chunk_of = np.arange(plan.rows) // plan.rows_per_chunk
+    for row in range(plan.sources[0]["rows_available"]):
+        chunks = chunk_of[(sources == 0) & (rows == row)]
+        assert np.diff(chunks).min() >= 3
+        assert np.diff(chunks).max() <= 5
+
+
+def test_every_chunk_has_the_mixture(plans):
+    plan = Plan(plans / "train")
+    for chunk in range(12):
+        sources = unpack(plan.records(chunk * 150 + np.arange(150)))[0]
+        for number, source in enumerate(plan.sources):
+            assert abs((sources == number).sum() - source["rows_used"] / 12) <= 2
+
+
+def test_chunks_are_shuffled(plans):
+    sources = unpack(Plan(plans / "train").records(np.arange(150)))[0]
+    runs = 1 + np.count_nonzero(np.diff(sources))
+    assert runs > 12, "the sources of a chunk stand in blocks"  # 3 if they did; some 25 when shuffled
+
+
+def documents_of(feed):
+    return {(span.file, span.document) for sample in range(feed.rows) for span in feed.describe(sample)}
+
+
+def test_held_out_documents_are_never_trained(plans, prefixes):
+    train, held_out = (open_plan(plans / name) for name in ("train", "held_out"))
+    trained, held = documents_of(train), documents_of(held_out)
+    assert trained
+    assert len(held) >= 3
+    assert not trained & held
+    seen = [tuple(row) for row in held_out.tokens(0, held_out.rows)]
+    assert len(set(seen)) == held_out.rows, "a held-out row stands twice"
+
+
+def test_rows_are_the_text(plans, prefixes):
+    """A row is the tokens of its documents, in order, whole documents with their ends."""
+    feed = open_plan(plans / "train")
+    from k2_megatron.data.indexed import TokenFile
+
+    files = {Path(prefix).name: TokenFile(prefix) for prefix in prefixes.values()}
+    for sample in range(0, feed.rows, 7):
+        row = feed.tokens(sample, 1)[0]
+        spans = feed.describe(sample)
+        expected = np.concatenate([files[span.file].tokens[span.first_token : span.end_token] for span in spans])
+        assert np.array_equal(row, expected)
+        assert len(row) == LENGTH + 1
+        assert all(span.ends for span in spans[:-1])
+        start = 0
+        for span in spans:
+            start += span.end_token - span.first_token
+            assert (row[start - 1] == 0) == span.ends
+
+
+def test_chunk_order_and_last(tmp_path, prefixes):
+    order = {"first": ("8-9", 3), "last": (0, 5)}
+    build_plans(make_recipe(prefixes, order=order), tmp_path / "train", tmp_path / "held_out")
+    feed = open_plan(tmp_path / "train")
+    plain = Plan(tmp_path / "train")
+    expected = [8, 9, 3, 1, 2, 4, 6, 7, 10, 11, 0, 5]
+    for place, chunk in enumerate(expected):
+        rows = feed.store.read(plain.records(chunk * 150 + np.arange(150)))
+        assert np.array_equal(feed.tokens(place * 150, 150), rows)
+
+
+def test_document_ranges_divide_a_file(tmp_path, prefixes):
+    sources = {
+        "first": {"tokens": (prefixes["c"],), "documents": (0, 5), "repeats": 1.0},
+        "second": {"tokens": (prefixes["c"],), "documents": (5, 12), "repeats": 1.0},
+    }
+    recipe = make_recipe(prefixes, sources=sources, rows_per_chunk=None, chunks=2, held_out_fraction=0.0)
+    build_plans(recipe, tmp_path / "train", None)
+    feed = open_plan(tmp_path / "train")
+    for sample in range(feed.rows):
+        for span in feed.describe(sample):
+            assert (span.document < 5) == (span.source == "first")
+
+
+@pytest.mark.parametrize(
+    ("settings", "held_out", "message"),
+    [
+        ({"held_out_fraction": 0.0}, True, "name a folder for the held-out plan where it is more than 0, and only"),
+        ({}, False, "name a folder for the held-out plan"),
+        ({"held_out_fraction": 1e-9}, True, "holds out no whole row of 17 tokens"),
+        ({"sequence_length": 10**6}, True, "no whole row"),
+        ({"rows_per_chunk": 5}, True, "repeats alone ask for"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path, prefixes, settings, held_out, message):
+    with pytest.raises(ValueError, match=message):
+        build_plans(make_recipe(prefixes, **settings), tmp_path / "train", tmp_path / "held_out" if held_out else None)
+    assert not (tmp_path / "train").exists()
+
+
+def test_missing_manifests_and_other_tokenizers_are_named(tmp_path, prefixes, speeches, sentencepiece_model):
+    other = tokenize(speeches[:3], tmp_path, sentencepiece_model)
+    with pytest.raises(ValueError, match="another tokenizer than"):
+        build_plans(make_recipe({**prefixes, "d": other}), tmp_path / "train", tmp_path / "held_out")
+    with pytest.raises(ValueError, match="no such manifest; make the tokens with"):
+        build_plans(make_recipe({**prefixes, "d": "nowhere"}), tmp_path / "train", tmp_path / "held_out")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(ValueError, match="exists; remove it, or name another"):
+        build_plans(make_recipe(prefixes), tmp_path / "train", tmp_path / "held_out")

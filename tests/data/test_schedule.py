@@ -1,0 +1,158 @@
+"""Amendments move what is still to come and nothing else; the ledger is append-only."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from k2_megatron.data.ledger import CHAIN_START, Ledger
+from k2_megatron.data.schedule import Amendment, Schedule, carried_over
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_amendments_against_a_plain_list(data):
+    rows, chunks = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 8))
+    order = data.draw(st.permutations(range(chunks)))
+    expected = [chunk * rows + row for chunk in order for row in range(rows)]
+    schedule = Schedule.of_chunks(order, rows)
+    for _ in range(data.draw(st.integers(0, 4))):
+        start = data.draw(st.integers(0, len(expected)))
+        action = data.draw(st.sampled_from(["skip", "defer"]))
+        if start < len(expected) and data.draw(st.booleans()):
+            first = data.draw(st.integers(start, len(expected) - 1))
+            end = data.draw(st.integers(first + 1, len(expected)))
+            amendment = Amendment(action, start, rows=(first, end))
+            taken = expected[first:end]
+        else:
+            chunk = data.draw(st.integers(0, chunks - 1))
+            amendment = Amendment(action, start, chunk=chunk)
+            taken = [position for position in expected[start:] if position // rows == chunk]
+        if not taken:
+            with pytest.raises(ValueError, match="none of its rows"):
+                schedule.amended(amendment, rows)
+            continue
+        kept = [position for position in expected[start:] if position not in taken]
+        expected = expected[:start] + kept + (taken if action == "defer" else [])
+        schedule = schedule.amended(amendment, rows)
+    assert schedule.total == len(expected)
+    assert schedule.positions(0, len(expected)).tolist() == expected
+    for first in range(0, len(expected), 3):
+        assert schedule.positions(first, min(2, len(expected) - first)).tolist() == expected[first : first + 2]
+
+
+@pytest.mark.parametrize(
+    ("amendment", "message"),
+    [
+        (Amendment("skip", 20, rows=(10, 30)), "rows before it are trained already: roll back further first"),
+        (Amendment("skip", 20, rows=(90, 101)), "the end, 100"),
+        (Amendment("defer", 30, chunk=1), "chunk 1: none of its rows come at or after row 30"),
+        (Amendment("defer", 101, chunk=1), "from row 101: the schedule has rows 0..99"),
+    ],
+)
+def test_an_amendment_that_does_not_fit(amendment, message):
+    with pytest.raises(ValueError, match=message):
+        Schedule.of_chunks(range(10), 10).amended(amendment, 10)
+
+
+def test_an_endless_schedule_skips_but_does_not_defer():
+    endless = Schedule.endless()
+    skipped = endless.amended(Amendment("skip", 5, rows=(10, 20)), None)
+    assert skipped.positions(8, 4).tolist() == [8, 9, 20, 21]
+    with pytest.raises(ValueError, match="this feed has none; skip them"):
+        endless.amended(Amendment("defer", 5, rows=(10, 20)), None)
+    with pytest.raises(ValueError, match="only be amended in a plan"):
+        endless.amended(Amendment("skip", 5, chunk=3), None)
+
+
+def test_past_the_end_is_an_error():
+    with pytest.raises(ValueError, match=r"lower train\.steps, or build a plan with more"):
+        Schedule.of_chunks([1, 0], 10).positions(15, 6)
+
+
+def test_a_changed_length_goes_on_at_the_next_whole_sample():
+    assert carried_over(1000, 2048, 8192) == 250
+    assert carried_over(1001, 2048, 8192) == 251  # 3/4 of a sample is left out, nothing twice
+    assert carried_over(1001, 8192, 2048) == 4004
+    assert carried_over(1001, 2048, 2048) == 1001
+
+
+def test_ledger_round_trip(tmp_path):
+    ledger = Ledger(tmp_path)
+    assert ledger.entries == []
+    assert not ledger.path.exists()
+    ledger.record_position(10, "aa", step=1)
+    ledger.amend("defer", from_sample=10, sequence_length=8, reason="spike", chunk=3)
+    ledger.amend("skip", from_sample=10, sequence_length=8, reason="spike", samples=(12, 14))
+    again = Ledger(tmp_path)
+    assert again.entries == ledger.entries
+    assert [entry["consumed_samples"] for entry in again.positions] == [10]
+    assert [entry.get("chunk", entry.get("samples")) for entry in again.amendments] == [3, [12, 14]]
+    assert len(again.before(2).amendments) == 1
+    with pytest.raises(ValueError, match="either a chunk or a range"):
+        again.amend("skip", from_sample=0, sequence_length=8, reason="none")
+    with pytest.raises(ValueError, match="action 'drop'"):
+        again.amend("drop", from_sample=0, sequence_length=8, reason="none", chunk=1)
+
+
+def three_lines(folder):
+    ledger = Ledger(folder)
+    for samples in (10, 20, 30):
+        ledger.record_position(samples, "cc")
+    return ledger.path.read_bytes().splitlines(keepends=True)
+
+
+@pytest.mark.parametrize("change", ["edit", "remove", "insert", "swap"])
+def test_a_ledger_that_was_edited_is_found(tmp_path, change):
+    one, two, three = three_lines(tmp_path)
+    content = {
+        "edit": [one, two.replace(b'"consumed_samples": 20', b'"consumed_samples": 21'), three],
+        "remove": [one, three],
+        "insert": [one, two, one, three],
+        "swap": [two, one, three],
+    }[change]
+    (tmp_path / "ledger.jsonl").write_bytes(b"".join(content))
+    with pytest.raises(ValueError, match=r"ledger\.jsonl, line \d: does not follow .* append-only"):
+        Ledger(tmp_path)
+
+
+def test_a_line_cut_by_a_crash_is_dropped(tmp_path):
+    one, two, three = three_lines(tmp_path)
+    (tmp_path / "ledger.jsonl").write_bytes(one + two + three[:17])
+    ledger = Ledger(tmp_path)
+    assert [entry["consumed_samples"] for entry in ledger.positions] == [10, 20]
+    ledger.record_position(25, "dd")
+    assert [entry["consumed_samples"] for entry in Ledger(tmp_path).positions] == [10, 20, 25]
+    assert all(json.loads(line) for line in ledger.path.read_bytes().splitlines())
+
+
+class Numbers:
+    """A feed whose sample n has the record n."""
+
+    fingerprint = "numbers"
+
+    def sample_records(self, first_sample, count):
+        return [number.to_bytes(8, "little") for number in range(first_sample, first_sample + count)]
+
+    def after(self, amendment):
+        raise ValueError("does not fit")
+
+
+def test_the_chain_does_not_depend_on_how_samples_were_grouped(tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.attach(Numbers())
+    whole = ledger.chain(CHAIN_START, 0, 100)
+    assert ledger.chain(ledger.chain(CHAIN_START, 0, 37), 37, 100) == whole
+    assert ledger.chain(whole, 100, 100) == whole
+    assert len({whole, ledger.chain(CHAIN_START, 0, 99), ledger.chain(CHAIN_START, 1, 101)}) == 3
+
+
+def test_an_amendment_that_does_not_fit_the_feed_is_not_written(tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.attach(Numbers())
+    with pytest.raises(ValueError, match="does not fit"):
+        ledger.amend("skip", from_sample=0, sequence_length=8, reason="x", chunk=1)
+    assert not ledger.path.exists()
