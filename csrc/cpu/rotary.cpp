@@ -54,12 +54,16 @@ struct Heads {
   T* data;
   int64_t stride_s, stride_b, stride_n, count;
 
-  template <class Rotate>
-  void each(int64_t s, int64_t b, Rotate&& rotate) const {
-    T* head = data + s * stride_s + b * stride_b;
-    for (int64_t n = 0; n < count; ++n, head += stride_n) rotate(head);
-  }
+  T* at(int64_t s, int64_t b, int64_t n) const { return data + s * stride_s + b * stride_b + n * stride_n; }
 };
+
+// Asks for `length` elements at head + ahead. A hint to the processor: the address need not exist.
+template <class T>
+void prefetch(const T* head, int64_t ahead, int64_t length) {
+  const uintptr_t first = reinterpret_cast<uintptr_t>(head) + static_cast<uintptr_t>(ahead) * sizeof(T);
+  for (uintptr_t line = first; line < first + length * sizeof(T); line += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(line), 1);
+}
 
 struct Table {
   const float *cosines, *sines;
@@ -76,13 +80,20 @@ void rotate_all(const Heads<T>& q, const Heads<T>& k, const Table& table, int64_
     for (int64_t token = first; token < last; ++token) {
       const int64_t s = token / batch, b = token % batch;
       const int64_t row = table.positions ? table.positions[token] : s;
+      const int64_t ahead = b + 1 < batch ? q.stride_b : q.stride_s - (batch - 1) * q.stride_b;
       auto rotate = [&](T* head) {
+        prefetch(head, ahead, rotary_dim);
         if (row < 0 || row >= table.rows) poison(head, rotary_dim);
         else if constexpr (kInterleaved) rotate_pairs(head, table.cosines + row * half, table.sines + row * half, sign, half);
         else rotate_halves(head, table.cosines + row * half, table.sines + row * half, sign, half);
       };
-      q.each(s, b, rotate);
-      k.each(s, b, rotate);
+      // Each k head after the q heads that attend to it: the order of megatron-core's QKV rows in memory.
+      int64_t n = 0;
+      for (int64_t group = 0; group < k.count; ++group) {
+        for (; n < q.count * (group + 1) / k.count; ++n) rotate(q.at(s, b, n));
+        rotate(k.at(s, b, group));
+      }
+      for (; n < q.count; ++n) rotate(q.at(s, b, n));
     }
   });
 }

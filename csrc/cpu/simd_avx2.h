@@ -10,6 +10,10 @@ struct Vec {
 };
 
 inline Vec splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline Vec operator-(Vec a) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_xor_ps(a.low, sign), _mm256_xor_ps(a.high, sign)};
+}
 inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
 inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
@@ -30,7 +34,7 @@ inline Vec choose(Part lanes, Vec a, Vec b) {
           _mm256_blendv_ps(b.high, a.high, _mm256_castsi256_ps(high))};
 }
 
-// p * 2^n in two steps, of which only the second can round: n runs from -151 to 129, beyond one exponent's range. The low
+// p * 2^n in two steps, of which only the second can round: n runs from -151 to 128, beyond one exponent's range. The low
 // bits of `shifted` are n (simd.h, exp).
 inline __m256 scale_half(__m256 p, __m256 shifted) {
   const __m256i n = _mm256_sub_epi32(_mm256_castps_si256(shifted), _mm256_castps_si256(_mm256_set1_ps(12582912.0f)));

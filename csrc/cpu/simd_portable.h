@@ -37,6 +37,7 @@ inline uint32_t as_bits(float value) {
 }
 
 inline Vec splat(float x) { return each([=](int) { return x; }); }
+inline Vec operator-(Vec a) { return each([&](int i) { return -a.lane[i]; }); }
 inline Vec operator+(Vec a, Vec b) { return each([&](int i) { return a.lane[i] + b.lane[i]; }); }
 inline Vec operator-(Vec a, Vec b) { return each([&](int i) { return a.lane[i] - b.lane[i]; }); }
 inline Vec operator*(Vec a, Vec b) { return each([&](int i) { return a.lane[i] * b.lane[i]; }); }

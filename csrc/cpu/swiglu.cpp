@@ -37,9 +37,9 @@ void backward(const T* grad_out, const T* packed, T* grad_packed, int64_t rows, 
         T *grad_gates = grad_packed + 2 * row * columns, *grad_ups = grad_gates + columns;
         for_lanes(columns, [&](int64_t i, auto lanes) {
           const Vec gate = load(gates + i, lanes), up = load(ups + i, lanes), grad = load(grads + i, lanes);
-          const Vec s = sigmoid(gate);
-          put<streaming.value>(grad_gates + i, grad * up * s * fma(gate, one - s, one), lanes);
-          put<streaming.value>(grad_ups + i, grad * gate * s, lanes);
+          const Vec s = sigmoid(gate), grad_times_s = grad * s;
+          put<streaming.value>(grad_gates + i, grad_times_s * up * fma(gate, one - s, one), lanes);
+          put<streaming.value>(grad_ups + i, grad_times_s * gate, lanes);
         });
       }
     });
