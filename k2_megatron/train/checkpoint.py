@@ -29,6 +29,7 @@ from k2_megatron.runtime.seeds import restore_random_states
 from k2_megatron.train.checkpoint_files import (
     CheckpointError,
     HashingWriter,
+    complete_checkpoints,
     latest_checkpoint,
     publish,
     read_manifest,
@@ -133,16 +134,16 @@ def find_checkpoint(checkpoints: Path, groups: Groups) -> tuple[Path | None, lis
     """
     doubts: list[str] = []
     while True:
-        folder, doubt = latest_checkpoint(checkpoints)
-        if doubt and not doubts:
-            doubts.append(doubt)
-        if folder is None:
-            if not doubts:
-                return None, []
+        if doubts and not complete_checkpoints(checkpoints):
             raise CheckpointError(
                 f"no sound checkpoint is left in {checkpoints}: {'; '.join(doubts)}. "
                 "Put one back, or remove the folder to start over"
             )
+        folder, doubt = latest_checkpoint(checkpoints)
+        if doubt and not doubts:
+            doubts.append(doubt)
+        if folder is None:
+            return None, []
         problems = _agree(_problems_of(folder, groups))
         if not problems:
             return folder, doubts
