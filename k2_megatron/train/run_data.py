@@ -5,6 +5,7 @@ from pathlib import Path
 from k2_megatron.config import Config
 from k2_megatron.data.feed import Feed, open_feed
 from k2_megatron.data.ledger import CHAIN_START, Ledger
+from k2_megatron.data.tokenizer import load_tokenizer
 from k2_megatron.train.checkpoint_files import CheckpointError
 
 
@@ -56,6 +57,8 @@ def open_run_data(config: Config, *, writer: bool = False) -> RunData:
         "seed": config.run.seed,
         "vocab_size": config.model.vocab_size,
     }
+    if config.data.tokenizer:
+        _check_tokenizer(config.data.tokenizer, config.model.vocab_size)
     ledger = Ledger(Path(config.run.folder))
     # One prefix for both is split by document; two names are taken whole.
     split = config.data.train == config.data.held_out
@@ -67,6 +70,15 @@ def open_run_data(config: Config, *, writer: bool = False) -> RunData:
         needed = config.train.evaluate_batches * config.train.global_batch
         _check_rows("data.held_out", config.data.held_out, held_out, needed, "train.evaluate_batches")
     return RunData(train, held_out, ledger, writer=writer)
+
+
+def _check_tokenizer(path: str, vocab_size: int) -> None:
+    pieces = load_tokenizer(path).vocab_size
+    if pieces > vocab_size:
+        raise ValueError(
+            f"data.tokenizer = {path!r} has {pieces} pieces, model.vocab_size is {vocab_size}; "
+            f"set vocab_size to at least {pieces}, or name the tokenizer that made the tokens"
+        )
 
 
 def _check_rows(key: str, path: str, feed: Feed, needed: int, remedy: str) -> None:
