@@ -1,0 +1,157 @@
+"""A checkpoint that is damaged is never trained on: the run takes the one before it and says why."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from endings import MISTAKE, says_one_line
+
+from k2_megatron.train.journal import read_events, read_steps
+
+SETTINGS = {"train.steps": 6, "checkpoint.every_steps": 2}
+
+
+@pytest.fixture
+def checkpoints(finished_run, tmp_path) -> Path:
+    """The checkpoints of a copy of the finished run, in which the last one is gone: four is next, then two."""
+    shutil.copytree(finished_run, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(folder / "step_00000006")
+    (folder / "latest").write_text("step_00000004\n")
+    return folder
+
+
+def flip_a_byte(checkpoints: Path) -> str:
+    path = _largest(checkpoints / "step_00000004")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return f"{path} was altered after it was written"
+
+
+def cut_a_file(checkpoints: Path) -> str:
+    path = _largest(checkpoints / "step_00000004")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    return f"{path} has {len(content) // 2} bytes, {len(content)} were written"
+
+
+def remove_a_file(checkpoints: Path) -> str:
+    path = _largest(checkpoints / "step_00000004")
+    path.unlink()
+    return f"{path} is missing"
+
+
+def exchange_a_file_with_another_step(checkpoints: Path) -> str:
+    path = _largest(checkpoints / "step_00000004")
+    shutil.copy(checkpoints / "step_00000002" / path.name, path)
+    return f"{path} was altered"
+
+
+def exchange_the_manifest_with_another_step(checkpoints: Path) -> str:
+    shutil.copy(checkpoints / "step_00000002" / "k2.json", checkpoints / "step_00000004" / "k2.json")
+    return "belongs to step 2, not to step_00000004: files were mixed up"
+
+
+def cut_the_manifest(checkpoints: Path) -> str:
+    path = checkpoints / "step_00000004" / "k2.json"
+    path.write_text(path.read_text()[:100])
+    return "k2.json is damaged"
+
+
+def remove_the_manifest(checkpoints: Path) -> str:
+    (checkpoints / "step_00000004" / "k2.json").unlink()
+    return "latest says 'step_00000004', which is no complete checkpoint"
+
+
+def _largest(folder: Path) -> Path:
+    return max(folder.iterdir(), key=lambda path: path.stat().st_size)
+
+
+DAMAGES = [
+    flip_a_byte,
+    cut_a_file,
+    remove_a_file,
+    exchange_a_file_with_another_step,
+    exchange_the_manifest_with_another_step,
+    cut_the_manifest,
+    remove_the_manifest,
+]
+
+
+def resumed_from(folder: Path) -> dict:
+    return [event for event in read_events(folder / "journal.jsonl") if event["event"] == "resume"][-1]
+
+
+def losses(folder: Path) -> list[tuple[float, float]]:
+    return [(event["loss"], event["grad_norm"]) for event in read_steps(folder / "journal.jsonl").values()]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_damaged_checkpoint_falls_back_to_the_one_before(attempt, checkpoints, finished_run, damage):
+    reason = damage(checkpoints)
+    (outcome,) = attempt(SETTINGS)
+    assert outcome.exit_code == 0, outcome.stderr
+    resume = resumed_from(checkpoints.parent)
+    assert (resume["step"], resume["checkpoint"]) == (2, "step_00000002")
+    assert reason in " ".join(resume["doubts"])
+    assert reason in outcome.stdout
+    assert losses(checkpoints.parent) == losses(finished_run)
+
+
+def test_damage_is_seen_by_every_rank(attempt, checkpoints, finished_run):
+    reason = flip_a_byte(checkpoints)
+    outcomes = attempt({**SETTINGS, "parallel.pipeline": 2}, ranks=2)
+    assert [outcome.exit_code for outcome in outcomes] == [0, 0], outcomes[0].stderr
+    resume = resumed_from(checkpoints.parent)
+    assert resume["step"] == 2
+    assert reason in " ".join(resume["doubts"])
+    assert [loss for loss, _ in losses(checkpoints.parent)] == pytest.approx(
+        [loss for loss, _ in losses(finished_run)], rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("content", ["", "step_0000", "step_00000006\n", "../elsewhere\n"])
+def test_pointer_to_no_checkpoint_takes_the_newest(attempt, checkpoints, content):
+    (checkpoints / "latest").write_text(content)
+    (outcome,) = attempt(SETTINGS)
+    assert outcome.exit_code == 0, outcome.stderr
+    resume = resumed_from(checkpoints.parent)
+    assert resume["step"] == 4
+    assert f"latest says {content.strip()!r}, which is no complete checkpoint" in resume["doubts"][0]
+
+
+def test_rest_of_a_killed_save_is_removed(attempt, checkpoints):
+    aside = checkpoints / ".step_00000006.writing"
+    shutil.copytree(checkpoints / "step_00000004", aside)
+    (aside / "k2.json").unlink()
+    (outcome,) = attempt(SETTINGS)
+    assert outcome.exit_code == 0, outcome.stderr
+    assert (resumed_from(checkpoints.parent)["step"], resumed_from(checkpoints.parent)["doubts"]) == (4, [])
+    assert not aside.exists()
+
+
+def test_damaged_checkpoint_is_kept_under_another_name(attempt, checkpoints):
+    remove_a_file(checkpoints)
+    attempt(SETTINGS)
+    names = sorted(path.name for path in checkpoints.iterdir())
+    assert names == ["damaged_step_00000004", "latest", "step_00000002", "step_00000004", "step_00000006"]
+
+
+def test_no_sound_checkpoint_left(attempt, checkpoints):
+    flip_a_byte(checkpoints)
+    _largest(checkpoints / "step_00000002").unlink()
+    steps = len((checkpoints.parent / "journal.jsonl").read_text().splitlines())
+    says_one_line(
+        attempt(SETTINGS),
+        MISTAKE,
+        f"no sound checkpoint is left in {checkpoints}: ",
+        "step_00000004 is damaged (",
+        "was altered after it was written",
+        "step_00000002 is damaged (",
+        "is missing",
+        "Put one back, or remove the folder to start over",
+    )
+    lines = (checkpoints.parent / "journal.jsonl").read_text().splitlines()[steps:]
+    assert [json.loads(line)["event"] for line in lines] == ["start"], "nothing was trained"
