@@ -22,6 +22,7 @@ from k2_megatron.kernels.gradient_norm import gradient_norm_squared
 from k2_megatron.kernels.linear_cross_entropy import linear_cross_entropy
 from k2_megatron.kernels.rms_norm import add_rms_norm, rms_norm
 from k2_megatron.kernels.rotary import rotary, rotary_reference, rotary_tables
+from k2_megatron.kernels.rotary_packed import rotary_packed
 from k2_megatron.kernels.swiglu import swiglu
 
 EPSILON = 1e-5
@@ -139,6 +140,29 @@ def rotary_workload(sequence: int, batch: int, dtype: torch.dtype, device: str) 
     return Workload("rotary", shape, dtype, 2 * size, 2 * size, inputs, lambda inputs: inputs, candidates, reference)
 
 
+def rotary_packed_workload(sequence: int, batch: int, dtype: torch.dtype, device: str) -> Workload:
+    """From the projection's output to q, k, v, and back to its gradient, which the others concatenate."""
+    heads = HEADS // TENSOR_PARALLEL
+    size = torch.empty((), dtype=dtype).element_size() * sequence * batch * heads * HEAD_DIM
+    cos, sin = rotary_tables(sequence, HEAD_DIM, 10_000.0, device)
+
+    def inputs():
+        packed = normal(sequence, batch, heads, 3 * HEAD_DIM, device=device, dtype=dtype)
+        return (packed.view_as(packed),)
+
+    def reference(qkv):
+        q, k, v = qkv.split(HEAD_DIM, dim=-1)
+        return *rotary_reference(q, k, cos, sin), v
+
+    candidates = offered(
+        device, ours=lambda qkv: rotary_packed(qkv, cos, sin, HEAD_DIM, backend=device), eager=reference
+    )
+    shape = f"{sequence} x {batch} x {heads} x {HEAD_DIM}, q, k, v"
+    return Workload(
+        "rotary_packed", shape, dtype, 4 * size, 6 * size, inputs, lambda inputs: inputs, candidates, reference
+    )
+
+
 def swiglu_workload(tokens: int, columns: int, dtype: torch.dtype, device: str) -> Workload:
     size = torch.empty((), dtype=dtype).element_size() * tokens * columns
     liger = peer("liger_kernel", "liger_kernel.transformers.functional", "liger_swiglu")
@@ -248,6 +272,7 @@ def cpu_workloads(quick: bool) -> Iterator[Workload]:
         yield rms_norm_workload(1024, dtype, "cpu", add=False)
         yield rms_norm_workload(1024, dtype, "cpu", add=True)
         yield rotary_workload(2048, 1, dtype, "cpu")
+        yield rotary_packed_workload(2048, 1, dtype, "cpu")
         yield swiglu_workload(1024, FFN // 4, dtype, "cpu")
         yield cross_entropy_workload(1024, VOCABULARY, dtype, "cpu")
     if not quick:
@@ -265,6 +290,7 @@ def cuda_workloads(quick: bool) -> Iterator[Workload]:
             yield rms_norm_workload(norm_rows, torch.bfloat16, "cuda", add=False)
             yield rms_norm_workload(norm_rows, torch.bfloat16, "cuda", add=True)
         yield rotary_workload(sequence, batch, torch.bfloat16, "cuda")
+        yield rotary_packed_workload(sequence, batch, torch.bfloat16, "cuda")
         yield swiglu_workload(rows, FFN // TENSOR_PARALLEL, torch.bfloat16, "cuda")
         yield cross_entropy_workload(rows, VOCABULARY // TENSOR_PARALLEL, torch.bfloat16, "cuda")
     yield cross_entropy_workload(4096, VOCABULARY, torch.float32, "cuda")

@@ -5,8 +5,8 @@
 
 All candidates of a workload and a plain copy take turns in every round, so that a machine whose speed drifts favours
 none; the fastest round counts, since other processes only ever add time (the JSON holds the medians too). Inputs rotate
-through sets that together exceed the last-level cache. On a GPU a round is a queue of launches behind a device-side wait,
-timed by events: the host's time is not in it. On a CPU glibc is told to keep freed memory, for everyone: otherwise the
+through sets that together exceed the last-level cache. On a GPU a round is a queue of launches behind a device-side
+wait, timed by events: the host's time is not in it. On a CPU glibc is told to keep freed memory, for everyone: else the
 page faults of fresh results would be what is timed.
 """
 
@@ -53,14 +53,14 @@ def milliseconds(device: str, run: Callable[[int], object]) -> float:
         start = time.perf_counter()
         run(0)
         return (time.perf_counter() - start) * 1e3
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda._sleep(WAIT_CYCLES)
-    start.record()
+    first.record()
     for launch in range(LAUNCHES):
         run(launch)
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / LAUNCHES
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / LAUNCHES
 
 
 def passes(workload: Workload, sets: list, candidate: Callable) -> dict[str, Callable[[int], object]]:
@@ -106,7 +106,7 @@ def measure(workload: Workload, device: str, rounds: int, with_compile: bool) ->
 
 
 def summarise(workload: Workload, times: dict[str, dict[str, list[float]]], device: str) -> list[dict]:
-    """One row a pass, by the fastest rounds: bandwidth of the necessary bytes, share of the copy's, ratios to others."""
+    """One row a pass, by the fastest rounds: bandwidth of the necessary bytes, share of the copy's, ratios."""
     rows = []
     for part, by_name in times.items():
         necessary = workload.forward_bytes + (workload.backward_bytes if part != "forward" else 0)

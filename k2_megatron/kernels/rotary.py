@@ -74,7 +74,7 @@ def rotary(
     require_backend_device(OP, backend, q)
     if torch.compiler.is_compiling():
         return ROTATED(q, k, cos, sin, positions, interleaved, False)
-    _check_computed(q=q, k=k)
+    check_computed(q=q, k=k)
     return _Rotary.apply(q, k, cos, sin, positions, interleaved)
 
 
@@ -136,7 +136,7 @@ def _check_positions(positions, rows):
     require(low >= 0 and high < rows, OP, f"positions run from {low} to {high}; the tables hold 0 to {rows - 1}")
 
 
-def _check_computed(**tensors):
+def check_computed(**tensors):
     for name, tensor in tensors.items():
         if torch.is_grad_enabled() and tensor.is_leaf and tensor.requires_grad:
             raise ValueError(

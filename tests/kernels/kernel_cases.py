@@ -17,6 +17,7 @@ from k2_megatron.kernels.cross_entropy import vocab_parallel_cross_entropy
 from k2_megatron.kernels.linear_cross_entropy import linear_cross_entropy
 from k2_megatron.kernels.rms_norm import add_rms_norm, rms_norm
 from k2_megatron.kernels.rotary import rotary, rotary_tables
+from k2_megatron.kernels.rotary_packed import rotary_packed
 from k2_megatron.kernels.swiglu import swiglu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -127,6 +128,16 @@ def _run_rotary(inputs: Inputs, backend: str) -> Results:
     return _backward(inputs, dict(zip("qk", rotated, strict=True)), {"q": q, "k": k})
 
 
+def _run_rotary_packed(inputs: Inputs, backend: str) -> Results:
+    """shape (S, B, G, D), queries: query heads for each of the G key heads."""
+    sequence, batch, groups, dim = inputs.case.shape
+    leaf = inputs.normal(sequence, batch, groups, (inputs.case.options["queries"] + 2) * dim)
+    tables = [table.to(torch.promote_types(inputs.dtype, torch.float32)) for table in rotary_tables(
+        sequence, dim - 4, 10_000.0, inputs.device)]  # fmt: skip
+    q, k, v = rotary_packed(inputs.placed(leaf), *tables, dim, backend=backend)
+    return _backward(inputs, {"q": q, "k": k, "v": v}, {"qkv": leaf})
+
+
 def _run_cross_entropy(inputs: Inputs, backend: str) -> Results:
     """shape (S, B, V); padding: columns between one row's end and the next row's start."""
     options = dict(inputs.case.options)
@@ -152,6 +163,7 @@ RUNNERS: dict[str, Callable[[Inputs, str], Results]] = {
     "rms_norm": _run_rms_norm,
     "swiglu": _run_swiglu,
     "rotary": _run_rotary,
+    "rotary_packed": _run_rotary_packed,
     "cross_entropy": _run_cross_entropy,
     "linear_cross_entropy": _run_linear_cross_entropy,
 }
@@ -177,6 +189,8 @@ _IN_FP32 = [
     Case("rotary", (5, 2, 3, 32), options={"rotary_dim": 12, "layout": "packed"}),
     Case("rotary", (5, 2, 3, 32), options={"rotary_dim": 12, "interleaved": True, "positions": True}),
     Case("rotary", (5, 2, 3, 32), offset=1, options={"positions": True, "layout": "packed"}),
+    *(Case("rotary_packed", (5, 2, 3, 32), options={"queries": queries}) for queries in (1, 2, 3)),
+    Case("rotary_packed", (0, 2, 3, 16), options={"queries": 1}),
     *(
         Case("cross_entropy", shape)
         for shape in [(0, 2, 5), (1, 1, 1), (3, 1, 7), (4, 2, 65), (2, 2, 4004), (2, 1, 32_032)]

@@ -12,6 +12,7 @@ from k2_megatron.kernels.gradient_norm import clip_gradients_, gradient_norm_squ
 from k2_megatron.kernels.linear_cross_entropy import linear_cross_entropy
 from k2_megatron.kernels.rms_norm import add_rms_norm, rms_norm
 from k2_megatron.kernels.rotary import rotary, rotary_tables
+from k2_megatron.kernels.rotary_packed import rotary_packed
 from k2_megatron.kernels.swiglu import swiglu
 
 pytestmark = on_cpu
@@ -31,6 +32,10 @@ def norm(x=X, weight=W, residual=None, backend="cpu"):
 def turn(q=Q, k=None, cos=COS, sin=SIN, positions=None, backend="cpu"):
     k = torch.zeros(4, 2, 3, 8) if k is None else k
     return rotary(q, k, cos, sin, positions=positions, backend=backend)
+
+
+def packed(qkv, backend="cpu"):
+    return rotary_packed(qkv, COS, SIN, 8, backend=backend)
 
 
 def loss(logits=LOGITS, labels=LABELS, backend="cpu", **options):
@@ -108,6 +113,14 @@ REFUSALS = [
         r"rotary: q is a leaf that requires a gradient, and would be rotated in pl",
     ),
     (lambda: turn(backend="apex"), r"rotary: no backend 'apex'; known: cuda, cpu, torch, transformer_engine"),
+    (
+        lambda: packed(torch.zeros(4, 2, 24)),
+        r"rotary: qkv has shape \(4, 2, 24\); it needs \[S, B, G, \(n \+ 2\) \* D\]",
+    ),
+    (lambda: packed(torch.zeros(4, 2, 3, 16)), r"rotary: qkv has 16 columns a group; needed: \(n \+ 2\) \* 8, n >= 1"),
+    (lambda: packed(torch.zeros(4, 2, 3, 48)[..., ::2]), r"rotary: qkv of shape \(4, 2, 3, 24\) has strides"),
+    (lambda: packed(torch.zeros(4, 2, 3, 24).requires_grad_()), r"rotary: qkv is a leaf that requires a gradient"),
+    (lambda: packed(torch.zeros(4, 2, 3, 24), backend="apex"), r"rotary: no backend 'apex'"),
     (lambda: rotary_tables(4, 7, 10.0, "cpu"), r"rotary: rotary_dim is 7; it must be even and positive"),
     (lambda: rotary_tables(-1, 8, 10.0, "cpu"), r"rotary: sequence_length is -1; it cannot be negative"),
     (lambda: loss(torch.zeros(5)), r"cross_entropy: logits have shape \(5,\); needed: \[S, B, V/tp\]"),

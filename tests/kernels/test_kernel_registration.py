@@ -11,6 +11,7 @@ from k2_megatron.kernels import adamw, gradient_norm  # noqa: F401 (registers th
 from k2_megatron.kernels.cross_entropy import vocab_parallel_cross_entropy
 from k2_megatron.kernels.rms_norm import add_rms_norm, rms_norm
 from k2_megatron.kernels.rotary import rotary, rotary_tables
+from k2_megatron.kernels.rotary_packed import rotary_packed
 from k2_megatron.kernels.swiglu import swiglu
 
 OPS = torch.ops.k2_megatron
@@ -72,7 +73,9 @@ class Block(torch.nn.Module):
         qkv = self.qkv(rms_norm(x, self.norm, 1e-5, backend=self.backend))
         q, k, v = qkv.view(sequence, batch, self.heads, 3 * DIM).split(DIM, dim=-1)
         q, k = rotary(q, k, *self.tables, backend=self.backend)
-        mixed = (q * k.sigmoid() + v).reshape(x.shape)
+        packed = self.qkv(v.reshape(x.shape)).view(sequence, batch, self.heads, 3 * DIM)
+        other_q, other_k, other_v = rotary_packed(packed, *self.tables, DIM, backend=self.backend)
+        mixed = (q * k.sigmoid() + other_q * other_k.sigmoid() + other_v).reshape(x.shape)
         y, h = add_rms_norm(mixed, x, self.norm, 1e-5, backend=self.backend)
         return h + swiglu(self.mlp(y), backend=self.backend)
 

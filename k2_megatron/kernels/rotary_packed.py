@@ -1,0 +1,78 @@
+"""Rotary position embedding on the packed output of the QKV projection, and its split into q, k and v.
+
+The equation is rotary.py's. What is gained is the backward: separate gradients of q, k and v would be rotated into new
+memory and then concatenated by the split; here they are laid once into the packed gradient, and rotated there in place.
+
+In:   qkv [S, B, G, (n + 2) * D]: in each of G groups n query heads, a key head and a value head (megatron-core's
+      get_query_key_value_tensors with split_qkv=False returns it); tables and positions as in rotary.py.
+Out:  q [S, B, G * n, D], k [S, B, G, D], v [S, B, G, D]: views of qkv; where n > 1 q is a copy, as in megatron-core.
+The promise is rotary.py's: qkv is freshly computed, and nothing needs its values before the rotation.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from k2_megatron.kernels.checks import require, require_backend, require_backend_device, require_contiguous
+from k2_megatron.kernels.library import refuse_second_derivative
+from k2_megatron.kernels.rotary import IN_PLACE, OP, check_computed, rotary
+
+Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def rotary_packed(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    head_dim: int,
+    *,
+    positions: torch.Tensor | None = None,
+    interleaved: bool = False,
+    backend: str,
+) -> Triple:
+    """(q, k, v), q and k rotated. ValueError where qkv is no whole number of heads, and for all that rotary refuses."""
+    require_backend(OP, backend, "transformer_engine")
+    require(qkv.dim() == 4, OP, f"qkv has shape {tuple(qkv.shape)}; it needs [S, B, G, (n + 2) * D]")
+    heads, rest = divmod(qkv.shape[3], head_dim)
+    require(
+        rest == 0 and heads >= 3, OP, f"qkv has {qkv.shape[3]} columns a group; needed: (n + 2) * {head_dim}, n >= 1"
+    )
+    if backend not in ("cpu", "cuda") or torch.compiler.is_compiling():
+        q, k, v = _split(qkv, head_dim)
+        return *rotary(q, k, cos, sin, positions=positions, interleaved=interleaved, backend=backend), v
+    require_backend_device(OP, backend, qkv)
+    require_contiguous(OP, "qkv", qkv)
+    check_computed(qkv=qkv)
+    return _RotaryPacked.apply(qkv, cos, sin, head_dim, positions, interleaved)
+
+
+def _split(qkv: torch.Tensor, head_dim: int) -> Triple:
+    q, k, v = qkv.split([qkv.shape[3] - 2 * head_dim, head_dim, head_dim], dim=3)
+    return q.reshape(*q.shape[:2], q.shape[2] * (q.shape[3] // head_dim), head_dim), k, v
+
+
+def _rotate_in_place(qkv, cos, sin, head_dim, positions, interleaved, conjugate):
+    """All heads but the last of each group, two slices a call: heads and groups lie at different strides."""
+    slices = list(qkv.split(head_dim, dim=3)[:-1])
+    if len(slices) % 2:
+        slices.append(slices[-1][:, :, :0])
+    for first, second in zip(slices[::2], slices[1::2], strict=True):
+        IN_PLACE(first, second, cos, sin, positions, interleaved, conjugate)
+
+
+class _RotaryPacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, head_dim, positions, interleaved):
+        _rotate_in_place(qkv, cos, sin, head_dim, positions, interleaved, False)
+        ctx.save_for_backward(cos, sin, positions)
+        ctx.shape, ctx.interleaved = qkv.shape, interleaved
+        return _split(qkv, head_dim)
+
+    @staticmethod
+    def backward(ctx, grad_q, grad_k, grad_v):
+        refuse_second_derivative(OP)
+        cos, sin, positions = ctx.saved_tensors
+        grad_q = grad_q.reshape(*ctx.shape[:3], ctx.shape[3] - 2 * grad_k.shape[3])
+        packed = torch.cat([grad_q, grad_k, grad_v], dim=3)
+        _rotate_in_place(packed, cos, sin, grad_k.shape[3], positions, ctx.interleaved, True)
+        return packed, None, None, None, None, None
