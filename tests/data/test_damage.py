@@ -1,0 +1,102 @@
+"""200 seeded damages to tokens, hashes, plan and manifest: each is a named error, none reaches the model."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from token_corpora import tokenize
+
+from k2_megatron.data.build import build_plans
+from k2_megatron.data.feed import open_feed
+from k2_megatron.data.recipe import Recipe
+
+LENGTH = 128
+DAMAGES = ("flip", "truncate", "zero", "delete", "swap")
+# Files whose every byte the training reads or checks. locations.json is the one file a user may edit: not among them.
+PATTERNS = ("*.bin", "*.idx", "*.xxh3", "*.manifest.json", "train/plan.json", "train/spans.i64", "train/chunks/*.rows")
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory, speeches, toy_tokenizer) -> Path:
+    """Three token files of several 64 KiB blocks each, and a plan over them."""
+    folder = tmp_path_factory.mktemp("pristine")
+    for number, name in enumerate("abc"):
+        tokenize([text * 6 for text in speeches[number::3]], folder, toy_tokenizer, name)
+        (folder / f"{name}.jsonl").unlink()
+    sources = {name: {"tokens": (str(folder / f"{name}_text_document"),), "repeats": 1.0} for name in "abc"}
+    recipe = {"sequence_length": LENGTH, "chunks": 5, "seed": 1, "sources": sources}
+    build_plans(Recipe.model_validate(recipe), folder / "train", None)
+    return folder
+
+
+def read_all(folder: Path, samples: list[np.ndarray]) -> list[np.ndarray]:
+    """What training would do: open, then read every sample."""
+    feed = open_feed(folder / "train", sequence_length=LENGTH, seed=0, vocab_size=4096)
+    for number in range(feed.rows):
+        samples.append(feed.tokens(number, 1)[0])
+    return samples
+
+
+def damage(folder: Path, kind: str, draw: random.Random) -> Path:
+    path = draw.choice(sorted(folder.glob(draw.choice(PATTERNS))))
+    content = bytearray(path.read_bytes())
+    if kind == "flip":
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    elif kind == "truncate":
+        del content[draw.randrange(len(content)) :]
+    elif kind == "zero":
+        start = draw.choice([place for place in range(len(content)) if content[place]])
+        content[start : start + 4096] = bytes(len(content[start : start + 4096]))
+    elif kind == "swap":
+        half = len(content) // 2
+        content[:half], content[half : 2 * half] = content[half : 2 * half], content[:half]
+        others = [other for other in sorted(path.parent.glob(f"*{path.suffix}")) if other != path]
+        if others and draw.random() < 0.5:  # two files changed places
+            other = draw.choice(others)
+            content = bytearray(other.read_bytes())
+            other.write_bytes(path.read_bytes())
+    path.write_bytes(content)
+    if kind == "delete":
+        path.unlink()
+    return path
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_every_damage_is_found(tmp_path, pristine, kind):
+    samples = read_all(pristine, [])
+    for seed in range(40):
+        draw = random.Random(f"{kind} {seed}")
+        folder = tmp_path / str(seed)
+        shutil.copytree(pristine, folder)
+        path = damage(folder, kind, draw)
+        seen: list[np.ndarray] = []
+        with pytest.raises(ValueError) as error:
+            read_all(folder, seen)
+        assert str(folder) in str(error.value), f"seed {seed}, {path.name}: the error names no file"
+        assert ";" in str(error.value), f"seed {seed}, {path.name}: the error names no remedy"
+        if seen:
+            assert np.array_equal(seen, samples[: len(seen)]), f"seed {seed}, {path.name}: a wrong sample was given"
+        shutil.rmtree(folder)
+
+
+def test_every_byte_of_a_sealed_file_counts(tmp_path, pristine):
+    """Every single bit of the first and last 60 bytes of plan.json and a manifest."""
+    for name in ("train/plan.json", "a_text_document.manifest.json"):
+        content = (pristine / name).read_bytes()
+        folder = tmp_path / Path(name).name
+        shutil.copytree(pristine, folder)
+        for place in [*range(60), *range(len(content) - 60, len(content))]:
+            for bit in (0, 5):
+                changed = bytearray(content)
+                changed[place] ^= 1 << bit
+                (folder / name).write_bytes(changed)
+                with pytest.raises(ValueError, match="damaged"):
+                    open_feed(folder / "train", sequence_length=LENGTH, seed=0, vocab_size=4096)
+
+
+def test_undamaged_files_read(pristine):
+    assert len(read_all(pristine, [])) > 1000

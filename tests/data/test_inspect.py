@@ -1,0 +1,178 @@
+"""Which documents were in step N, which steps saw a document, and is the recorded chain that of the plan."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from token_corpora import ROOT, tokenize
+
+from k2_megatron.config import load_config
+from k2_megatron.data.build import build_plans
+from k2_megatron.data.inspect import Run, document_lines, mix_lines, show_lines, step_lines, verify_lines
+from k2_megatron.data.recipe import Recipe
+
+LENGTH, BATCH, STEPS = 256, 16, 12
+DEFER_AT = 5 * BATCH
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, speeches, toy_tokenizer) -> Path:
+    """A run of 12 steps that went back from step 8 to 5, deferred chunk 1, and trained 6 to 12 again."""
+    folder = tmp_path_factory.mktemp("run")
+    old = tokenize(speeches[:20], folder / "tokens", toy_tokenizer, "old")
+    new = tokenize(speeches[20:], folder / "tokens", toy_tokenizer, "new")
+    sources = {"old": {"tokens": (old,), "share": 1.0}, "new": {"tokens": (new,), "share": 3.0}}
+    recipe = {"sequence_length": LENGTH, "chunks": 4, "rows_per_chunk": 80, "seed": 1, "sources": sources}
+    build_plans(Recipe.model_validate(recipe), folder / "train", None)
+    run = folder / "run"
+    run.mkdir()
+    settings = [
+        f"run.folder={run}",
+        f"data.train={folder / 'train'}",
+        f"data.held_out={folder / 'train'}",
+        f"data.tokenizer={toy_tokenizer}",
+        f"train.steps={STEPS}",
+        "optimizer.warmup_steps=2",
+    ]
+    config = load_config(ROOT / "examples/toy/toy.toml", settings)
+    assert (config.model.sequence_length, config.train.global_batch) == (LENGTH, BATCH)
+    (run / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    journal = run / "journal.jsonl"
+    write_steps(journal, range(1, 9), "2026-01-01T00:00:0{}.000+00:00")
+    opened = Run(run)
+    opened.ledger.attach(opened.feed)
+    chain = opened.ledger.chain("", 0, DEFER_AT)
+    opened.ledger.record_position(DEFER_AT, chain, step=5)
+    opened.ledger.record_position(8 * BATCH, opened.ledger.chain(chain, DEFER_AT, 8 * BATCH), step=8)
+    opened.ledger.amend("defer", from_sample=DEFER_AT, sequence_length=LENGTH, reason="spike", chunk=1)
+    again = Run(run)
+    again.ledger.attach(again.feed)
+    write_steps(journal, range(6, 13), "2999-01-01T00:00:{:02d}.000+00:00")
+    again.ledger.record_position(12 * BATCH, again.ledger.chain(chain, DEFER_AT, 12 * BATCH), step=12)
+    return run
+
+
+def write_steps(journal: Path, steps: range, time: str) -> None:
+    with open(journal, "a", encoding="utf-8") as file:
+        for step in steps:
+            event = {"event": "step", "time": time.format(step), "step": step}
+            file.write(json.dumps({**event, "samples": [(step - 1) * BATCH, step * BATCH]}) + "\n")
+
+
+def test_verify_computes_the_chain_again(folder):
+    lines = list(verify_lines(Run(folder), contents=True))
+    assert [line.split(":")[0] for line in lines if "chain" in line] == ["position 80", "position 128", "position 192"]
+    assert lines[-1] == "2 token files are as written"
+
+
+def test_verify_finds_rows_that_were_not_these(folder, tmp_path):
+    text = (folder / "ledger.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    entry = json.loads(text)
+    entry["chain"] = entry["chain"][:-1] + ("0" if entry["chain"][-1] != "0" else "1")
+    for name in ("config.toml", "journal.jsonl"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "ledger.jsonl").write_text(json.dumps(entry) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"line 1: 80 samples have chain .*: it was trained on other rows"):
+        list(verify_lines(Run(tmp_path), contents=False))
+
+
+def test_step_names_source_file_line_and_text(folder, speeches):
+    run = Run(folder)
+    step = run.step(3)
+    lines = list(step_lines(run, 3, characters=60))
+    assert lines[0] == f"step 3: samples {2 * BATCH}..{3 * BATCH - 1}"
+    assert sum(line.startswith("sample ") for line in lines) == BATCH
+    place, span = lines[2], run.feed_at(step.ledger_entries).describe(2 * BATCH)[0]
+    name = f"{span.source}.jsonl line {span.document + 1}"
+    assert f"{span.source}  {span.file}:{span.document}  {name}  tokens " in place
+    text = speeches[span.document + (20 if span.source == "new" else 0)]
+    assert eval(lines[3])[5:50] in text
+
+
+def test_document_lists_every_step_that_saw_it(folder):
+    """Against a walk through all samples of all steps that the journal tells of."""
+    run = Run(folder)
+    expected: dict[str, list[str]] = {}
+    for step in run.steps:
+        feed = run.feed_at(step.ledger_entries)
+        for sample in range(step.first, step.end):
+            for span in {(span.file, span.document) for span in feed.describe(sample)}:
+                expected.setdefault(f"{span[0]}:{span[1]}", []).append(f"step {step.number}, sample {sample}")
+    assert len(expected) > 30
+    for identity, sightings in list(expected.items())[:12]:
+        assert list(document_lines(run, identity)) == [*sightings, f"{identity}: seen {len(sightings)} times"]
+
+
+def test_a_deferred_chunk_was_seen_before_the_rollback_and_not_after(folder):
+    run = Run(folder)
+    before, after = run.steps[5], run.steps[-7]
+    assert (before.number, after.number) == (6, 6)
+    assert before.first == after.first
+    assert before.ledger_entries < after.ledger_entries
+    one = run.feed_at(before.ledger_entries).tokens(before.first, BATCH)
+    other = run.feed_at(after.ledger_entries).tokens(after.first, BATCH)
+    assert not (one == other).all()
+    assert run.step(6) == after
+
+
+def test_mix_adds_up(folder):
+    lines = list(mix_lines(Run(folder), 1, 12))
+    assert lines[0] == "steps 1..12: 192 rows"
+    rows = {line.split()[0]: line.split()[1:] for line in lines[2:]}
+    assert sum(int(row[0]) for row in rows.values()) == 192
+    assert [row[2] for row in rows.values()] == ["25.00%", "75.00%"]
+    assert abs(int(rows["old"][0]) - 48) <= 16
+
+
+def test_show_decodes_rows(folder, speeches):
+    lines = list(show_lines(Run(folder), 2, 7))
+    assert [line for line in lines if line.startswith("---")] == ["--- sample 7", "--- sample 8"]
+    assert any(lines[1][10:60] in text for text in speeches) or "<|endoftext|>" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        (lambda run: document_lines(run, "old"), "FILE:NUMBER"),
+        (lambda run: document_lines(run, "nothing:3"), "no token file 'nothing'"),
+        (lambda run: document_lines(run, "old_text_document:99"), "has documents 0..19"),
+        (lambda run: step_lines(run, 99, 10), r"step 99: the run has steps 1\.\.12"),
+    ],
+)
+def test_questions_without_an_answer(folder, question, message):
+    with pytest.raises(ValueError, match=message):
+        list(question(Run(folder)))
+
+
+def test_the_command_line_has_no_traceback(tmp_path, tool_environment):
+    command = [sys.executable, str(ROOT / "tools/inspect_data.py"), "verify", str(tmp_path)]
+    done = subprocess.run(command, env=tool_environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == f"inspect_data: {tmp_path}: no config.toml there; name the folder of a run\n"
+
+
+def test_the_toy_goes_through_the_same_tools(tmp_path, tool_environment):
+    """The two commands of examples/toy/data.toml, from its folder's files to feeds."""
+
+    def tool(name, *arguments):
+        command = [sys.executable, str(ROOT / "tools" / name), *arguments]
+        subprocess.run(command, env=tool_environment, cwd=tmp_path, capture_output=True, check=True)
+
+    toy = ROOT / "examples/toy"
+    inputs = ["--input", str(toy / "state_of_the_union.jsonl.xz"), "--tokenizer", str(toy / "tokenizer.json")]
+    tool("preprocess_data.py", *inputs, "--output-prefix", "runs/toy_data/speeches", "--append-eod")
+    output = ["--output", "runs/toy_data/train", "--held-out", "runs/toy_data/held_out"]
+    tool("build_plan.py", str(toy / "data.toml"), *output)
+    from k2_megatron.data.feed import open_feed
+
+    shape = {"sequence_length": LENGTH, "seed": 1, "vocab_size": 4096}
+    train = open_feed(tmp_path / "runs/toy_data/train", **shape)
+    held_out = open_feed(tmp_path / "runs/toy_data/held_out", **shape)
+    assert train.rows == 8000
+    assert held_out.rows >= 64
+    assert train.source_names[0] == "eighteenth_century"
+    assert len({span.source for sample in range(80) for span in train.describe(sample)}) == 4
