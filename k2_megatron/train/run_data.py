@@ -39,6 +39,8 @@ class RunData:
 
     def resume_at(self, manifest: dict) -> None:
         """Go on after a checkpoint. CheckpointError when it was trained on other rows than this run would read."""
+        if manifest["data"] is None:  # weights that tools/convert_checkpoint.py brought in: no row was consumed
+            return
         if manifest["data"] != self.fingerprint:
             raise CheckpointError(
                 f"the checkpoint of step {manifest['step']} was trained on data {manifest['data']}, data.train is now "

@@ -1,0 +1,173 @@
+"""to-hf: one of our checkpoints becomes a folder that transformers, vLLM and the rest load unedited."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from k2_megatron.convert.errors import ConversionError
+from k2_megatron.convert.fingerprint import as_text
+from k2_megatron.convert.hugging_face import HuggingFaceSource
+from k2_megatron.convert.logits import Bound, prove
+from k2_megatron.convert.model_facts import ModelFacts
+from k2_megatron.convert.numbers import Rounding
+from k2_megatron.convert.record import TOKENIZER, Record, copy_tokenizer, find_record, versions
+from k2_megatron.convert.safetensors_file import INDEX
+from k2_megatron.convert.source import Kind
+from k2_megatron.convert.to_hugging_face import HuggingFaceJob, tied_rows_equal
+from k2_megatron.convert.torch_dist import TorchDistSource, checkpoint_folder, read_manifest
+from k2_megatron.convert.work import JOURNAL, estimate_text, hash_file, require_space, run_units
+
+MANIFEST = "k2_conversion.json"
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a person chooses. `weights` is "model" (as trained with) or "main" (the optimizer's fp32 parameters)."""
+
+    load: Path
+    save: Path
+    dtype: str | None = None
+    weights: str = "model"
+    used_vocabulary: int | None = None
+    tokenizer: Path | None = None
+    shard_bytes: int = 5_000_000_000
+    workers: int = 1
+    proof: bool = True
+
+
+def export_hugging_face(options: ExportOptions) -> Path:
+    """Convert, check the fingerprint, prove, publish; returns the folder. ConversionError otherwise."""
+    if options.save.exists():
+        raise ConversionError(f"{options.save} exists; remove it or give another --save")
+    folder = checkpoint_folder(options.load)
+    manifest = read_manifest(folder)
+    source = TorchDistSource(folder, manifest)
+    record = find_record(folder, manifest)
+    kind: Kind = "weights" if options.weights == "model" else "main"
+    if kind not in source.dtypes:
+        raise ConversionError(f"{folder} holds no fp32 parameters; leave out --weights main")
+    facts = exported_facts(options, manifest, record, tied_rows_equal(source, kind) if record else False)
+    aside = options.save.with_name(f".{options.save.name}.converting")
+    dtype = options.dtype or manifest["precision"]
+    job = HuggingFaceJob(
+        source, facts.shape, aside, kind, dtype, manifest["precision"], facts.tied_embeddings, options.shard_bytes
+    )
+    units = job.units()
+    written = sum(unit.bytes for unit in units)
+    print(estimate_text(source.read_bytes_total((kind,)), written, options.workers), flush=True)
+    require_space(aside, written)
+    plan = {"source": str(folder.resolve()), "weights": manifest["weights"], "kind": kind, "dtype": dtype,
+            "shape": facts.shape.__dict__, "tied": job.tied, "shard_bytes": options.shard_bytes}  # fmt: skip
+    results, totals = run_units(job, units, plan, options.workers)
+    print(totals.text())
+    found = as_text(sum(result["fingerprint"] for result in results))
+    if found != manifest["weights"]:
+        raise ConversionError(
+            f"the weights read from {folder} have fingerprint {found}, those saved had {manifest['weights']}: the "
+            f"checkpoint is damaged or mixed up; `verify` names the file. Nothing was published (remove {aside})"
+        )
+    rounding = Rounding()
+    for result in results:
+        rounding.add(Rounding(result["rounded"], result["largest_rounding"]))
+    if rounding.values:
+        print(f"{rounding.values:,} weights were rounded to {dtype} (largest relative change {rounding.largest:.2g})")
+    if len(results) > 1:
+        (aside / INDEX).write_text(job.index_text(results))
+    _write_companions(options, aside, manifest, record, facts, dtype)
+    proof = None
+    if options.proof:
+        proof = prove(HuggingFaceSource(aside, facts), source, facts, Bound.for_rounding(rounding))
+        print(proof)
+    (aside / JOURNAL).unlink()
+    (aside / MANIFEST).write_text(
+        json.dumps(_manifest(aside, folder, manifest, results, rounding, str(proof)), indent=1)
+    )
+    os.rename(aside, options.save)
+    return options.save
+
+
+def exported_facts(options: ExportOptions, manifest: dict, record: Record | None, tied: bool) -> ModelFacts:
+    """The model as Hugging Face gets it: vocabulary padding and untying undone where they are on record."""
+    facts = ModelFacts.from_config(manifest["config"]["model"])
+    if record is not None:
+        context = max(facts.context, record.context) if facts.rope_base == record.rope_base else facts.context
+        facts = replace(facts, tied_embeddings=record.tied_embeddings and tied, context=context)
+        facts = facts.with_vocabulary(used=record.used_vocabulary)
+    return facts.with_vocabulary(used=options.used_vocabulary)
+
+
+def _write_companions(
+    options: ExportOptions, aside: Path, manifest: dict, record: Record | None, facts: ModelFacts, dtype: str
+) -> None:
+    """config.json, generation_config.json and the tokenizer's files."""
+    tokenizer = options.tokenizer or _tokenizer_of(options, manifest)
+    if tokenizer is None:
+        print("no tokenizer is known for this checkpoint: give one with --tokenizer, or copy its files beside")
+    else:
+        copied = copy_tokenizer(tokenizer, aside)
+        if not copied:
+            raise ConversionError(f"{tokenizer} holds no tokenizer file this tool knows; give --tokenizer another path")
+    kept = dict(record.config_json) if record else {}
+    kept.update(_special_ids(tokenizer, aside, kept))
+    config = facts.hugging_face_config(dtype, kept)
+    (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    generation = aside / "generation_config.json"
+    if not generation.exists():
+        ids = {
+            key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None
+        }
+        generation.write_text(json.dumps({"_from_model_config": True, **ids}, indent=2) + "\n")
+
+
+def _tokenizer_of(options: ExportOptions, manifest: dict) -> Path | None:
+    """The run's own tokenizer: what from-hf left in the run folder, or what its configuration names."""
+    beside = checkpoint_folder(options.load).resolve().parent.parent / TOKENIZER
+    named = manifest["config"].get("data", {}).get("tokenizer")
+    candidates = [beside, *([Path(named)] if named else [])]
+    return next((path for path in candidates if path.exists()), None)
+
+
+def _special_ids(tokenizer: Path | None, aside: Path, kept: dict[str, Any]) -> dict[str, Any]:
+    """The end of a document as eos_token_id, and a tokenizer_config.json, where only a tokenizer.json is given."""
+    if tokenizer is None or not (aside / "tokenizer.json").is_file() or "eos_token_id" in kept:
+        return {}
+    from k2_megatron.data.tokenizer import load_tokenizer
+
+    found = load_tokenizer(str(aside / "tokenizer.json"))
+    if not (aside / "tokenizer_config.json").exists():
+        text = found.decode([found.end_of_document])
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": text,
+            "clean_up_tokenization_spaces": False,
+        }
+        (aside / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    # K2 begins no sequence with a special token, so there is no bos_token_id to speak of.
+    return {"bos_token_id": None, "eos_token_id": found.end_of_document}
+
+
+def _manifest(
+    aside: Path, folder: Path, manifest: dict, results: list[dict], rounding: Rounding, proof: str
+) -> dict[str, Any]:
+    tensors = {name: digest for result in results for name, digest in result["tensors"].items()}
+    return {
+        "format": 1,
+        "direction": "to-hf",
+        "source": str(folder.resolve()),
+        "step": manifest["step"],
+        "consumed_tokens": manifest.get("consumed_tokens"),
+        "weights": manifest["weights"],
+        "rounded": rounding.values,
+        "proof": proof,
+        "versions": versions(),
+        "files": {path.name: hash_file(path) for path in sorted(aside.iterdir()) if path.is_file()},
+        "tensors": tensors,
+    }
+
+
+def remove_unfinished(save: Path) -> None:
+    """Remove what an earlier, other conversion to `save` left."""
+    shutil.rmtree(save.with_name(f".{save.name}.converting"), ignore_errors=True)

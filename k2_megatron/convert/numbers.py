@@ -1,0 +1,72 @@
+"""Numbers as bits: bfloat16, float16 and float32 as numpy arrays of unsigned integers, and rounding between them.
+
+numpy has no bfloat16, and a conversion that must be exact is best said in bits: equal bits, or a counted rounding.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+BITS = {"float32": np.dtype("<u4"), "bfloat16": np.dtype("<u2"), "float16": np.dtype("<u2")}
+SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass
+class Rounding:
+    """What a change of dtype did: elements that are not exactly representable, and the largest relative error."""
+
+    values: int = 0
+    largest: float = 0.0
+
+    def add(self, other: "Rounding") -> None:
+        self.values += other.values
+        self.largest = max(self.largest, other.largest)
+
+
+def to_float32(bits: np.ndarray, dtype: str) -> np.ndarray:
+    """The exact float32 values of `bits`."""
+    if dtype == "float32":
+        return bits.view(np.float32)
+    if dtype == "float16":
+        return bits.view(np.float16).astype(np.float32)
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def change_dtype(bits: np.ndarray, dtype: str, wanted: str, rounding: Rounding) -> np.ndarray:
+    """`bits` as `wanted`, rounded to nearest even and counted in `rounding`; OverflowError past float16's range."""
+    if dtype == wanted:
+        return bits
+    exact = to_float32(bits, dtype)
+    if wanted == "float32":
+        return exact.view(np.uint32)
+    rounded = _bfloat16(exact) if wanted == "bfloat16" else _float16(exact)
+    back = to_float32(rounded, wanted)
+    wrong = exact != back
+    count = int(wrong.sum())
+    if count:
+        off = np.abs(back[wrong] - exact[wrong]) / np.abs(exact[wrong])
+        rounding.add(Rounding(count, float(np.nan_to_num(off, nan=math.inf).max())))
+    return rounded
+
+
+def _bfloat16(exact: np.ndarray) -> np.ndarray:
+    bits = exact.view(np.uint32)
+    upper = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(exact), ((bits >> 16) | 0x40).astype(np.uint16), upper)
+
+
+def _float16(exact: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        rounded = exact.astype(np.float16)
+    beyond = np.isinf(rounded) & np.isfinite(exact)
+    if beyond.any():
+        raise OverflowError(f"{int(beyond.sum())} values exceed float16's 65504 (largest {np.abs(exact).max():.4g})")
+    return rounded.view(np.uint16)
+
+
+def count_not_finite(bits: np.ndarray, dtype: str) -> int:
+    """Elements that are infinite or not a number: all exponent bits set."""
+    exponent = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}[dtype]
+    mask = bits.dtype.type(exponent)
+    return int(np.count_nonzero((bits & mask) == mask))

@@ -1,0 +1,148 @@
+"""Conversions whose result is one of our checkpoints: from Hugging Face, from old K2 shards, from another chunk layout.
+
+source -> units -> files aside -> tables and manifest -> read back and compared -> published as step_XXXXXXXX
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from k2_megatron.config import Config
+from k2_megatron.convert.errors import ConversionError
+from k2_megatron.convert.fingerprint import as_text
+from k2_megatron.convert.names import Place, places
+from k2_megatron.convert.numbers import BITS, Rounding, change_dtype
+from k2_megatron.convert.source import Kind
+from k2_megatron.convert.to_torch_dist import KINDS, TorchDistJob, blocks
+from k2_megatron.convert.torch_dist import TorchDistSource
+from k2_megatron.convert.torch_metadata import write_metadata
+from k2_megatron.convert.work import JOURNAL, Totals, Unit, estimate_text, require_space, resident_bytes, run_units
+from k2_megatron.train.checkpoint_files import folder_name, publish
+
+
+@dataclass(frozen=True)
+class Product:
+    """A written checkpoint that has no name yet: `folder` aside, its manifest, and what writing it cost."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    totals: Totals
+    rounding: Rounding
+
+    def publish(self) -> Path:
+        return publish(self.folder, self.manifest)
+
+
+def write_checkpoint(
+    job: TorchDistJob, config: Config, facts: dict[str, Any], plan: dict[str, Any], workers: int
+) -> Product:
+    """Write every file of a checkpoint into job.folder. `facts` are the manifest's step, samples, layout and record.
+
+    ConversionError when the disk is too small, the folder was begun for something else, or a weight is not finite.
+    """
+    units = job.units()
+    written = sum(unit.bytes for unit in units)
+    print(estimate_text(job.source.read_bytes_total(tuple(job.source.dtypes)), written, workers), flush=True)
+    require_space(job.folder, written)
+    results, totals = run_units(job, units, plan, workers)
+    write_metadata(job.folder, job.tables(results))
+    _write_common(job.folder)
+    rounding = Rounding()
+    for result in results:
+        rounding.add(Rounding(result.get("rounded", 0), result.get("largest_rounding", 0.0)))
+    manifest = {
+        **facts,
+        "precision": job.precision,
+        "weights": as_text(sum(result["fingerprint"] for result in results)),
+        "config": config.model_dump(exclude_none=True),
+        "files": {result["file"]: {"bytes": result["bytes"], "xxh3": result["xxh3"]} for result in results},
+    }
+    return Product(job.folder, manifest, totals, rounding)
+
+
+def _write_common(folder: Path) -> None:
+    """The two small files by which megatron-core knows a torch_dist checkpoint."""
+    import torch
+
+    torch.save({}, folder / "common.pt")
+    backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
+                "common_backend": "torch", "common_backend_version": 1}  # fmt: skip
+    (folder / "metadata.json").write_text(json.dumps(backends))
+
+
+def seal(product: Product, compare: "CompareJob", workers: int) -> Totals:
+    """Read the result back, compare it with the source to the bit, and drop the journal: it is ready to publish."""
+    _results, totals = run_units(compare, compare.units(), {"compare": True}, workers)
+    for name in (JOURNAL, f"{compare.folder.name}/{JOURNAL}"):
+        (product.folder / name).unlink(missing_ok=True)
+    compare.folder.rmdir()
+    return totals
+
+
+@dataclass(frozen=True)
+class CompareJob:
+    """Reads the same rows of a source and of what was made of it, and requires equal bits."""
+
+    job: TorchDistJob
+    product: TorchDistSource
+    folder: Path
+
+    def units(self) -> list[Unit]:
+        return [unit for unit in self.job.units() if unit.content != ("shared",)]
+
+    def run(self, unit: Unit) -> dict[str, Any]:
+        kind, stage, part = unit.content
+        for place in places(self.job.source.shape):
+            if self.job._part(place) == (stage, part):
+                self._compare(kind, place)
+        return {"bytes": 0, "xxh3": "", "resident_bytes": resident_bytes()}
+
+    def _compare(self, kind: Kind, place: Place) -> None:
+        job = self.job
+        origin, dtype = job.source_kind(kind), job.dtype(kind)
+        for block in blocks(place.entry, job.source.shape, 1, BITS[dtype].itemsize):
+            rows = job.source.read(origin, place, block.first_row, block.last_row)
+            wanted = change_dtype(rows, job.source.dtypes[origin], dtype, Rounding())
+            found = self.product.read(kind, place, block.first_row, block.last_row)
+            if not np.array_equal(wanted, found):
+                raise ConversionError(
+                    f"{self.product.key(kind, place)} (layer {place.layer}) was not written as it was read: "
+                    "this is a defect of the disk, of memory or of this tool; the result was not published"
+                )
+
+
+def aside_folder(run_folder: Path, step: int) -> Path:
+    """Where a checkpoint is put together: not hidden as a save in progress is, which training would remove."""
+    return run_folder / "checkpoints" / f"converting_{folder_name(step)}"
+
+
+def require_new(run_folder: Path, step: int) -> None:
+    """ConversionError when the step is there already."""
+    final = run_folder / "checkpoints" / folder_name(step)
+    if final.exists():
+        raise ConversionError(f"{final} exists; remove it or give another --save")
+
+
+def check_layout(job: TorchDistJob) -> None:
+    """ConversionError unless every tensor rank and stage gets an equal share."""
+    shape, tensor = job.source.shape, job.tensor_parallel
+    uneven = [
+        f"{name} {size}"
+        for name, size in (
+            ("vocab_size", shape.vocab_size),
+            ("ffn_hidden_size", shape.ffn_hidden_size),
+            ("heads", shape.heads),
+            ("kv_heads", shape.kv_heads),
+        )
+        if size % tensor
+    ]
+    if uneven:
+        raise ConversionError(f"--tensor {tensor} does not divide {', '.join(uneven)}")
+    if shape.layers % job.pipeline_parallel:
+        raise ConversionError(f"--pipeline {job.pipeline_parallel} does not divide {shape.layers} layers")
+
+
+__all__ = ["KINDS", "CompareJob", "Product", "aside_folder", "check_layout", "require_new", "seal", "write_checkpoint"]

@@ -1,0 +1,106 @@
+"""Convert checkpoints, and prove it: Hugging Face, the old K2 shards, other chunk layouts.
+
+    convert_checkpoint.py to-hf          --load RUN_OR_CHECKPOINT --save FOLDER [--dtype float16] [--workers N]
+    convert_checkpoint.py from-hf        --load MODEL_FOLDER --save RUN_FOLDER [--config TRAIN.toml]
+    convert_checkpoint.py from-k2-legacy --load iter_0000941 --save RUN_FOLDER --config TRAIN.toml
+    convert_checkpoint.py reshard        --load RUN_OR_CHECKPOINT --save RUN_FOLDER --tensor 4 --pipeline 2
+    convert_checkpoint.py inspect        --load ANY
+    convert_checkpoint.py verify         --load ANY
+
+Exit codes: 0 done, 1 the check failed or the conversion stopped, 2 the command line is wrong.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, OSError, OverflowError) as error:
+        if type(error) is ValueError and not str(error):
+            raise
+        print(f"convert_checkpoint: {error}", file=sys.stderr)
+        return 1
+
+
+def run_to_hf(options: argparse.Namespace) -> int:
+    from k2_megatron.convert.export_model import ExportOptions, export_hugging_face
+
+    saved = export_hugging_face(
+        ExportOptions(
+            options.load,
+            options.save,
+            options.dtype,
+            options.weights,
+            options.vocab_size,
+            options.tokenizer,
+            int(options.shard_gb * 1e9),
+            options.workers,
+            options.proof,
+        )
+    )
+    print(saved)
+    return 0
+
+
+def run_from_hf(options: argparse.Namespace) -> int:
+    from k2_megatron.convert.import_model import ImportOptions, import_hugging_face
+
+    saved = import_hugging_face(
+        ImportOptions(
+            options.load,
+            options.save,
+            options.config,
+            options.precision,
+            options.vocab_size,
+            options.tensor,
+            options.pipeline,
+            options.workers,
+            options.proof,
+        )
+    )
+    print(saved)
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run, text: str, saves: bool = True) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        added.add_argument("--load", type=Path, required=True, help="what to read")
+        added.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+        if saves:
+            added.add_argument("--save", type=Path, required=True, help="what to write; must not exist yet")
+            added.add_argument(
+                "--no-proof", dest="proof", action="store_false", help="leave out the run of both models"
+            )
+        return added
+
+    def layout(added: argparse.ArgumentParser) -> None:
+        added.add_argument("--tensor", type=int, default=1, help="cut chunks for this many tensor ranks (1)")
+        added.add_argument("--pipeline", type=int, default=1, help="file layers by this many stages (1)")
+
+    out = command("to-hf", run_to_hf, "a checkpoint of ours as safetensors of LlamaForCausalLM")
+    out.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's precision")
+    out.add_argument("--weights", choices=("model", "main"), default="model", help="main: the optimizer's fp32 copy")
+    out.add_argument("--vocab-size", type=int, help="rows in use; the padding above them is left out")
+    out.add_argument("--tokenizer", type=Path, help="tokenizer file or folder to put beside (default: the run's)")
+    out.add_argument("--shard-gb", type=float, default=5.0, help="largest shard (5 GB)")
+
+    into = command("from-hf", run_from_hf, "a Llama-shaped model as a checkpoint that pretrain_k2.py starts from")
+    into.add_argument("--config", type=Path, help="the training configuration to start with")
+    into.add_argument("--precision", choices=("float32", "bfloat16"), help="default: the model's, half as bfloat16")
+    into.add_argument("--vocab-size", type=int, help="rows of the vocabulary, padding included")
+    layout(into)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
