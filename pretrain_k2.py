@@ -29,8 +29,10 @@ from k2_megatron.runtime.launch import RankEnvironment, read_environment, run_lo
 from k2_megatron.runtime.mistakes import StopRun, run_program
 from k2_megatron.runtime.seeds import seed_everything
 from k2_megatron.runtime.signals import StopSignals
-from k2_megatron.train.checkpoint import find_checkpoint, layout_name, load_checkpoint, save_checkpoint
+from k2_megatron.train.checkpoint import find_checkpoint, load_checkpoint
 from k2_megatron.train.checkpoint_files import apply_retention, remove_unfinished
+from k2_megatron.train.checkpoint_save import CheckpointWriter, SaveResult
+from k2_megatron.train.checkpoint_state import layout_name
 from k2_megatron.train.journal import Journal
 from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
 from k2_megatron.train.run_data import open_run_data
@@ -114,6 +116,7 @@ def train(config: Config, environment: RankEnvironment, device: Device) -> int:
         )
         views.say(resume_report(config, manifest, newest, doubts))
     saved_step = step
+    saver = CheckpointWriter(checkpoints, groups, asynchronous=config.checkpoint.asynchronous)
     peak = peak_bf16_flops(device)
 
     # The loop: one step, what is told of it, then the rare events
@@ -157,24 +160,15 @@ def train(config: Config, environment: RankEnvironment, device: Device) -> int:
             journal.write("evaluation", step=step, held_out_loss=held_out_loss)
             views.evaluation(step, held_out_loss)
         if step % config.checkpoint.every_steps == 0 or last or signal:
+            saved_step = tell_of_save(saver.wait(), config, journal, checkpoints) or saved_step
             data.record_position(step, consumed)
-            saved = save_checkpoint(checkpoints, step, config, groups, chunks, optimizer, device.torch, data.position())
-            journal.write(
-                "checkpoint",
-                step=step,
-                checkpoint=saved.folder.name,
-                stall_seconds=saved.seconds,
-                bytes=saved.bytes,
-                bytes_per_second=saved.bytes / saved.seconds,
-                weights=saved.weights,
-            )
-            if is_writer:
-                apply_retention(checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every_steps, set())
-            saved_step = step
+            saver.save(step, config, chunks, optimizer, device.torch, data.position())
+        saved_step = tell_of_save(saver.finished(), config, journal, checkpoints) or saved_step
         if signal and not last:
             break
 
     # Leave
+    saved_step = tell_of_save(saver.wait(), config, journal, checkpoints) or saved_step
     finished = step == config.train.steps
     journal.write("stop", step=step, saved_step=saved_step, reason="finished" if finished else signal)
     views.say(
@@ -186,6 +180,25 @@ def train(config: Config, environment: RankEnvironment, device: Device) -> int:
     journal.close()
     disconnect()
     return 0
+
+
+def tell_of_save(saved: SaveResult | None, config: Config, journal: Journal, checkpoints: Path) -> int | None:
+    """Write a save that has come to its end into the journal, let older ones go; its step."""
+    if saved is None:
+        return None
+    journal.write(
+        "checkpoint",
+        step=saved.step,
+        checkpoint=saved.folder.name,
+        stall_seconds=saved.stall_seconds,
+        seconds=saved.seconds,
+        bytes=saved.bytes,
+        bytes_per_second=saved.bytes / saved.seconds,
+        weights=saved.weights,
+    )
+    if journal.is_writer:
+        apply_retention(checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every_steps, set())
+    return saved.step
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -31,6 +31,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 
+from k2_megatron.config import Config
 from k2_megatron.model.initialize import hash_mix
 from k2_megatron.runtime.groups import Groups
 from k2_megatron.runtime.seeds import random_states
@@ -88,6 +89,15 @@ def restore_optimizer(optimizer: MegatronOptimizer, loaded: dict, local: dict, s
     for group in groups:
         group["step"] = step
     optimizer.load_state_dict(state)
+
+
+def layout_name(config: Config) -> str:
+    """The layout in one word, such as tp2-pp2-vp1-cp1-dp4."""
+    parallel = config.parallel
+    return (
+        f"tp{parallel.tensor}-pp{parallel.pipeline}-vp{parallel.virtual_pipeline}"
+        f"-cp{parallel.context}-dp{parallel.data}"
+    )
 
 
 def random_state(groups: Groups, layout: str) -> dict:

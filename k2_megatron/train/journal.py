@@ -19,6 +19,7 @@ class Journal:
 
     def __init__(self, folder: Path, *, writer: bool) -> None:
         self.path = folder / JOURNAL
+        self.is_writer = writer
         self._file = None
         if writer:
             folder.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from k2_megatron.config import Config
-from k2_megatron.train.checkpoint import layout_name
+from k2_megatron.train.checkpoint_state import layout_name
 from k2_megatron.train.journal import read_events, read_steps
 from k2_megatron.train.schedule import learning_rate_at
 

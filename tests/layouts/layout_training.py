@@ -12,7 +12,7 @@ from k2_megatron.runtime.devices import find_device
 from k2_megatron.runtime.groups import build_groups, connect, disconnect
 from k2_megatron.runtime.launch import read_environment
 from k2_megatron.runtime.seeds import seed_everything
-from k2_megatron.train.checkpoint import save_checkpoint
+from k2_megatron.train.checkpoint_save import CheckpointWriter
 from k2_megatron.train.checkpoint_state import weight_fingerprint
 from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
 from k2_megatron.train.run_data import open_run_data
@@ -54,7 +54,9 @@ def train_layout(
             set_learning_rate(optimizer, learning_rate_at(config, step), config.optimizer.weight_decay)
             results.append(train_step(config, groups, chunks, optimizer, data.train, step, device.torch))
             if step == 0:
-                save_checkpoint(checkpoints, 1, config, groups, chunks, optimizer, device.torch, data.position())
+                saver = CheckpointWriter(checkpoints, groups, asynchronous=False)
+                saver.save(1, config, chunks, optimizer, device.torch, data.position())
+                saver.wait()
         training = Training(
             initial_weights,
             [result.loss for result in results],

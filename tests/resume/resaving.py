@@ -12,7 +12,8 @@ from k2_megatron.runtime.devices import find_device
 from k2_megatron.runtime.groups import build_groups, connect, disconnect
 from k2_megatron.runtime.launch import read_environment
 from k2_megatron.runtime.seeds import seed_everything
-from k2_megatron.train.checkpoint import load_checkpoint, save_checkpoint
+from k2_megatron.train.checkpoint import load_checkpoint
+from k2_megatron.train.checkpoint_save import CheckpointWriter
 from k2_megatron.train.optimizer import build_optimizer, wrap_model
 
 
@@ -29,7 +30,9 @@ def load_and_save(config_path: Path, settings: list[str], source: Path, checkpoi
         chunks = wrap_model(config, build_model(config, kernels, groups.collection), groups.collection)
         optimizer = build_optimizer(config, chunks, kernels, groups.collection)
         manifest = load_checkpoint(source, config, groups, chunks, optimizer, device.torch)
-        save_checkpoint(checkpoints, manifest["step"], config, groups, chunks, optimizer, device.torch, {})
+        saver = CheckpointWriter(checkpoints, groups, asynchronous=False)
+        saver.save(manifest["step"], config, chunks, optimizer, device.torch, {})
+        saver.wait()
         disconnect()
 
 

@@ -1,0 +1,198 @@
+"""Save a run in megatron-core's torch_dist format, exactly and atomically, in the foreground or in the background.
+
+Every rank writes and hashes its own file in a folder aside; rank 0 seals it with the manifest and publishes it.
+
+    step waits:        fingerprint of the weights, the plan of who writes what, and, in the background mode, a copy
+    in the background: write, hash, exchange the hashes, publish; over a process group of its own, since training uses
+                       the others at the same time
+
+At most one save is in flight: the next one waits for it.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as distributed
+import torch.distributed.checkpoint as torch_checkpoint
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
+
+from k2_megatron.config import Config
+from k2_megatron.runtime.groups import Groups
+from k2_megatron.train.checkpoint_files import CheckpointError, HashingWriter, folder_name, publish, start_writing
+from k2_megatron.train.checkpoint_state import (
+    layout_name,
+    model_state,
+    optimizer_state,
+    random_state,
+    weight_fingerprint,
+)
+
+
+@dataclass(frozen=True)
+class SaveResult:
+    """What the journal tells of a save: `stall_seconds` is what the step waited, `seconds` until it was published."""
+
+    step: int
+    folder: Path
+    stall_seconds: float
+    seconds: float
+    bytes: int
+    weights: str
+
+
+class _Plan(TorchDistSaveShardedStrategy):
+    """In megatron-core's place for a writer: keeps what is to be written, to be written by `write` below.
+
+    megatron-core's own writer starts a manager process and forks one process a file even for a synchronous save,
+    6-10 s on two cores for 15 MB; ours writes the same files from this process.
+    """
+
+    def __init__(self, *, copy: bool) -> None:
+        super().__init__("torch_dist", 1, thread_count=1)
+        self.copy = copy
+        self.tensors: dict = {}
+
+    def save(self, sharded_state_dict, checkpoint_dir) -> None:
+        named, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        if self.copy:  # training goes on changing the originals
+            for shard in nested_values(named):
+                if not isinstance(shard, ShardedObject):
+                    shard.data = shard.data.detach().to("cpu", copy=True)
+        self.tensors = mcore_to_pyt_state_dict(named, False)
+
+    def write(self, folder: Path, group: distributed.ProcessGroup) -> dict[str, dict]:
+        """Write this rank's share under `folder`; {file name: {"bytes", "xxh3"}}."""
+        writer = HashingWriter(folder)
+        torch_checkpoint.save_state_dict(
+            self.tensors,
+            writer,
+            process_group=group,
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+        return writer.files
+
+
+class CheckpointWriter:
+    """Saves checkpoints of one run under `checkpoints`; made on every rank alike."""
+
+    def __init__(self, checkpoints: Path, groups: Groups, *, asynchronous: bool) -> None:
+        self._checkpoints = checkpoints
+        self._rank = groups.rank
+        self._groups = groups
+        self._group = distributed.new_group(backend="gloo")
+        self._asynchronous = asynchronous
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[SaveResult] | None = None
+
+    def save(
+        self,
+        step: int,
+        config: Config,
+        chunks: Sequence,
+        optimizer: MegatronOptimizer,
+        device: torch.device,
+        facts: dict,
+    ) -> None:
+        """Begin to save step `step`; `facts` go into the manifest (data position). `finished` or `wait` tell the end.
+
+        CheckpointError, on every rank, when the save before this one or the beginning of this one failed on any rank:
+        earlier checkpoints and `latest` are as they were.
+        """
+        assert self._pending is None, "a save is in flight; ask wait() for its result first"
+        began = time.monotonic()
+        weights = weight_fingerprint(chunks, device)
+        aside = self._checkpoints / f".{folder_name(step)}.writing"
+        self._everywhere(step, lambda: start_writing(self._checkpoints, step) if self._rank == 0 else None)
+        plan = _Plan(copy=self._asynchronous)
+        model = model_state(chunks)
+        tensors, _local = optimizer_state(optimizer, model, loading=False)
+        state = {**model, "optimizer": tensors, **random_state(self._groups, layout_name(config))}
+        self._everywhere(step, lambda: dist_checkpointing.save(state, str(aside), sharded_strategy=plan))
+        manifest = {
+            "step": step,
+            "consumed_samples": config.consumed_samples_at(step),
+            "consumed_tokens": config.consumed_tokens_at(step),
+            "layout": layout_name(config),
+            "precision": config.train.precision,
+            "weights": weights,
+            "config": config.model_dump(exclude_none=True),
+            **facts,
+        }
+        if self._asynchronous:
+            stall_seconds = time.monotonic() - began
+            self._pending = self._thread.submit(self._write, plan, aside, manifest, began, stall_seconds)
+        else:
+            self._pending = Future()
+            try:
+                self._pending.set_result(self._write(plan, aside, manifest, began, None))
+            except CheckpointError as error:
+                self._pending.set_exception(error)
+
+    def finished(self) -> SaveResult | None:
+        """The result of a save that has come to its end since the last call; None otherwise. Never waits.
+
+        Ranks may see the end at different times. CheckpointError when the save failed.
+        """
+        return self.wait() if self._pending is not None and self._pending.done() else None
+
+    def wait(self) -> SaveResult | None:
+        """Wait for the save in flight, if there is one, and return its result. CheckpointError when it failed."""
+        pending, self._pending = self._pending, None
+        return pending.result() if pending is not None else None
+
+    def _write(self, plan: _Plan, aside: Path, manifest: dict, began: float, stall_seconds: float | None) -> SaveResult:
+        step = manifest["step"]
+        files: dict[str, dict] = {}
+        self._everywhere(step, lambda: files.update(plan.write(aside, self._group)))
+        gathered: list = [None] * distributed.get_world_size()
+        distributed.all_gather_object(gathered, files, group=self._group)
+        manifest["files"] = {name: facts for written in gathered for name, facts in written.items()}
+        self._everywhere(step, lambda: publish(aside, manifest) if self._rank == 0 else None)
+        seconds = time.monotonic() - began
+        return SaveResult(
+            step=step,
+            folder=self._checkpoints / folder_name(step),
+            stall_seconds=seconds if stall_seconds is None else stall_seconds,
+            seconds=seconds,
+            bytes=sum(file["bytes"] for file in manifest["files"].values()),
+            weights=manifest["weights"],
+        )
+
+    def _everywhere(self, step: int, action: Callable[[], object]) -> None:
+        """Run `action` on this rank; when it failed on any, raise CheckpointError on all."""
+        try:
+            action()
+            error = None
+        except (Exception, CheckpointException) as exception:
+            # What failed on one rank must be known to all, or they wait for it forever. torch's CheckpointException
+            # is a BaseException and carries the first cause of each rank.
+            error = _first_cause(exception)
+        errors: list = [None] * distributed.get_world_size()
+        distributed.all_gather_object(errors, error, group=self._group)
+        found = next((error for error in errors if error), None)
+        if found is not None:
+            raise CheckpointError(
+                f"step {step} could not be saved under {self._checkpoints}: {found}; earlier checkpoints are "
+                "untouched. Make room or restore access, and start again to resume from the last one"
+            )
+
+
+def _first_cause(exception: BaseException) -> str:
+    if isinstance(exception, CheckpointException):
+        rank, (cause, _trace) = next(iter(exception.failures.items()))
+        return f"rank {rank}: {type(cause).__name__}: {cause}"
+    return f"{type(exception).__name__}: {exception}"
