@@ -239,7 +239,7 @@ class _ChunkWriter:
             file.write(shuffled.data)
             file.flush()
             os.fsync(file.fileno())
-        return xxhash.xxh3_64_hexdigest(shuffled)
+        return xxhash.xxh3_64_hexdigest(shuffled.data)
 
 
 def _fim_pieces(recipe: Recipe) -> dict[str, int] | None:

@@ -43,8 +43,10 @@ class Encoder:
 
 def make_encoder(tokenizer: HuggingFaceTokenizer | SentencePieceTokenizer, requested: str = "auto") -> Encoder:
     """The fastest exact encoder for `tokenizer`, or the one asked for. ValueError where it cannot be had."""
-    own = "sentencepiece" if isinstance(tokenizer, SentencePieceTokenizer) else "tokenizers"
-    reference = _sentencepiece_encode(tokenizer) if own == "sentencepiece" else _tokenizers_encode(tokenizer)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        own, reference = "sentencepiece", _sentencepiece_encode(tokenizer)
+    else:
+        own, reference = "tokenizers", _tokenizers_encode(tokenizer)
     if requested not in ("auto", "gigatoken", own):
         raise ValueError(f"--encoder {requested}: {tokenizer.path} is read by {own}; ask for auto, gigatoken or {own}")
     if requested == own:

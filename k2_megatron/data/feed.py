@@ -38,7 +38,8 @@ INDEX_BYTES_CHECKED_AT_START = 256 << 20  # more would take a noticeable time; v
 class Order(Protocol):
     """Row records by position: a plan's, or a prefix's."""
 
-    rows_per_chunk: int | None
+    @property
+    def rows_per_chunk(self) -> int | None: ...
 
     def records(self, positions: np.ndarray) -> np.ndarray: ...
 
@@ -319,7 +320,9 @@ def amended(schedule: Schedule, entry: dict[str, Any], rows_per_chunk: int | Non
 
 def amended_by(schedule: Schedule, ledger: Ledger | None, rows_per_chunk: int | None, row_length: int) -> Schedule:
     """The schedule after every amendment of a ledger. ValueError names the one that does not fit."""
-    for number, entry in enumerate(ledger.amendments if ledger else []):
+    if ledger is None:
+        return schedule
+    for number, entry in enumerate(ledger.amendments):
         try:
             schedule = amended(schedule, entry, rows_per_chunk, row_length)
         except ValueError as error:

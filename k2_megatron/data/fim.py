@@ -57,7 +57,7 @@ def reorder(row: np.ndarray, segments: Sequence[Segment], rates: FimRates, key: 
             continue
         cuts = sorted(int(_uniform(key ^ mark, segment.first_token) * (len(body) + 1)) for mark in (1, 2))
         prefix, middle, suffix = body[: cuts[0]], body[cuts[0] : cuts[1]], body[cuts[1] :]
-        before, after, then = ([token] for token in (rates.prefix, rates.suffix, rates.middle))
+        before, after, then = (np.array([token]) for token in (rates.prefix, rates.suffix, rates.middle))
         if draw < rates.psm:
             parts += [before, prefix, after, suffix, then, middle]
         else:

@@ -24,7 +24,7 @@ import numpy as np
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER_BYTES = 34
-DTYPE_OF_CODE = {
+DTYPE_OF_CODE: dict[int, np.dtype] = {
     1: np.dtype("u1"),
     2: np.dtype("i1"),
     3: np.dtype("<i2"),

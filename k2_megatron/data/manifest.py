@@ -50,14 +50,14 @@ class CheckedTokenFile(TokenFile):
             raise ValueError(f"{self.prefix}: .bin, .idx, dtype are {found}, the manifest says {expected}; {RESTORE}")
         self._bin_blocks = -(-entry["bin_bytes"] // BLOCK_BYTES)
         blocks = self._bin_blocks + -(-entry["idx_bytes"] // BLOCK_BYTES)
-        self._hashes = self._read_hashes(blocks)
+        self._hashes = self._read_hashes(blocks, entry["blocks_xxh3"])
         self._checked = np.zeros(blocks, dtype=bool)
         self._raw = [self.tokens.view(np.uint8), np.memmap(self.idx_path, mode="r", dtype=np.uint8)]
 
-    def _read_hashes(self, blocks: int) -> np.ndarray:
+    def _read_hashes(self, blocks: int, expected: str) -> np.ndarray:
         path = Path(self.prefix + ".xxh3")
         content = path.read_bytes() if path.is_file() else b""
-        if len(content) != 8 * blocks or xxhash.xxh3_64_hexdigest(content) != self.entry["blocks_xxh3"]:
+        if len(content) != 8 * blocks or xxhash.xxh3_64_hexdigest(content) != expected:
             raise ValueError(f"{path}: missing, damaged, or of other token files than the manifest's; {RESTORE}")
         return np.frombuffer(content, dtype="<u8")
 
@@ -85,7 +85,7 @@ class CheckedTokenFile(TokenFile):
             if self._checked[offset + block]:
                 continue
             content = self._raw[which][block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
-            if xxhash.xxh3_64_intdigest(content) != self._hashes[offset + block]:
+            if xxhash.xxh3_64_intdigest(content.data) != self._hashes[offset + block]:
                 path = self.idx_path if which else self.bin_path
                 start = block * BLOCK_BYTES
                 raise ValueError(f"{path}: bytes {start}..{start + len(content)} differ from their hash; {RESTORE}")

@@ -12,7 +12,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, cast
 
 from k2_megatron.data.manifest import manifest_path, read_manifest
 from k2_megatron.data.merge import merge
@@ -151,7 +151,8 @@ def _run_workers(job: Job, units: list[Unit], workers: int, counter: Counter) ->
         for connection in crew.connections:
             crew.give(connection, waiting.pop())
         while left:
-            for connection in wait(list(crew.connections), timeout=WAIT_SECONDS):
+            for ready in wait(list(crew.connections), timeout=WAIT_SECONDS):
+                connection = cast(Connection, ready)
                 message = _receive(job, crew, connection)
                 if isinstance(message, Progress):
                     counter(message)

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import orjson
 
@@ -91,7 +91,7 @@ def open_decompressed(source: Source) -> IO[bytes]:
     if source.compression == ".gz":
         import gzip
 
-        return gzip.open(source.path, "rb")
+        return cast(IO[bytes], gzip.open(source.path, "rb"))
     if source.compression == ".xz":
         import lzma
 

@@ -30,9 +30,9 @@ class Section(BaseModel):
 class Order(Section):
     """Chunk numbers or ranges "a-b" (both ends in it) that leave the ascending order."""
 
-    first: tuple[int | str, ...] = Field((), strict=False)
+    first: tuple[int | str, ...] = Field(default=(), strict=False)
     """Trained first, in this order; the rest follows ascending."""
-    last: tuple[int | str, ...] = Field((), strict=False)
+    last: tuple[int | str, ...] = Field(default=(), strict=False)
     """Deferred to the end, in this order."""
 
 

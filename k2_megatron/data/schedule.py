@@ -106,7 +106,8 @@ class Schedule:
 
 def _split(runs: list[tuple[int, int]], low: int, high: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """(runs outside, runs inside) of positions low..high-1."""
-    kept, taken = [], []
+    kept: list[tuple[int, int]] = []
+    taken: list[tuple[int, int]] = []
     for first, length in runs:
         end = first + length
         cuts = sorted({first, end, *(cut for cut in (low, high) if first < cut < end)})

@@ -33,7 +33,9 @@ class HashedWriter:
         self._blocks: list[int] = []
 
     def write(self, content: bytes | np.ndarray) -> None:
-        view = memoryview(content).cast("B") if len(content) else memoryview(b"")
+        """Append bytes, or the memory of a contiguous array."""
+        whole = content.data if isinstance(content, np.ndarray) else memoryview(content)
+        view = whole.cast("B") if len(content) else memoryview(b"")
         self.file.write(view)
         self._whole.update(view)
         self.bytes += len(view)
