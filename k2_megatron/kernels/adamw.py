@@ -24,6 +24,7 @@ from k2_megatron.kernels.checks import (
     require_backend_device,
     require_contiguous,
     require_dtype,
+    require_no_overlap,
     require_shape,
 )
 from k2_megatron.kernels.library import DTYPE_CODES, address_of, addresses, pointer, register, run
@@ -169,6 +170,12 @@ def _step_op(parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale,
     _check(parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale)
     if not parameters:
         return
+    written = {"parameters": parameters, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "model_copies": copies}
+    require_no_overlap(
+        OP,
+        {f"{name}[{index}]": tensor for name, tensors in written.items() for index, tensor in enumerate(tensors)},
+        {f"gradients[{index}]": tensor for index, tensor in enumerate(gradients)},
+    )
     lists = [addresses(tensors) for tensors in (parameters, gradients, exp_avg, exp_avg_sq, copies)]
     sizes = array("q", [parameter.numel() for parameter in parameters])
     model_dtype = copies[0].dtype if copies else torch.float32

@@ -68,13 +68,18 @@ def byte_span(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
-def require_separate(op: str, written: str, tensor: torch.Tensor, **others: torch.Tensor) -> None:
-    """Refuses a buffer to be written whose bytes lie between the first and the last byte of another argument."""
-    start, end = byte_span(tensor)
-    for name, other in others.items():
-        other_start, other_end = byte_span(other)
-        if start < other_end and other_start < end:
-            raise ValueError(f"{op}: {written} (written) shares memory with {name}; they must not overlap")
+def require_no_overlap(op: str, written: dict[str, torch.Tensor], read: dict[str, torch.Tensor]) -> None:
+    """Refuses a tensor written in place whose bytes lie within reach of another argument's."""
+    spans = [(*byte_span(tensor), name, name in written) for name, tensor in (written | read).items() if tensor.numel()]
+    spans.sort()
+    reach, owner, owner_written = 0, "", False
+    for start, end, name, is_written in spans:
+        if start < reach and (is_written or owner_written):
+            raise ValueError(
+                f"{op}: {owner} and {name} share memory, and the op writes in place; they must not overlap"
+            )
+        if end > reach:
+            reach, owner, owner_written = end, name, is_written
 
 
 def require_own_elements(op: str, name: str, tensor: torch.Tensor) -> None:

@@ -21,6 +21,7 @@ from k2_megatron.kernels.checks import (
     require_backend_device,
     require_contiguous,
     require_dtype,
+    require_no_overlap,
 )
 from k2_megatron.kernels.library import DTYPE_CODES, address_of, addresses, module_for, pointer, register, run
 
@@ -130,6 +131,8 @@ def _scale_fake(tensors, factor):
 
 def _scale_op(tensors, factor):
     _scale_fake(tensors, factor)
+    names = {f"gradients[{index}]": tensor for index, tensor in enumerate(tensors)}
+    require_no_overlap("clip_gradients", names, {"factor": factor})
     sizes = array("q", [tensor.numel() for tensor in tensors])
     pointers = addresses(tensors)
     run("clip_gradients", "scale", tensors[0].device, address_of(pointers), address_of(sizes), len(tensors),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from kernel_backends import COMPILED, on_cpu
 from kernel_cases import CASES, Case, assert_as_good_as_reference
 
 from k2_megatron.kernels.cross_entropy import vocab_parallel_cross_entropy
+from k2_megatron.kernels.dispatch import extension
 from k2_megatron.kernels.rms_norm import rms_norm
 
 
@@ -42,6 +47,43 @@ def test_bits_do_not_depend_on_threads(case):
     for other in results[1:]:
         for name, value in results[0].items():
             assert torch.equal(value, other[name]), f"{case}: {name} differs between thread counts"
+
+
+RUN_ALL_CASES = """
+import sys, torch
+from kernel_cases import CASES
+results = {str(case): {name: value.detach() for name, value in case.run("cpu").items()} for case in CASES}
+torch.save(results, sys.argv[1])
+"""
+
+
+@pytest.fixture(scope="module")
+def by_instruction_set(tmp_path_factory):
+    """Results of all cases in each instruction set that this processor has, each in a process of its own."""
+    sets, found = ("portable", "avx2", "avx512"), {}
+    for name in sets[: sets.index(extension("cpu")[0].instruction_set) + 1]:
+        path = str(tmp_path_factory.mktemp(name) / "results.pt")
+        environment = os.environ | {"K2_CPU_INSTRUCTION_SET": name, "PYTHONPATH": os.pathsep.join(sys.path)}
+        subprocess.run([sys.executable, "-c", RUN_ALL_CASES, path], env=environment, check=True)
+        found[name] = torch.load(path)
+    return found
+
+
+@on_cpu
+def test_every_instruction_set_is_as_exact_as_the_reference(by_instruction_set):
+    for case in CASES:
+        exact, reference = case.run("torch", exact=True), case.run("torch")
+        for name in by_instruction_set:
+            assert_as_good_as_reference(by_instruction_set[name][str(case)], reference, exact, f"{name}: {case}")
+
+
+@on_cpu
+def test_avx2_and_avx512_give_the_same_bits(by_instruction_set):
+    if "avx512" not in by_instruction_set:
+        pytest.skip("this processor has no AVX-512")
+    for case, tensors in by_instruction_set["avx512"].items():
+        for name, value in tensors.items():
+            assert torch.equal(value, by_instruction_set["avx2"][case][name]), f"{case}: {name} differs"
 
 
 @pytest.mark.parametrize("backend", COMPILED)

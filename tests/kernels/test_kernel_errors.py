@@ -212,6 +212,12 @@ def test_ops_called_past_the_public_functions_check_too():
         ops.adamw_([W], [W], [torch.zeros(3)], [W], [], None, 0.1, 0.9, 0.99, 1e-8, 0.0, 1)
     with pytest.raises(ValueError, match=r"adamw: 2 gradients for 1 parameters"):
         ops.adamw_([W], [W, W], [W], [W], [], None, 0.1, 0.9, 0.99, 1e-8, 0.0, 1)
+    with pytest.raises(
+        ValueError, match=r"adamw: (exp_avg|exp_avg_sq)\[0\] and (exp_avg|exp_avg_sq)\[0\] share memory"
+    ):
+        ops.adamw_([W.clone()], [W], [(moment := W.clone())], [moment], [], None, 0.1, 0.9, 0.99, 1e-8, 0.0, 1)
+    with pytest.raises(ValueError, match=r"clip_gradients: .*gradients\[0\].* share memory"):
+        ops.scale_([X], X[0, :1])
     with pytest.raises(ValueError, match=r"clip_gradients: factor has 2 elements"):
         ops.scale_([X], torch.zeros(2))
 
