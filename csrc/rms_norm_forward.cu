@@ -24,16 +24,13 @@ struct ForwardArguments {
   float epsilon, gamma_offset;
 };
 
-// Reads x (and residual); stores and returns what is normalised.
-template <bool ALIGNED, class T>
-__device__ __forceinline__ Packed<T> add_residual(const ForwardArguments<T>& a, Packed<T> x, int64_t row_start,
-                                                  int index) {
-  const Packed<T> residual = load_of_row<ALIGNED, Cache::streamed>(a.residual + row_start, index, a.hidden);
+template <class T>
+__device__ __forceinline__ Packed<T> rounded_sum(const Packed<T>& one, const Packed<T>& other) {
+  Packed<T> sum;
 #pragma unroll
   for (int j = 0; j < Packed<T>::count; ++j)
-    x.values[j] = from_float<T>(to_float(x.values[j]) + to_float(residual.values[j]));
-  store_to_row<ALIGNED, Cache::streamed>(a.h + row_start, index, a.hidden, x);
-  return x;
+    sum.values[j] = from_float<T>(to_float(one.values[j]) + to_float(other.values[j]));
+  return sum;
 }
 
 template <class T>
@@ -69,10 +66,18 @@ __global__ void __launch_bounds__(rms_norm_threads) forward_kernel(ForwardArgume
     if (index < vectors) h[i] = load_of_row<ALIGNED, Cache::streamed>(a.x + row_start, index, a.hidden);
   }
   if (a.residual != nullptr) {
+    Packed<T> residual[forward_vectors];  // all of it before the first store, which no later load may overtake
 #pragma unroll
     for (int i = 0; i < forward_vectors; ++i) {
       const int index = i * blockDim.x + threadIdx.x;
-      if (index < vectors) h[i] = add_residual<ALIGNED>(a, h[i], row_start, index);
+      if (index < vectors) residual[i] = load_of_row<ALIGNED, Cache::streamed>(a.residual + row_start, index, a.hidden);
+    }
+#pragma unroll
+    for (int i = 0; i < forward_vectors; ++i) {
+      const int index = i * blockDim.x + threadIdx.x;
+      if (index >= vectors) continue;
+      h[i] = rounded_sum(h[i], residual[i]);
+      store_to_row<ALIGNED, Cache::streamed>(a.h + row_start, index, a.hidden, h[i]);
     }
   }
   Weight<T, G> weight[forward_vectors];  // on its way before the barrier
@@ -103,7 +108,10 @@ __global__ void __launch_bounds__(rms_norm_threads) forward_looped_kernel(Forwar
 #pragma unroll 4
   for (int index = threadIdx.x; index < vectors; index += rms_norm_threads) {
     Packed<T> h = load_of_row<ALIGNED>(a.x + row_start, index, a.hidden);
-    if (a.residual != nullptr) h = add_residual<ALIGNED>(a, h, row_start, index);
+    if (a.residual != nullptr) {
+      h = rounded_sum(h, load_of_row<ALIGNED, Cache::streamed>(a.residual + row_start, index, a.hidden));
+      store_to_row<ALIGNED>(a.h + row_start, index, a.hidden, h);
+    }
     sum += sum_of_squares(h);
   }
   const float rstd = rsqrtf(block_sum(sum, scratch) / static_cast<float>(a.hidden) + a.epsilon);

@@ -97,7 +97,7 @@ def test_no_kernel_spills(compiled):
 # Registers that leave enough threads on an SM to keep memory busy; 65,536 registers an SM.
 # (source, K2's instance, most registers)
 REGISTER_BUDGET = [
-    ("rms_norm_forward", FORWARD, 80),  # 256 threads a row: 3 rows an SM
+    ("rms_norm_forward", FORWARD, 64),  # 256 threads a row: 4 rows an SM
     ("rms_norm_backward", BACKWARD, 64),  # 512 threads: 2 blocks an SM
     ("swiglu", "forward_kernel<__nv_bfloat16, true>", 48),
     ("swiglu", "backward_kernel<__nv_bfloat16, true>", 64),
