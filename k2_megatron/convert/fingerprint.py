@@ -1,6 +1,7 @@
 """The fingerprint of a model's weights, as training takes it (train/checkpoint_state.py), over rows as they stream by.
 
-    sum over all elements of splitmix64(splitmix64(key(name, layer) + index) xor bits)   modulo 2^64
+    sum over all elements of mix(mix(index, key(name, layer)) xor bits, 0)   modulo 2^64
+    mix(x, key) = the output function of splitmix64 at (x + 1) * golden ratio + key
 
 The sum commutes, so files can be read in any order and by any number of processes; equal fingerprints mean that every
 bit stands at its place under its name. Here in numpy, in blocks that stay in the second-level cache.
@@ -31,7 +32,8 @@ def fingerprint_rows(name: str, layer: int | None, first_row: int, bits: np.ndar
         _finish_splitmix64(a, b)
         # As training does it, bits are sign-extended to 64.
         np.bitwise_xor(a, signed[first : first + count].astype(np.int64).view(np.uint64), out=a)
-        np.add(a, np.uint64(_GOLDEN), out=a)
+        np.add(a, np.uint64(1), out=a)
+        np.multiply(a, np.uint64(_GOLDEN), out=a)
         _finish_splitmix64(a, b)
         total += int(a.sum(dtype=np.uint64))
     return total & _MASK
