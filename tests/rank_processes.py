@@ -131,7 +131,7 @@ def run_pretrain(arguments: list[str], fault: Callable[[], None] | None = None) 
 
 def _forkserver() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pretrain_k2"])
+    context.set_forkserver_preload(["pretrain_k2", "transformers.models.llama.modeling_llama"])
     with _environment(_SERVER_ENVIRONMENT):
         multiprocessing.forkserver.ensure_running()
     return context
