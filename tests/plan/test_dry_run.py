@@ -1,6 +1,7 @@
 """The layout built with fake tensors, in processes of its own: sizes of K2-65B's ranks, and what it costs to know."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -24,9 +25,12 @@ print(json.dumps({"groups": groups, "kilobytes": kilobytes, "cpu_seconds": sum(r
 """
 
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": "."}  # the tool runs from a checkout that is not installed as well
+
+
 def run_dry(path, *layouts):
     command = [sys.executable, "-c", PROGRAM, json.dumps([path, *layouts])]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout.splitlines()[-1])
 
@@ -78,7 +82,7 @@ def test_formulas_agree_with_what_megatron_core_builds(toy_groups, index):
 
 def test_dry_run_command_prints_both():
     command = [sys.executable, "tools/plan_run.py", TOY, "--ranks", "8", "--dry-run"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
     assert ended.returncode == 0, ended.stderr
     assert "tensor 2 x pipeline 2 x context 1 x data 2 = 8 ranks" in ended.stdout
     assert "built 8 ranks, 2 different" in ended.stdout
@@ -86,7 +90,7 @@ def test_dry_run_command_prints_both():
 
 def test_mistakes_are_one_message_and_exit_code_2():
     command = [sys.executable, "tools/plan_run.py", TOY, "--set", "model.layers=3"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
     assert ended.returncode == 2
     assert ended.stdout == ""
     first, second = ended.stderr.splitlines()
