@@ -6,9 +6,15 @@ BIN := $(VENV)/bin
 RUN := runs/toy
 DATA := runs/toy_data
 
-# On a machine with no NVIDIA GPU torch is pinned to a version whose CPU build is at hand.
-ifeq ($(shell nvidia-smi -L 2>/dev/null | grep -c GPU),0)
+# With no NVIDIA GPU torch is pinned to a version whose CPU build is at hand, and the toy trains in float32 on four
+# local ranks. With GPUs it trains in bfloat16, and with fewer than four in a layout of one rank.
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
+ifeq ($(GPUS),0)
 CONSTRAINTS := -c constraints-cpu.txt
+else ifneq ($(filter 1 2 3,$(GPUS)),)
+SETTINGS := --set train.precision=bfloat16 --set parallel.tensor=1 --set parallel.pipeline=1 --set parallel.sequence=false
+else
+SETTINGS := --set train.precision=bfloat16
 endif
 ifdef TORCH_INDEX
 INDEX := --extra-index-url $(TORCH_INDEX)
@@ -19,7 +25,7 @@ SOURCES := setup.py pyproject.toml constraints-cpu.txt $(wildcard csrc/*.* csrc/
 .PHONY: pretrain test check drill clean
 
 pretrain: $(VENV)/installed $(DATA)/train
-	$(BIN)/python pretrain_k2.py examples/toy/toy.toml
+	$(BIN)/python pretrain_k2.py examples/toy/toy.toml $(SETTINGS)
 	$(BIN)/python tools/continue_text.py $(RUN) --prompt "My fellow citizens, the state of the Union is"
 
 test: $(VENV)/installed-dev

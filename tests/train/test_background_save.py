@@ -1,0 +1,99 @@
+"""A save in the background holds the weights of the moment it was asked for, whatever training does meanwhile."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from rank_processes import run_ranks
+
+from k2_megatron.config import load_config
+from k2_megatron.kernels.dispatch import OPS
+from k2_megatron.model import build_model
+from k2_megatron.runtime.cpu_stand_in import cpu_stands_in_for_cuda
+from k2_megatron.runtime.devices import find_device
+from k2_megatron.runtime.groups import build_groups, connect, disconnect
+from k2_megatron.runtime.launch import read_environment
+from k2_megatron.runtime.seeds import seed_everything
+from k2_megatron.train.checkpoint import load_weights
+from k2_megatron.train.checkpoint_files import CheckpointError, complete_checkpoints, read_manifest, verify_files
+from k2_megatron.train.checkpoint_save import CheckpointWriter
+from k2_megatron.train.checkpoint_state import weight_fingerprint
+from k2_megatron.train.optimizer import build_optimizer, wrap_model
+
+SETTINGS = ["parallel.tensor=2", "model.layers=2"]
+
+
+def _change_at_once(config_path: Path, checkpoints: Path, copies: bool) -> tuple[str, str, str, float, float]:
+    """Save, overwrite every weight while the save is in flight, and load what was saved."""
+    environment = read_environment()
+    config = load_config(config_path, SETTINGS, world_size=environment.world_size)
+    device = find_device(environment.local_rank)
+    with cpu_stands_in_for_cuda(device.type):
+        connect(environment, device, 60.0)
+        groups = build_groups(config.parallel)
+        seed_everything(config.run.seed, groups)
+        kernels = dict.fromkeys(OPS, "torch")
+        chunks = wrap_model(config, build_model(config, kernels, groups.collection), groups.collection)
+        optimizer = build_optimizer(config, chunks, kernels, groups.collection)
+        asked = weight_fingerprint(chunks, device.torch)
+        saver = CheckpointWriter(checkpoints, groups, asynchronous=True)
+        if not copies:
+            _share_the_tensors(saver)
+        saver.save(2, config, chunks, optimizer, device.torch, {})
+        with torch.no_grad():
+            for parameter in chunks[0].parameters():
+                parameter.fill_(3.0)
+        saved = saver.wait()
+        try:
+            load_weights(saved.folder, chunks, device.torch)
+            loaded = weight_fingerprint(chunks, device.torch)
+        except CheckpointError as error:
+            loaded = str(error)
+        disconnect()
+        return asked, saved.weights, loaded, saved.stall_seconds, saved.seconds
+
+
+def _share_the_tensors(saver: CheckpointWriter) -> None:
+    """The fault this test is for: the background thread reads the tensors that training changes."""
+    import k2_megatron.train.checkpoint_save as checkpoint_save
+
+    class Shared(checkpoint_save._Plan):
+        def __init__(self, *, copy: bool) -> None:
+            super().__init__(copy=False)
+
+        def write(self, folder, group):
+            import time
+
+            time.sleep(1.0)  # training changes the weights meanwhile
+            return super().write(folder, group)
+
+    checkpoint_save._Plan = Shared
+
+
+@pytest.fixture(scope="module")
+def changed_at_once(small_config: Path, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("background")
+    outcomes = run_ranks(_change_at_once, 2, (small_config, folder / "checkpoints", True), folder / "ranks")
+    assert [outcome.exit_code for outcome in outcomes] == [0, 0], outcomes[0].stderr
+    return folder / "checkpoints", [outcome.result for outcome in outcomes]
+
+
+def test_weights_changed_during_the_save_are_not_in_it(changed_at_once):
+    _, results = changed_at_once
+    for asked, saved, loaded, stall_seconds, seconds in results:
+        assert asked == saved == loaded
+        assert stall_seconds < seconds
+
+
+def test_a_background_save_is_as_complete_as_any(changed_at_once):
+    checkpoints, _ = changed_at_once
+    (folder,) = complete_checkpoints(checkpoints)
+    manifest = read_manifest(folder)
+    assert (checkpoints / "latest").read_text() == folder.name + "\n"
+    assert sorted(manifest["files"]) == sorted(path.name for path in folder.iterdir() if path.name != "k2.json")
+    assert verify_files(folder, manifest) == []
+
+
+def test_without_the_copy_the_fingerprint_tells(small_config: Path, tmp_path: Path):
+    outcomes = run_ranks(_change_at_once, 2, (small_config, tmp_path / "checkpoints", False), tmp_path / "ranks")
+    assert "fingerprint" in outcomes[0].result[2], outcomes[0].stderr
