@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from one_process import llama_with_weights_of, one_rank
+from one_rank_model import llama_with_weights_of, one_rank
 from rank_processes import Rank
 from small_run import overrides
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from one_process import one_rank
+from one_rank_model import one_rank
 from rank_processes import Rank
 from small_run import overrides
 

@@ -1,0 +1,52 @@
+"""The journal: whole lines, whatever a kill left behind; and the steps that a run really went through."""
+
+import json
+
+from k2_megatron.train.journal import Journal, read_events, read_steps
+
+
+def test_every_event_is_a_line_with_its_time(tmp_path):
+    journal = Journal(tmp_path / "run", writer=True)
+    journal.write("step", step=1, loss=2.5)
+    line = json.loads(journal.path.read_text())  # before close: a kill loses no line that was written
+    assert (line["event"], line["step"], line["loss"]) == ("step", 1, 2.5)
+    assert line["time"].endswith("+00:00")
+    journal.close()
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    journal = Journal(tmp_path / "run", writer=False)
+    journal.write("step", step=1)
+    journal.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_line_that_a_kill_cut_is_passed_over_and_ended(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    path.write_text('{"event": "step", "step": 1}\n{"event": "step", "st')
+    journal = Journal(tmp_path, writer=True)
+    journal.write("resume", step=1)
+    journal.close()
+    assert [event["event"] for event in read_events(path)] == ["step", "resume"]
+    assert path.read_text().count("\n") == 3
+
+
+def test_lines_that_are_no_events_are_passed_over(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    path.write_text('\n[1, 2]\n{"time": 3}\nnull\n{"event": "stop"}\n')
+    assert list(read_events(path)) == [{"event": "stop"}]
+
+
+def test_steps_that_a_rollback_undid_are_forgotten(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    steps = [1, 2, 3, 4, 5, 3, 4]  # killed at five, resumed from two
+    path.write_text("".join(json.dumps({"event": "step", "step": s, "line": n}) + "\n" for n, s in enumerate(steps)))
+    assert {step: event["line"] for step, event in read_steps(path).items()} == {1: 0, 2: 1, 3: 5, 4: 6}
+
+
+def test_full_disk_does_not_end_the_run(tmp_path, capsys):
+    journal = Journal(tmp_path, writer=True)
+    journal._file.close()
+    journal._file = open("/dev/full", "w")
+    journal.write("step", step=1)
+    assert f"journal: cannot write {journal.path}" in capsys.readouterr().err

@@ -1,0 +1,62 @@
+"""A gradient that is not finite on one rank changes nothing on any."""
+
+from pathlib import Path
+
+import torch
+from rank_processes import results_of, run_ranks
+from small_run import overrides
+
+from k2_megatron.config import load_config
+from k2_megatron.kernels.dispatch import OPS
+from k2_megatron.model import build_model
+from k2_megatron.runtime.cpu_stand_in import cpu_stands_in_for_cuda
+from k2_megatron.runtime.devices import find_device
+from k2_megatron.runtime.groups import build_groups, connect, disconnect
+from k2_megatron.runtime.launch import read_environment
+from k2_megatron.runtime.seeds import seed_everything
+from k2_megatron.train.checkpoint_state import weight_fingerprint
+from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
+from k2_megatron.train.run_data import open_run_data
+from k2_megatron.train.step import StepResult, train_step
+
+
+def steps_around_a_bad_gradient(config_path: Path, settings: list[str]) -> tuple[list[StepResult], list[str]]:
+    """Results of a good, a bad and a good step; fingerprints of the weights before and after each."""
+    environment = read_environment()
+    config = load_config(config_path, settings, world_size=environment.world_size)
+    device = find_device(environment.local_rank).torch
+    with cpu_stands_in_for_cuda("cpu"):
+        connect(environment, find_device(0), 60.0)
+        groups = build_groups(config.parallel)
+        seed_everything(config.run.seed, groups)
+        data = open_run_data(config)
+        kernels = dict.fromkeys(OPS, "torch")
+        chunks = wrap_model(config, build_model(config, kernels, groups.collection), groups.collection)
+        optimizer = build_optimizer(config, chunks, kernels, groups.collection)
+        weights, results = [weight_fingerprint(chunks, device)], []
+        for step in range(3):
+            set_learning_rate(optimizer, 1e-3, 0.1)
+            spoiling = None
+            if step == 1 and groups.rank == 0:  # of the first stage: the loss stays finite, on the last one
+                parameter = next(chunks[0].parameters())
+                spoiling = parameter.register_hook(lambda gradient: gradient.clone().fill_(float("nan")))
+            results.append(train_step(config, groups, chunks, optimizer, data.train, min(step, 1), device))
+            if spoiling is not None:
+                spoiling.remove()
+            weights.append(weight_fingerprint(chunks, device))
+        disconnect()
+    return results, weights
+
+
+def test_bad_gradient_on_one_rank_changes_nothing_on_any(small_config, tmp_path):
+    arguments = (small_config, overrides({"parallel.pipeline": 2}))
+    first, second = results_of(run_ranks(steps_around_a_bad_gradient, 2, arguments, tmp_path))
+    results, weights = first
+    assert [result.updated for result in results] == [True, False, True]
+    assert [result.updated for result in second[0]] == [True, False, True]
+    assert torch.isnan(torch.tensor(results[1].grad_norm))
+    assert weights[1] == weights[2]
+    assert len({*weights}) == 3
+    assert (results[2].loss, second[0][2].loss) == (results[1].loss, results[1].loss), (
+        "the same batch, the same weights"
+    )

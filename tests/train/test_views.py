@@ -1,0 +1,76 @@
+"""What a person sees: lines on the console, the clock, and TensorBoard's copy of the journal."""
+
+import pytest
+from small_run import overrides
+
+from k2_megatron.config import load_config
+from k2_megatron.train.views import Views, clock
+
+
+def step_event(step: int) -> dict:
+    return {
+        "step": step,
+        "loss": 5.0 / step,
+        "grad_norm": 1.25,
+        "learning_rate": 3e-4,
+        "tokens_per_second": 12345.6,
+        "step_seconds": 2.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0, "0:00"),
+        (9.4, "0:09"),
+        (59.6, "1:00"),
+        (85, "1:25"),
+        (3599.7, "1:00:00"),
+        (3725, "1:02:05"),
+        (1e6, "277:46:40"),
+    ],
+)
+def test_clock(seconds, shown):
+    assert clock(seconds) == shown
+
+
+@pytest.fixture
+def views(small_config, tmp_path):
+    def make(enabled: bool = True, **settings) -> Views:
+        given = {"train.steps": 10, "train.evaluate_every_steps": 5, "log.every_steps": 4, **settings}
+        return Views(load_config(small_config, overrides(given)), tmp_path, enabled=enabled)
+
+    return make
+
+
+def test_first_last_and_every_fourth_step_are_shown(views, capsys):
+    shown = views()
+    for step in range(1, 11):
+        shown.step(step_event(step))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("/")[0] for line in lines] == ["step  1", "step  4", "step  8", "step 10"]
+    assert lines[1] == "step  4/10  loss 1.2500  grad norm 1.250  lr 3.00e-04  12,346 tokens/s  0:12 left"
+
+
+def test_other_ranks_show_nothing(views, capsys):
+    shown = views(enabled=False)
+    shown.step(step_event(1))
+    shown.say("a sentence")
+    shown.close()
+    assert capsys.readouterr().out == ""
+
+
+def test_tensorboard_holds_every_step(views, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shown = views(**{"log.tensorboard": True})
+    for step in (1, 2, 3):
+        shown.step(step_event(step))
+    shown.evaluation(3, 2.5)
+    shown.close()
+    read = EventAccumulator(str(tmp_path / "tensorboard"))
+    read.Reload()
+    assert [(scalar.step, scalar.value) for scalar in read.Scalars("loss")] == [
+        (step, pytest.approx(5.0 / step)) for step in (1, 2, 3)
+    ]
+    assert [scalar.value for scalar in read.Scalars("held_out_loss")] == [2.5]
