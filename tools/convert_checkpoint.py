@@ -21,8 +21,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options)
     except (ValueError, OSError, OverflowError) as error:
-        if type(error) is ValueError and not str(error):
-            raise
         print(f"convert_checkpoint: {error}", file=sys.stderr)
         return 1
 
@@ -48,23 +46,65 @@ def run_to_hf(options: argparse.Namespace) -> int:
 
 
 def run_from_hf(options: argparse.Namespace) -> int:
-    from k2_megatron.convert.import_model import ImportOptions, import_hugging_face
+    from k2_megatron.convert.import_model import import_hugging_face
 
-    saved = import_hugging_face(
-        ImportOptions(
-            options.load,
-            options.save,
-            options.config,
-            options.precision,
-            options.vocab_size,
-            options.tensor,
-            options.pipeline,
-            options.workers,
-            options.proof,
-        )
-    )
-    print(saved)
+    print(import_hugging_face(_import_options(options, options.vocab_size, options.proof)))
     return 0
+
+
+def run_from_k2_legacy(options: argparse.Namespace) -> int:
+    from k2_megatron.convert.import_legacy import import_legacy
+
+    print(import_legacy(_import_options(options, None, False), optimizer=options.optimizer))
+    return 0
+
+
+def _import_options(options: argparse.Namespace, vocab_size: int | None, proof: bool):
+    from k2_megatron.convert.import_model import ImportOptions
+
+    return ImportOptions(
+        options.load,
+        options.save,
+        options.config,
+        options.precision,
+        vocab_size,
+        options.tensor,
+        options.pipeline,
+        options.workers,
+        proof,
+    )
+
+
+def run_reshard(options: argparse.Namespace) -> int:
+    from k2_megatron.convert.reshard import reshard
+
+    print(reshard(options.load, options.save, options.tensor, options.pipeline, options.workers))
+    return 0
+
+
+def run_inspect(options: argparse.Namespace) -> int:
+    from k2_megatron.convert.describe import describe
+
+    print(describe(options.load))
+    return 0
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    from k2_megatron.convert.describe import kind_of
+    from k2_megatron.convert.torch_dist import checkpoint_folder
+    from k2_megatron.convert.verify import verify_export, verify_training
+
+    kind = kind_of(options.load)
+    if kind == "legacy":
+        raise ValueError(
+            f"{options.load}: old K2 checkpoints carry no hashes; from-k2-legacy checks what can be checked"
+        )
+    folder = options.load if kind == "hugging_face" else checkpoint_folder(options.load)
+    problems = (verify_export if kind == "hugging_face" else verify_training)(folder, options.workers)
+    for problem in problems:
+        print(f"convert_checkpoint: {problem}", file=sys.stderr)
+    print(f"{folder}: {'sound' if not problems else 'NOT sound'}")
+    return 1 if problems else 0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -78,10 +118,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         added.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
         if saves:
             added.add_argument("--save", type=Path, required=True, help="what to write; must not exist yet")
-            added.add_argument(
-                "--no-proof", dest="proof", action="store_false", help="leave out the run of both models"
-            )
         return added
+
+    def proof(added: argparse.ArgumentParser) -> None:
+        added.add_argument("--no-proof", dest="proof", action="store_false", help="leave out the run of both models")
+
+    def start(added: argparse.ArgumentParser) -> None:
+        added.add_argument("--config", type=Path, help="the training configuration to start with")
+        added.add_argument(
+            "--precision", choices=("float32", "bfloat16"), help="default: the model's, half as bfloat16"
+        )
 
     def layout(added: argparse.ArgumentParser) -> None:
         added.add_argument("--tensor", type=int, default=1, help="cut chunks for this many tensor ranks (1)")
@@ -93,12 +139,24 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     out.add_argument("--vocab-size", type=int, help="rows in use; the padding above them is left out")
     out.add_argument("--tokenizer", type=Path, help="tokenizer file or folder to put beside (default: the run's)")
     out.add_argument("--shard-gb", type=float, default=5.0, help="largest shard (5 GB)")
+    proof(out)
 
     into = command("from-hf", run_from_hf, "a Llama-shaped model as a checkpoint that pretrain_k2.py starts from")
-    into.add_argument("--config", type=Path, help="the training configuration to start with")
-    into.add_argument("--precision", choices=("float32", "bfloat16"), help="default: the model's, half as bfloat16")
+    start(into)
+    proof(into)
     into.add_argument("--vocab-size", type=int, help="rows of the vocabulary, padding included")
     layout(into)
+
+    old = command("from-k2-legacy", run_from_k2_legacy, "an iteration of the old K2 training code, Adam state included")
+    start(old)
+    old.add_argument(
+        "--no-optimizer", dest="optimizer", action="store_false", help="weights alone; moments start at zero"
+    )
+    layout(old)
+
+    layout(command("reshard", run_reshard, "the same checkpoint with chunks cut for another layout"))
+    command("inspect", run_inspect, "what a checkpoint holds, without loading it", saves=False)
+    command("verify", run_verify, "hashes, manifest and fingerprint of a checkpoint", saves=False)
     return parser.parse_args(arguments)
 
 

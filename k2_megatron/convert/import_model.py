@@ -12,9 +12,7 @@ from k2_megatron.convert.logits import Bound, prove
 from k2_megatron.convert.model_facts import ModelFacts
 from k2_megatron.convert.record import RECORD, TOKENIZER, Record, copy_tokenizer
 from k2_megatron.convert.to_torch_dist import TorchDistJob, empty_extra_state
-from k2_megatron.convert.torch_dist import TorchDistSource
 from k2_megatron.convert.training_side import (
-    CompareJob,
     Product,
     aside_folder,
     check_layout,
@@ -80,11 +78,9 @@ def import_hugging_face(options: ImportOptions) -> Path:
     product = write_checkpoint(job, config, beginning, plan, options.workers)
     print(product.totals.text())
     _tell_rounding(product, source)
-    written = TorchDistSource(product.folder, product.manifest)
+    written = seal(product, job, options.workers)
     if options.proof:
         print(prove(source, written, facts, Bound.for_rounding(product.rounding)))
-    compared = seal(product, CompareJob(job, written, product.folder / "compare"), options.workers)
-    print(f"read back and equal to the bit: {compared.bytes / 1e9:.2f} GB in {compared.seconds:.1f} s")
     options.save.mkdir(parents=True, exist_ok=True)
     copy_tokenizer(options.load, options.save / TOKENIZER)
     write_file(options.save / RECORD, json.dumps(record.as_json(), indent=1) + "\n")

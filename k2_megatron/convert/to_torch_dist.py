@@ -90,7 +90,7 @@ class TorchDistJob:
         groups: dict[tuple[int, str], int] = {}
         for place in places(shape):
             rows, columns = place.entry.size(shape)
-            part = self._part(place)
+            part = self.part(place)
             groups[part] = groups.get(part, 0) + rows * columns
         found = [Unit(SHARED, ("shared",), 0)]
         for kind in self.written_kinds:
@@ -108,12 +108,12 @@ class TorchDistJob:
             kind, stage, part = unit.content
             rounding = Rounding()
             for place in places(self.source.shape):
-                if self._part(place) == (stage, part):
+                if self.part(place) == (stage, part):
                     self._write_tensor(file, kind, place, facts, rounding)
             facts["rounded"], facts["largest_rounding"] = rounding.values, rounding.largest
         return {**facts, **file.close(), "resident_bytes": resident_bytes()}
 
-    def _part(self, place: Place) -> tuple[int, str]:
+    def part(self, place: Place) -> tuple[int, str]:
         """(pipeline stage, part) that a tensor is filed under."""
         if place.layer is not None:
             return place.layer * self.pipeline_parallel // self.source.shape.layers, f"layer{place.layer}"

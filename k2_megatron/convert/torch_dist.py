@@ -30,6 +30,7 @@ class TorchDistSource:
 
     def __init__(self, folder: Path, manifest: dict) -> None:
         self.shape: Shape = ModelFacts.from_config(manifest["config"]["model"]).shape
+        self.folder = folder
         self.implementation: str = manifest["config"]["model"].get("implementation", "k2")
         self.stored = read_metadata(folder)
         self.dtypes: dict[Kind, str] = {}
@@ -56,6 +57,13 @@ class TorchDistSource:
 
     def read_bytes_total(self, kinds: tuple[Kind, ...]) -> int:
         return sum(self.shape.parameters * BITS[self.dtypes[kind]].itemsize for kind in kinds)
+
+    def object_bytes(self, key: str) -> bytes:
+        """A byte object (generator states, extra state) as it is stored."""
+        chunk = self.stored.objects[key]
+        found = np.empty(chunk.length, np.uint8)
+        read_exactly(self._files.descriptor(chunk.file), found, chunk.position, self._files.folder / chunk.file)
+        return found.tobytes()
 
     def _chunks(self, key: str, place: Place) -> list[Chunk]:
         return [c for c in self.stored.tensors[key].chunks if place.layer is None or c.offsets[0] == place.layer]

@@ -16,10 +16,19 @@ from k2_megatron.convert.fingerprint import as_text
 from k2_megatron.convert.names import Place, places
 from k2_megatron.convert.numbers import BITS, Rounding, change_dtype
 from k2_megatron.convert.source import Kind
-from k2_megatron.convert.to_torch_dist import KINDS, TorchDistJob, blocks
+from k2_megatron.convert.to_torch_dist import TorchDistJob, blocks
 from k2_megatron.convert.torch_dist import TorchDistSource
 from k2_megatron.convert.torch_metadata import write_metadata
-from k2_megatron.convert.work import JOURNAL, Totals, Unit, estimate_text, require_space, resident_bytes, run_units
+from k2_megatron.convert.work import (
+    JOURNAL,
+    Totals,
+    Unit,
+    estimate_text,
+    require_space,
+    resident_bytes,
+    run_checks,
+    run_units,
+)
 from k2_megatron.train.checkpoint_files import folder_name, publish
 
 
@@ -73,22 +82,22 @@ def _write_common(folder: Path) -> None:
     (folder / "metadata.json").write_text(json.dumps(backends))
 
 
-def seal(product: Product, compare: "CompareJob", workers: int) -> Totals:
+def seal(product: Product, job: TorchDistJob, workers: int) -> TorchDistSource:
     """Read the result back, compare it with the source to the bit, and drop the journal: it is ready to publish."""
-    _results, totals = run_units(compare, compare.units(), {"compare": True}, workers)
-    for name in (JOURNAL, f"{compare.folder.name}/{JOURNAL}"):
-        (product.folder / name).unlink(missing_ok=True)
-    compare.folder.rmdir()
-    return totals
+    written = TorchDistSource(product.folder, product.manifest)
+    check = CompareCheck(job, written)
+    _results, totals = run_checks(check, check.units(), workers)
+    print(f"read back and equal to the bit: {totals.bytes / 1e9:.2f} GB in {totals.seconds:.1f} s")
+    (product.folder / JOURNAL).unlink()
+    return written
 
 
 @dataclass(frozen=True)
-class CompareJob:
+class CompareCheck:
     """Reads the same rows of a source and of what was made of it, and requires equal bits."""
 
     job: TorchDistJob
     product: TorchDistSource
-    folder: Path
 
     def units(self) -> list[Unit]:
         return [unit for unit in self.job.units() if unit.content != ("shared",)]
@@ -96,9 +105,9 @@ class CompareJob:
     def run(self, unit: Unit) -> dict[str, Any]:
         kind, stage, part = unit.content
         for place in places(self.job.source.shape):
-            if self.job._part(place) == (stage, part):
+            if self.job.part(place) == (stage, part):
                 self._compare(kind, place)
-        return {"bytes": 0, "xxh3": "", "resident_bytes": resident_bytes()}
+        return {"resident_bytes": resident_bytes()}
 
     def _compare(self, kind: Kind, place: Place) -> None:
         job = self.job
@@ -143,6 +152,3 @@ def check_layout(job: TorchDistJob) -> None:
         raise ConversionError(f"--tensor {tensor} does not divide {', '.join(uneven)}")
     if shape.layers % job.pipeline_parallel:
         raise ConversionError(f"--pipeline {job.pipeline_parallel} does not divide {shape.layers} layers")
-
-
-__all__ = ["KINDS", "CompareJob", "Product", "aside_folder", "check_layout", "require_new", "seal", "write_checkpoint"]

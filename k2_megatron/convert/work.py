@@ -11,7 +11,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -37,13 +37,17 @@ class Unit(NamedTuple):
     bytes: int
 
 
-class Job(Protocol):
-    """Picklable; `run` writes `unit.file` into `folder` and returns facts for the journal (JSON)."""
+class Check(Protocol):
+    """Picklable; `run` reads what a unit names and returns facts, "resident_bytes" among them."""
+
+    def run(self, unit: Unit) -> dict[str, Any]: ...
+
+
+class Job(Check, Protocol):
+    """A check that writes: `run` leaves `unit.file` in `folder`, and its facts are for the journal (JSON)."""
 
     @property
     def folder(self) -> Path: ...
-
-    def run(self, unit: Unit) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -121,23 +125,42 @@ def run_units(job: Job, units: Sequence[Unit], plan: dict[str, Any], workers: in
 
     `plan` is what the result depends on (JSON): a folder begun with another plan is refused.
     """
-    began = time.monotonic()
     finished = _open_journal(job.folder, plan)
     kept = {unit.file: finished[unit.file] for unit in units if _is_there(job.folder, finished.get(unit.file))}
     left = [unit for unit in units if unit.file not in kept]
-    totals = Totals(bytes=sum(unit.bytes for unit in left), units=len(left), resumed=len(kept))
-    facts = dict(kept)
-    with _progress() as progress, (job.folder / JOURNAL).open("a") as journal:
-        task = progress.add_task("convert", total=totals.bytes)
-        for unit, result in _each(job, left, workers):
-            facts[unit.file] = {"file": unit.file, **result}
-            journal.write(json.dumps(facts[unit.file]) + "\n")
+    with (job.folder / JOURNAL).open("a") as journal:
+
+        def note(unit: Unit, facts: dict) -> None:
+            journal.write(json.dumps({"file": unit.file, **facts}) + "\n")
             journal.flush()
             os.fsync(journal.fileno())
+
+        results, totals = _run(job, left, workers, "convert", note)
+    totals.resumed = len(kept)
+    made = {unit.file: {"file": unit.file, **facts} for unit, facts in zip(left, results, strict=True)}
+    return [{**kept, **made}[unit.file] for unit in units], totals
+
+
+def run_checks(check: Check, units: Sequence[Unit], workers: int) -> tuple[list[dict], Totals]:
+    """Run units that only read; facts in the order of `units`."""
+    return _run(check, units, workers, "check", lambda _unit, _facts: None)
+
+
+def _run(
+    job: Check, units: Sequence[Unit], workers: int, verb: str, note: Callable[[Unit, dict], None]
+) -> tuple[list[dict], Totals]:
+    began = time.monotonic()
+    totals = Totals(bytes=sum(unit.bytes for unit in units), units=len(units))
+    facts: dict[Unit, dict] = {}
+    with _progress() as progress:
+        task = progress.add_task(verb, total=totals.bytes)
+        for unit, result in _each(job, units, workers):
+            note(unit, result)
+            facts[unit] = result
             totals.resident_bytes = max(totals.resident_bytes, result["resident_bytes"])
             progress.advance(task, unit.bytes)
     totals.seconds = time.monotonic() - began
-    return [facts[unit.file] for unit in units], totals
+    return [facts[unit] for unit in units], totals
 
 
 def resident_bytes() -> int:
@@ -146,7 +169,7 @@ def resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _each(job: Job, units: Sequence[Unit], workers: int) -> Iterator[tuple[Unit, dict]]:
+def _each(job: Check, units: Sequence[Unit], workers: int) -> Iterator[tuple[Unit, dict]]:
     if workers == 1 or len(units) < 2:
         for unit in units:
             yield unit, job.run(unit)

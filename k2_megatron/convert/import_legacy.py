@@ -1,0 +1,82 @@
+"""from-k2-legacy: an iteration of the old K2 training code becomes a checkpoint that goes on, Adam state included."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from k2_megatron.convert.errors import ConversionError
+from k2_megatron.convert.import_model import ImportOptions, training_config
+from k2_megatron.convert.legacy_k2 import LegacyK2Source
+from k2_megatron.convert.names import places
+from k2_megatron.convert.record import versions
+from k2_megatron.convert.to_torch_dist import TorchDistJob, empty_extra_state
+from k2_megatron.convert.training_side import aside_folder, check_layout, require_new, seal, write_checkpoint
+from k2_megatron.convert.work import Unit, resident_bytes, run_checks
+
+
+@dataclass(frozen=True)
+class LegacyCheck:
+    """Requires that replicated weights agree between ranks, and that Adam's numbers mean the names given to them."""
+
+    source: LegacyK2Source
+
+    def units(self) -> list[Unit]:
+        ranks = [(tensor, stage) for tensor in range(self.source.tensor_parallel)
+                 for stage in range(self.source.pipeline_parallel)]  # fmt: skip
+        size = self.source.read_bytes_total(tuple(self.source.dtypes)) // len(ranks)
+        return [Unit(f"mp_rank_{tensor:02d}_{stage:03d}", (tensor, stage), size) for tensor, stage in ranks]
+
+    def run(self, unit: Unit) -> dict[str, Any]:
+        if "main" in self.source.dtypes:
+            self.source.check_optimizer(*unit.content)
+        if unit.content == (0, 0):
+            for place in places(self.source.shape):
+                if place.entry.cut == "whole":
+                    self.source.check_replicas(place)
+        return {"resident_bytes": resident_bytes()}
+
+
+def import_legacy(options: ImportOptions, *, optimizer: bool) -> Path:
+    """Check, convert, compare, publish; returns the checkpoint. ConversionError names what stands against it."""
+    source = LegacyK2Source(options.load)
+    if not optimizer:
+        source.dtypes = {"weights": source.dtypes["weights"]}
+    step = source.iteration
+    require_new(options.save, step)
+    config = training_config(options, source.facts, source.dtypes["weights"])
+    if config.model.vocab_size != source.shape.vocab_size:
+        raise ConversionError(
+            f"{options.load} has {source.shape.vocab_size} vocabulary rows, model.vocab_size is "
+            f"{config.model.vocab_size}; they are not padded while Adam's state comes along"
+        )
+    job = TorchDistJob(
+        source,
+        aside_folder(options.save, step),
+        config.train.precision,
+        options.tensor,
+        options.pipeline,
+        objects=empty_extra_state(source.shape),
+    )
+    check_layout(job)
+    check = LegacyCheck(source)
+    run_checks(check, check.units(), options.workers)
+    consumed = getattr(source.arguments, "consumed_train_samples", None)
+    if options.config is not None and consumed not in (None, config.consumed_samples_at(step)):
+        print(
+            f"the old run had consumed {consumed:,} samples at iteration {step}; by {options.config} it is "
+            f"{config.consumed_samples_at(step):,}, and training goes on from there"
+        )
+    beginning = {
+        "step": step,
+        "consumed_samples": consumed if consumed is not None else config.consumed_samples_at(step),
+        "consumed_tokens": (consumed or 0) * source.facts.context,
+        "layout": f"legacy-tp{source.tensor_parallel}-pp{source.pipeline_parallel}",
+        "data": None,
+        "legacy": {"source": str(options.load.resolve()), "versions": versions()},
+    }
+    plan = {"source": str(options.load.resolve()), "iteration": step, "kinds": sorted(source.dtypes),
+            "precision": job.precision, "tensor": options.tensor, "pipeline": options.pipeline}  # fmt: skip
+    product = write_checkpoint(job, config, beginning, plan, options.workers)
+    print(product.totals.text())
+    seal(product, job, options.workers)
+    return product.publish()

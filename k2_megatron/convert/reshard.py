@@ -1,0 +1,49 @@
+"""reshard: the same checkpoint with its chunks cut for another layout, so that each rank reads whole chunks.
+
+Training loads any layout from any other already; this spares the ranks of a large run from reading parts of chunks.
+"""
+
+from pathlib import Path
+
+from k2_megatron.config import Config
+from k2_megatron.convert.errors import ConversionError
+from k2_megatron.convert.to_torch_dist import TorchDistJob
+from k2_megatron.convert.torch_dist import TorchDistSource, checkpoint_folder, read_manifest
+from k2_megatron.convert.training_side import aside_folder, check_layout, require_new, seal, write_checkpoint
+from k2_megatron.convert.verify import verify_training
+
+_KEPT_OUT = ("files", "weights", "precision", "config", "format")
+
+
+def reshard(load: Path, save: Path, tensor: int, pipeline: int, workers: int) -> Path:
+    """Verify, rewrite, compare to the bit, publish; returns the checkpoint. ConversionError otherwise."""
+    folder = checkpoint_folder(load)
+    manifest = read_manifest(folder)
+    require_new(save, manifest["step"])
+    problems = verify_training(folder, workers)
+    if problems:
+        raise ConversionError(f"{folder} is not sound: {'; '.join(problems)}; use another checkpoint")
+    source = TorchDistSource(folder, manifest)
+    job = TorchDistJob(
+        source,
+        aside_folder(save, manifest["step"]),
+        manifest["precision"],
+        tensor,
+        pipeline,
+        source.implementation,
+        {key: source.object_bytes(key) for key in source.stored.objects},
+    )
+    check_layout(job)
+    facts = {key: value for key, value in manifest.items() if key not in _KEPT_OUT}
+    facts["chunks"] = f"tp{tensor}-pp{pipeline}"
+    plan = {"source": str(folder.resolve()), "weights": manifest["weights"], "tensor": tensor, "pipeline": pipeline}
+    product = write_checkpoint(job, Config.model_validate(manifest["config"]), facts, plan, workers)
+    print(product.totals.text())
+    if product.manifest["weights"] != manifest["weights"]:
+        raise ConversionError(
+            f"the weights written have fingerprint {product.manifest['weights']}, those read had "
+            f"{manifest['weights']}: this is a defect of this tool or of memory; nothing was published (remove "
+            f"{product.folder})"
+        )
+    seal(product, job, workers)
+    return product.publish()
