@@ -235,10 +235,7 @@ class _ChunkWriter:
         rows = np.concatenate(parts)
         shuffled = np.empty(len(rows), dtype="<u8")
         shuffled[Permutation(len(rows), hash64(self.seed, "chunk", chunk))(np.arange(len(rows)))] = rows
-        with open(chunk_path(self.folder, chunk), "wb") as file:
-            file.write(shuffled.data)
-            file.flush()
-            os.fsync(file.fileno())
+        chunk_path(self.folder, chunk).write_bytes(shuffled.data)
         return xxhash.xxh3_64_hexdigest(shuffled.data)
 
 

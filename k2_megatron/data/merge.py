@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from k2_megatron.data.indexed import TokenFile
 from k2_megatron.data.manifest import FORMAT, manifest_path
@@ -148,13 +149,17 @@ def _join(job: Job, key: str, shards: list[dict[str, Any]]) -> dict[str, Any]:
         return {**shards[0], "name": os.path.basename(output), "parts": parts}
     tokens = HashedWriter(Path(output + ".bin"))
     lengths, bounds = [], [np.zeros(1, np.int64)]
-    for prefix in prefixes:
+    for prefix, shard in zip(prefixes, shards, strict=True):
         file = TokenFile(prefix)
         lengths.append(np.array(file.lengths))
         bounds.append(bounds[-1][-1] + np.array(file.document_bounds)[1:])
+        digest = xxhash.xxh3_64()
         with open(file.bin_path, "rb") as stream:
             while content := stream.read(COPY_BYTES):
+                digest.update(content)
                 tokens.write(content)
+        if digest.hexdigest() != shard["bin_xxh3"]:
+            raise ValueError(f"{file.bin_path}: changed since it was written; remove it and run the same command again")
     entry = publish(output, tokens, file.dtype, np.concatenate(lengths), np.concatenate(bounds))
     return {**entry, "parts": parts}
 

@@ -18,6 +18,7 @@ from typing import IO, cast
 import orjson
 
 PIECE_BYTES = 8 << 20
+READ_BYTES = 1 << 20
 MAX_DOCUMENT_BYTES = 64 << 20  # a longer line is rejected, so that a worker's memory stays bounded
 KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "txt"}
 COMPRESSIONS = (".gz", ".zst", ".xz")
@@ -86,22 +87,22 @@ def _source(path: str, name: str) -> Source | None:
     return Source(name, path, kind, compression, os.path.getsize(path))
 
 
-def open_decompressed(source: Source) -> IO[bytes]:
-    """The uncompressed bytes of a source as a binary file."""
+def decompressed(source: Source, raw: IO[bytes]) -> IO[bytes]:
+    """The uncompressed bytes of a source whose file is open as `raw`."""
     if source.compression == ".gz":
         import gzip
 
-        return cast(IO[bytes], gzip.open(source.path, "rb"))
+        return cast(IO[bytes], gzip.open(raw, "rb"))
     if source.compression == ".xz":
         import lzma
 
-        return lzma.open(source.path, "rb")
+        return lzma.open(raw, "rb")
     if source.compression == ".zst":
         import zstandard
 
-        raw = open(source.path, "rb")
-        return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=True)
-    return open(source.path, "rb")
+        stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+        return cast(IO[bytes], io.BufferedReader(cast(io.RawIOBase, stream), READ_BYTES))
+    return raw
 
 
 def pieces(source: Source, keys: Sequence[str], shard_bytes: int, first_shard: int, last_shard: int | None):
@@ -115,15 +116,13 @@ def pieces(source: Source, keys: Sequence[str], shard_bytes: int, first_shard: i
 
 
 class LineReader:
-    """Whole lines of a stream in blocks of about `PIECE_BYTES`; knows the offset of the next line."""
+    """Whole lines of a stream in blocks of about `PIECE_BYTES`; `position` is the offset of the next line."""
 
     def __init__(self, file: IO[bytes], position: int):
-        self.file, self.buffer, self.end = file, b"", False
-        self.position = position
+        self.file, self.position = file, position
         if position:  # the line that `position` cuts belongs to the shard before
             self._skip_to(position - 1)
-            self.position = position - 1
-            self._drop_line()
+            self.position += self._drop_line() - 1
 
     def _skip_to(self, offset: int) -> None:
         try:
@@ -135,80 +134,51 @@ class LineReader:
                     return
                 offset -= len(skipped)
 
-    def _fill(self) -> bool:
-        more = self.file.read(PIECE_BYTES)
-        self.end = not more
-        self.buffer += more
-        return bool(more)
-
-    def _take(self, size: int) -> bytes:
-        taken, self.buffer = self.buffer[:size], self.buffer[size:]
-        self.position += size
-        return taken
-
-    def _drop_line(self) -> None:
+    def _drop_line(self) -> int:
+        """Read to the end of the line; how many bytes that were."""
+        dropped = 0
         while True:
-            newline = self.buffer.find(b"\n")
-            if newline >= 0:
-                self._take(newline + 1)
-                return
-            self._take(len(self.buffer))
-            if not self._fill():
-                return
+            part = self.file.readline(PIECE_BYTES)
+            dropped += len(part)
+            if not part or part.endswith(b"\n"):
+                return dropped
 
     def read_block(self, limit: int) -> tuple[bytes, bool]:
-        """(lines that begin before offset `limit`, whether one line was dropped for its length); b"" at the end."""
-        while len(self.buffer) < PIECE_BYTES and not self.end:
-            self._fill()
-        room = limit - self.position
-        if room <= 0 or not self.buffer:
-            return b"", False
-        if self.buffer.find(b"\n", 0, PIECE_BYTES) < 0:  # a line longer than a piece, or the last line of all
-            while (newline := self.buffer.find(b"\n")) < 0 and not self.end:
-                if len(self.buffer) > MAX_DOCUMENT_BYTES:
-                    self._drop_line()
-                    return b"", True
-                self._fill()
-            if len(self.buffer if newline < 0 else self.buffer[:newline]) > MAX_DOCUMENT_BYTES:
-                self._drop_line()
-                return b"", True
-            return self._take(len(self.buffer) if newline < 0 else newline + 1), False
-        if room <= len(self.buffer):
-            newline = self.buffer.find(b"\n", room - 1)
-            if newline >= 0:
-                return self._take(newline + 1), False
-        if self.end:
-            return self._take(len(self.buffer)), False
-        return self._take(self.buffer.rfind(b"\n", 0, room) + 1), False
+        """(lines that begin before offset `limit`, whether a line after them was dropped for its length).
+
+        (b"", False) where no more lines begin before `limit`.
+        """
+        block = self.file.read(max(0, min(PIECE_BYTES, limit - self.position)))
+        self.position += len(block)
+        if not block or block.endswith(b"\n"):
+            return block, False
+        rest = self.file.readline(MAX_DOCUMENT_BYTES)
+        self.position += len(rest)
+        last_line = block.rfind(b"\n") + 1
+        if len(block) - last_line + len(rest) <= MAX_DOCUMENT_BYTES:
+            return block + rest, False
+        if not rest.endswith(b"\n"):
+            self.position += self._drop_line()
+        return block[:last_line], True
 
 
 def _line_pieces(source: Source, keys, shard_bytes: int, first_shard: int, last_shard: int | None) -> Iterator[Piece]:
-    with open_decompressed(source) as file:
-        reader = LineReader(file, first_shard * shard_bytes)
+    with open(source.path, "rb") as raw:
+        reader = LineReader(decompressed(source, raw), first_shard * shard_bytes)
         shard = first_shard
         while last_shard is None or shard <= last_shard:
             block, dropped = reader.read_block((shard + 1) * shard_bytes)
             if not block and not dropped:
-                if reader.end and not reader.buffer:
-                    return
+                if reader.position < (shard + 1) * shard_bytes:
+                    return  # the end of the file
                 shard += 1
                 continue
+            piece = parse_lines(block, keys, shard)
             if dropped:
-                reason = f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB"
-                piece = Piece(shard, {key: [] for key in keys}, lines=1, rejected=[(0, reason)])
-            else:
-                piece = parse_lines(block, keys, shard)
-            piece.consumed = compressed_position(file) if source.compression else reader.position
+                piece.rejected.append((piece.lines, f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB"))
+                piece.lines += 1
+            piece.consumed = raw.tell() if source.compression else reader.position
             yield piece
-
-
-def compressed_position(file: IO[bytes]) -> int:
-    """Bytes of the compressed file that a decompressing file has read."""
-    inner = getattr(file, "_fp", None) or getattr(file, "fileobj", None) or getattr(file, "_source", None)
-    try:
-        return inner.tell() if inner is not None else 0
-    except (OSError, ValueError):
-        return 0
 
 
 def parse_lines(block: bytes, keys: Sequence[str], shard: int) -> Piece:
@@ -274,8 +244,8 @@ def _parquet_pieces(source: Source, keys: Sequence[str], shard_bytes: int, first
 
 
 def _text_pieces(source: Source, keys: Sequence[str]) -> Iterator[Piece]:
-    with open_decompressed(source) as file:
-        content = file.read(MAX_DOCUMENT_BYTES + 1)
+    with open(source.path, "rb") as raw:
+        content = decompressed(source, raw).read(MAX_DOCUMENT_BYTES + 1)
     piece = Piece(0, {key: [] for key in keys}, lines=1, raw=(content,), consumed=source.size)
     if len(content) > MAX_DOCUMENT_BYTES:
         piece.rejected.append((0, f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB"))

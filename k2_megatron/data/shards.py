@@ -22,7 +22,7 @@ from k2_megatron.data.readers import Piece, Source, pieces
 from k2_megatron.data.store import TokenWriter, read_sealed, write_sealed
 from k2_megatron.data.tokenizer import load_tokenizer
 
-COMPARED_DOCUMENTS, COMPARED_CHARACTERS = 64, 1 << 18  # what each worker encodes twice, to trust the fast encoder
+COMPARED_DOCUMENTS, COMPARED_CHARACTERS = 64, 1 << 16  # what each worker encodes twice, to trust the fast encoder
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,10 @@ def read_record(job: Job, source: int, shard: int, fingerprint: str) -> dict[str
                 f"outputs of {job.prefix} to start afresh, or choose another --output-prefix"
             )
     for entry in record["files"].values():
-        found = Path(job.prefix).parent / (entry["name"] + ".bin")
-        if not found.is_file() or found.stat().st_size != entry["bin_bytes"]:
-            return None  # removed or cut by hand: made again
+        for suffix, key in ((".bin", "bin_bytes"), (".idx", "idx_bytes")):
+            found = Path(job.prefix).parent / (entry["name"] + suffix)
+            if not found.is_file() or found.stat().st_size != entry[key]:
+                return None  # removed by hand, or torn by a power cut: made again
     return record
 
 

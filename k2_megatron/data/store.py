@@ -51,11 +51,13 @@ class HashedWriter:
         self._block.reset()
         self._filled = 0
 
-    def commit(self) -> None:
+    def commit(self, durable: bool = False) -> None:
+        """Give the file its name; `durable` waits for the disk. What a power cut tears is found by its size or hash."""
         if self._filled:
             self._close_block()
         self.file.flush()
-        os.fsync(self.file.fileno())
+        if durable:
+            os.fsync(self.file.fileno())
         self.file.close()
         os.replace(self.partial, self.path)
 
@@ -97,7 +99,7 @@ def publish(prefix: str, tokens: HashedWriter, dtype: np.dtype, lengths: np.ndar
     index = HashedWriter(Path(prefix + ".idx"))
     for part in index_bytes(dtype, lengths, bounds):
         index.write(part)
-    tokens.commit()
+    tokens.commit(durable=True)
     index.commit()
     hashes = HashedWriter(Path(prefix + ".xxh3"))
     hashes.write(tokens.block_hashes.tobytes() + index.block_hashes.tobytes())
