@@ -7,6 +7,7 @@ They run on real and on fake tensors alike, before a pointer reaches C++, which 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
@@ -82,15 +83,20 @@ def require_no_overlap(op: str, written: dict[str, torch.Tensor], read: dict[str
             reach, owner, owner_written = end, name, is_written
 
 
+@lru_cache(maxsize=256)
+def _overlaps_itself(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    reach = 1
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size > 1 and stride < reach:
+            return True
+        reach = max(reach, stride * (size - 1) + reach)
+    return False
+
+
 def require_own_elements(op: str, name: str, tensor: torch.Tensor) -> None:
     """Refuses a tensor written in place that holds one memory cell under two indices (an expanded tensor)."""
-    reach = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size <= 1:
-            continue
-        if stride < reach:
-            raise ValueError(
-                f"{op}: {name} of shape {tuple(tensor.shape)} has strides {tuple(tensor.stride())}: elements overlap, "
-                "and it is written in place; pass a tensor with its own memory"
-            )
-        reach = stride * (size - 1) + reach
+    if _overlaps_itself(tuple(tensor.shape), tensor.stride()):
+        raise ValueError(
+            f"{op}: {name} of shape {tuple(tensor.shape)} has strides {tuple(tensor.stride())}: elements overlap, "
+            "and it is written in place; pass a tensor with its own memory"
+        )

@@ -72,7 +72,7 @@ def _add_product_(total, a, b):
     """total fp32 (fp64) += a^T @ b; the GEMM's fp32 sums are not rounded to the factors' dtype in between."""
     if a.dtype == total.dtype:
         total.addmm_(a.t(), b)
-    elif a.is_cuda and torch.__version__ >= (2, 8):  # the first with mm(out_dtype=), on CUDA
+    elif a.is_cuda and torch.__version__ >= "2.8":  # the first with mm(out_dtype=), on CUDA
         total.add_(torch.mm(a.t(), b, out_dtype=total.dtype))
     else:
         total.addmm_(a.to(total.dtype).t(), b.to(total.dtype))

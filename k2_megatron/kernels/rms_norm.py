@@ -25,7 +25,15 @@ from k2_megatron.kernels.checks import (
     require_one_device,
     require_shape,
 )
-from k2_megatron.kernels.library import DTYPE_CODES, module_for, pointer, refuse_second_derivative, register, run
+from k2_megatron.kernels.library import (
+    DTYPE_CODES,
+    call_in_function,
+    module_for,
+    pointer,
+    refuse_second_derivative,
+    register,
+    run,
+)
 
 PEERS = ("apex", "transformer_engine")
 
@@ -224,7 +232,7 @@ def _add_grad(ctx, grad_y, grad_h):
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, epsilon, zero_centered):
-        y, rstd = FORWARD(x, weight, epsilon, zero_centered)
+        y, rstd = call_in_function(FORWARD, x, weight, epsilon, zero_centered)
         ctx.save_for_backward(x, weight, rstd)
         ctx.set_materialize_grads(False)
         ctx.zero_centered = zero_centered
@@ -238,7 +246,7 @@ class _RMSNorm(torch.autograd.Function):
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, epsilon, zero_centered):
-        y, h, rstd = ADD_FORWARD(x, residual, weight, epsilon, zero_centered)
+        y, h, rstd = call_in_function(ADD_FORWARD, x, residual, weight, epsilon, zero_centered)
         ctx.save_for_backward(h, weight, rstd)
         ctx.set_materialize_grads(False)
         ctx.zero_centered = zero_centered

@@ -25,7 +25,6 @@ import torch
 from k2_megatron.kernels import peers
 from k2_megatron.kernels.checks import (
     FLOATS,
-    byte_span,
     require,
     require_backend,
     require_backend_device,
@@ -146,30 +145,36 @@ def check_computed(**tensors):
 
 
 @lru_cache(maxsize=256)
-def _heads_collide(q_heads: int, q_stride: int, k_heads: int, k_stride: int, offset: int, dim: int) -> tuple[bool, int]:
-    """Whether a head of q meets one of k within a token, and how many elements the token's heads span."""
-    starts = [head * q_stride for head in range(q_heads)] + [offset + head * k_stride for head in range(k_heads)]
+def _may_interleave(shape: tuple[int, ...], q_strides, k_heads: int, k_strides, offset: int) -> bool:
+    """Whether q [S, B, N, D] and k, whose first elements lie `offset` apart, are slices of one buffer side by side."""
+    dim, tokens = shape[3], [axis for axis in (0, 1) if shape[axis] > 1]
+    starts = [head * q_strides[2] for head in range(shape[2])] + [
+        offset + head * k_strides[2] for head in range(k_heads)
+    ]
     starts.sort()
-    return any(b - a < dim for a, b in pairwise(starts)), starts[-1] - starts[0] + dim
+    span = starts[-1] - starts[0] + dim
+    apart = all(second - first >= dim for first, second in pairwise(starts))
+    return apart and all(q_strides[axis] == k_strides[axis] >= span for axis in tokens)
+
+
+def _reach(x):
+    """Elements from the first to one past the last."""
+    return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
 
 
 def _check_memory(q, k):
     """q and k may interleave in one buffer, but no element of one may be an element of the other."""
     require_own_elements(OP, "q", q)
     require_own_elements(OP, "k", k)
-    (q_start, q_end), (k_start, k_end) = byte_span(q), byte_span(k)
-    if q_start >= k_end or k_start >= q_end:
+    if q.numel() == 0 or k.numel() == 0:
         return
-    sequence, batch = q.shape[:2]
-    strides = [stride for stride, size in zip(q.stride()[:2], (sequence, batch), strict=True) if size > 1]
-    same = all(q.stride(i) == k.stride(i) for i in (0, 1) if q.shape[i] > 1)
-    offset = (k_start - q_start) // q.element_size()
-    collide, span = _heads_collide(q.shape[2], q.stride(2), k.shape[2], k.stride(2), offset, q.shape[3])
-    if collide or not same or (strides and min(strides) < span):
-        raise ValueError(
-            f"{OP}: q (strides {tuple(q.stride())}) and k (strides {tuple(k.stride())}) share memory; they may be "
-            "slices of one projection's output side by side, but must not overlap"
-        )
+    offset = (k.data_ptr() - q.data_ptr()) // q.element_size()
+    if offset < _reach(q) and offset + _reach(k) > 0:
+        if not _may_interleave(tuple(q.shape), q.stride(), k.shape[2], k.stride(), offset):
+            raise ValueError(
+                f"{OP}: q (strides {q.stride()}) and k (strides {k.stride()}) share memory; they may be slices of one "
+                "projection's output side by side, but must not overlap"
+            )
 
 
 def _in_place_op(q, k, cos, sin, positions, interleaved, conjugate):

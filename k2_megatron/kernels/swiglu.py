@@ -22,7 +22,7 @@ from k2_megatron.kernels.checks import (
     require_one_device,
     require_shape,
 )
-from k2_megatron.kernels.library import DTYPE_CODES, pointer, refuse_second_derivative, register, run
+from k2_megatron.kernels.library import DTYPE_CODES, call_in_function, pointer, refuse_second_derivative, register, run
 
 
 def swiglu(packed: torch.Tensor, *, backend: str) -> torch.Tensor:
@@ -95,7 +95,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, packed):
         ctx.save_for_backward(packed)
-        return FORWARD(packed)
+        return call_in_function(FORWARD, packed)
 
     @staticmethod
     def backward(ctx, grad_y):
