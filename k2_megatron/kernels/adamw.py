@@ -136,29 +136,39 @@ def adamw_reference_(
 
 
 def _check(parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale):
-    lists = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "gradients": gradients}
+    lists = {"parameters": parameters, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "gradients": gradients}
     if copies:
         lists["model_copies"] = copies
     for name, tensors in lists.items():
         require(len(tensors) == len(parameters), OP, f"{len(tensors)} {name} for {len(parameters)} parameters")
-    device = parameters[0].device if parameters else None
-    for index, parameter in enumerate(parameters):
-        row = {"parameters": parameter} | {name: tensors[index] for name, tensors in lists.items()}
-        for name, tensor in row.items():
-            label = f"{name}[{index}]"
-            first = lists[name][0].dtype if name in ("gradients", "model_copies") else torch.float32
-            require_dtype(
-                OP, label, tensor, FLOATS if index == 0 and name in ("gradients", "model_copies") else (first,)
-            )
-            require_shape(OP, label, tensor, parameter.shape, f"parameters[{index}]'s shape")
-            require_contiguous(OP, label, tensor)
-            require(tensor.device == device, OP, f"{label} is on {tensor.device}, parameters[0] on {device}")
+        if not tensors:
+            return
+        free = name in ("gradients", "model_copies")
+        require_dtype(OP, f"{name}[0]", tensors[0], FLOATS if free else (torch.float32,))
+        for index, (tensor, parameter) in enumerate(zip(tensors, parameters, strict=True)):
+            if not _fits(tensor, tensors[0].dtype, parameter, parameters[0].device):
+                _refuse(f"{name}[{index}]", tensor, tensors[0].dtype, parameter, parameters[0].device, index)
     if gradient_scale is not None:
+        device = parameters[0].device
         require_dtype(OP, "gradient_scale", gradient_scale, (torch.float32,))
         require(
             gradient_scale.numel() == 1, OP, f"gradient_scale has {gradient_scale.numel()} elements; it must have one"
         )
         require(gradient_scale.device == device, OP, f"gradient_scale is on {gradient_scale.device}, not on {device}")
+
+
+def _fits(tensor, dtype, parameter, device) -> bool:
+    """Of thousands of tensors a step all should: no names are put together for those that do."""
+    return (
+        tensor.dtype == dtype and tensor.shape == parameter.shape and tensor.is_contiguous() and tensor.device == device
+    )
+
+
+def _refuse(label, tensor, dtype, parameter, device, index):
+    require_dtype(OP, label, tensor, (dtype,))
+    require_shape(OP, label, tensor, parameter.shape, f"parameters[{index}]'s shape")
+    require_contiguous(OP, label, tensor)
+    raise ValueError(f"{OP}: {label} is on {tensor.device}, parameters[0] on {device}; they must be together")
 
 
 def _step_fake(parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale, *numbers):
@@ -171,11 +181,7 @@ def _step_op(parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale,
     if not parameters:
         return
     written = {"parameters": parameters, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "model_copies": copies}
-    require_no_overlap(
-        OP,
-        {f"{name}[{index}]": tensor for name, tensors in written.items() for index, tensor in enumerate(tensors)},
-        {f"gradients[{index}]": tensor for index, tensor in enumerate(gradients)},
-    )
+    require_no_overlap(OP, written, {"gradients": gradients})
     lists = [addresses(tensors) for tensors in (parameters, gradients, exp_avg, exp_avg_sq, copies)]
     sizes = array("q", [parameter.numel() for parameter in parameters])
     model_dtype = copies[0].dtype if copies else torch.float32

@@ -61,26 +61,26 @@ def require_backend_device(op: str, backend: str, tensor: torch.Tensor) -> None:
         )
 
 
-def byte_span(tensor: torch.Tensor) -> tuple[int, int]:
-    """First byte of a real tensor, and the one after its last."""
-    if tensor.numel() == 0:
-        return tensor.data_ptr(), tensor.data_ptr()
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+Lists = dict[str, Sequence[torch.Tensor]]
 
 
-def require_no_overlap(op: str, written: dict[str, torch.Tensor], read: dict[str, torch.Tensor]) -> None:
-    """Refuses a tensor written in place whose bytes lie within reach of another argument's."""
-    spans = [(*byte_span(tensor), name, name in written) for name, tensor in (written | read).items() if tensor.numel()]
+def require_no_overlap(op: str, written: Lists, read: Lists) -> None:
+    """Refuses a contiguous tensor, to be written in place, whose bytes are another argument's too."""
+    spans = [
+        (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name, index, name in written)
+        for name, tensors in (written | read).items()
+        for index, tensor in enumerate(tensors)
+        if tensor.nbytes
+    ]
     spans.sort()
     reach, owner, owner_written = 0, "", False
-    for start, end, name, is_written in spans:
+    for start, end, name, index, is_written in spans:
         if start < reach and (is_written or owner_written):
             raise ValueError(
-                f"{op}: {owner} and {name} share memory, and the op writes in place; they must not overlap"
+                f"{op}: {owner} and {name}[{index}] share memory, and the op writes in place; they must not overlap"
             )
         if end > reach:
-            reach, owner, owner_written = end, name, is_written
+            reach, owner, owner_written = end, f"{name}[{index}]", is_written
 
 
 @lru_cache(maxsize=256)

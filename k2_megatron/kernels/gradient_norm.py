@@ -131,8 +131,7 @@ def _scale_fake(tensors, factor):
 
 def _scale_op(tensors, factor):
     _scale_fake(tensors, factor)
-    names = {f"gradients[{index}]": tensor for index, tensor in enumerate(tensors)}
-    require_no_overlap("clip_gradients", names, {"factor": factor})
+    require_no_overlap("clip_gradients", {"gradients": tensors}, {"factor": [factor]})
     sizes = array("q", [tensor.numel() for tensor in tensors])
     pointers = addresses(tensors)
     run("clip_gradients", "scale", tensors[0].device, address_of(pointers), address_of(sizes), len(tensors),
