@@ -38,6 +38,8 @@ from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap
 from k2_megatron.train.run_data import open_run_data
 from k2_megatron.train.run_folder import check_run_folder, provenance, write_config
 from k2_megatron.train.schedule import learning_rate_at
+from k2_megatron.train.spikes.rollback import decide_together, go_back
+from k2_megatron.train.spikes.watch import SpikeWatch
 from k2_megatron.train.step import evaluate, train_step
 from k2_megatron.train.summary import resume_report, summary_text
 from k2_megatron.train.views import Views
@@ -78,6 +80,7 @@ def train(config: Config, environment: RankEnvironment, device: Device) -> int:
         remove_unfinished(checkpoints)
     distributed.barrier()
     journal = Journal(folder, writer=is_writer)
+    spikes = SpikeWatch(config.spikes, folder, writer=is_writer)
     views = Views(config, folder, enabled=is_writer)
 
     # Data, model, optimizer
@@ -103,6 +106,7 @@ def train(config: Config, environment: RankEnvironment, device: Device) -> int:
     if newest is not None:
         manifest = load_checkpoint(newest, config, groups, chunks, optimizer, device.torch)
         data.resume_at(manifest)
+        spikes.resume_at(manifest)
         step = manifest["step"]
         learning_rate, next_sample = learning_rate_at(config, step), config.consumed_samples_at(step)
         journal.write(
@@ -152,6 +156,23 @@ def train(config: Config, environment: RankEnvironment, device: Device) -> int:
         journal.write("step", **event)
         views.step(event)
         data.consumed(first_sample, consumed)
+        spike = spikes.observe(event)
+        if spike:
+            decision = decide_together(config, spike, checkpoints, data)
+            dossier = spikes.write_dossier(spike, data.train, decision.reason)
+            journal.write("spike", dossier=dossier and dossier.name, decision=decision.kind, **vars(spike))
+            views.say(f"step {step}: {decision.reason} ({decision.kind})")
+            if decision.kind != "watch":
+                saver.wait()
+                amended = go_back(config, spike, decision, checkpoints, data)
+                data = open_run_data(config, writer=is_writer)
+                newest, _ = find_checkpoint(checkpoints, groups)
+                manifest = load_checkpoint(newest, config, groups, chunks, optimizer, device.torch)
+                data.resume_at(manifest)
+                spikes.resume_at(manifest)
+                journal.write("rollback", from_step=step, step=manifest["step"], amendment=amended)
+                step = saved_step = manifest["step"]
+                continue
 
         last = step == config.train.steps
         signal = stop.agreed(device.torch)
@@ -160,15 +181,16 @@ def train(config: Config, environment: RankEnvironment, device: Device) -> int:
             journal.write("evaluation", step=step, held_out_loss=held_out_loss)
             views.evaluation(step, held_out_loss)
         if step % config.checkpoint.every_steps == 0 or last or signal:
-            saved_step = tell_of_save(saver.wait(), config, journal, checkpoints) or saved_step
+            saved_step = tell_of_save(saver.wait(), config, journal, checkpoints, spikes) or saved_step
             data.record_position(step, consumed)
-            saver.save(step, config, chunks, optimizer, device.torch, data.position())
-        saved_step = tell_of_save(saver.finished(), config, journal, checkpoints) or saved_step
+            facts = {**data.position(), **spikes.position()}
+            saver.save(step, config, chunks, optimizer, device.torch, facts)
+        saved_step = tell_of_save(saver.finished(), config, journal, checkpoints, spikes) or saved_step
         if signal and not last:
             break
 
     # Leave
-    saved_step = tell_of_save(saver.wait(), config, journal, checkpoints) or saved_step
+    saved_step = tell_of_save(saver.wait(), config, journal, checkpoints, spikes) or saved_step
     finished = step == config.train.steps
     journal.write("stop", step=step, saved_step=saved_step, reason="finished" if finished else signal)
     views.say(
@@ -182,7 +204,9 @@ def train(config: Config, environment: RankEnvironment, device: Device) -> int:
     return 0
 
 
-def tell_of_save(saved: SaveResult | None, config: Config, journal: Journal, checkpoints: Path) -> int | None:
+def tell_of_save(
+    saved: SaveResult | None, config: Config, journal: Journal, checkpoints: Path, spikes: SpikeWatch
+) -> int | None:
     """Write a save that has come to its end into the journal, let older ones go; its step."""
     if saved is None:
         return None
@@ -197,7 +221,8 @@ def tell_of_save(saved: SaveResult | None, config: Config, journal: Journal, che
         weights=saved.weights,
     )
     if journal.is_writer:
-        apply_retention(checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every_steps, set())
+        pinned = spikes.pinned(checkpoints)
+        apply_retention(checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every_steps, pinned)
     return saved.step
 
 

@@ -227,6 +227,23 @@ def kept_checkpoints_exist(tree: Any) -> Iterator[Problem]:
         yield Problem(key, kept, f"must be a multiple of checkpoint.every_steps = {every}; {_neighbours(kept, every)}")
 
 
+def spike_policy_is_whole(tree: Any) -> Iterator[Problem]:
+    policy = tree.spikes.policy
+    for name in ("scope", "max_rollbacks"):
+        key, value = f"spikes.{name}", getattr(tree.spikes, name)
+        if policy == "watch" and value is not None:
+            yield Problem(key, value, 'has no effect with spikes.policy = "watch": remove it, or choose a policy')
+        if policy != "watch" and value is None:
+            yield Problem(key, None, f'is missing: spikes.policy = "{policy}" needs it')
+
+
+def going_back_finds_a_checkpoint(tree: Any) -> Iterator[Problem]:
+    every, steps = tree.checkpoint.every_steps, tree.train.steps
+    if tree.spikes.policy != "watch" and every >= steps:
+        remedy = f"goes back to a checkpoint, and checkpoint.every_steps = {every} makes none before the last step"
+        yield Problem("spikes.policy", tree.spikes.policy, remedy)
+
+
 CHECKS: tuple[Callable[[Any], Iterator[Problem]], ...] = (
     hidden_by_heads,
     even_head_dim,
@@ -251,4 +268,6 @@ CHECKS: tuple[Callable[[Any], Iterator[Problem]], ...] = (
     decay_fits_schedule,
     floor_fits_schedule,
     kept_checkpoints_exist,
+    spike_policy_is_whole,
+    going_back_finds_a_checkpoint,
 )

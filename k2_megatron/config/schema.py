@@ -205,6 +205,39 @@ class Checkpoint(Section):
     """Write in the background while training goes on."""
 
 
+class Spikes(Section):
+    """What counts as a loss spike, and what is done about one that does not go away by itself."""
+
+    policy: Literal["watch", "skip", "rollback"] = "watch"
+    """watch: tell of it. skip, rollback: when it is malignant, go back to the checkpoint before it, and drop the
+    samples that led into it (skip) or move them to the end of the data (rollback), by a line in the ledger."""
+    scope: Literal["batches", "chunk"] | None = None
+    """What skip and rollback take out: the samples from that checkpoint to the spike, or a whole chunk of the plan."""
+    max_rollbacks: PositiveInt | None = None
+    """How often the run may go back by itself; then it stops, for a person to look."""
+    window_steps: Annotated[int, Field(ge=16)] = 128
+    """Undisturbed steps whose median and median absolute deviation are the measure."""
+    threshold: PositiveFloat = 20.0
+    """Sum of deviations (in robust standard deviations, each at most 8, less 3 a step) that makes a spike."""
+    benign_steps: PositiveInt = 100
+    """A spike that is over within so many steps is benign, a longer one malignant."""
+    not_finite_steps: CountInt = 0
+    """Steps in a row with a loss or gradient that is not finite which are passed over (no update); one more stops."""
+
+
+class Watchdog(Section):
+    """When a rank that makes no progress is called hung; every rank then writes its stacks and ends."""
+
+    step_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 10.0
+    """A step hangs when it takes this many times the median of the recent ones."""
+    minimum_seconds: PositiveFloat = 120.0
+    """But not before so many seconds."""
+    pause_seconds: PositiveFloat = 3600.0
+    """Limit of what is no step: start, first step, evaluation, saving and loading."""
+    heartbeat_seconds: PositiveFloat = 10.0
+    """How often each rank writes down what it is doing."""
+
+
 class Log(Section):
     """What is shown. The journal itself always has every step."""
 
@@ -224,5 +257,7 @@ SECTIONS: dict[str, type[Section]] = {
     "train": Train,
     "optimizer": Optimizer,
     "checkpoint": Checkpoint,
+    "spikes": Spikes,
+    "watchdog": Watchdog,
     "log": Log,
 }

@@ -14,12 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from k2_megatron.config import batch
 from k2_megatron.config.checks import problems_of
 from k2_megatron.config.problems import raise_problems
-from k2_megatron.config.schema import Checkpoint, Data, Log, Model, Optimizer, Parallel, Run, Train
+from k2_megatron.config.schema import Checkpoint, Data, Log, Model, Optimizer, Parallel, Run, Spikes, Train, Watchdog
 from k2_megatron.config.toml_text import toml_document
 
 # What may change in the life of a run without its becoming another run: layout, speed, saving and showing. Data paths
 # are among them because files move; the data has a fingerprint of its own.
-FREE_SECTIONS = ("parallel", "data", "checkpoint", "log")
+FREE_SECTIONS = ("parallel", "data", "checkpoint", "spikes", "watchdog", "log")
 FREE_KEYS = (
     "run.folder",
     "model.implementation",
@@ -44,6 +44,8 @@ class Config(BaseModel):
     train: Train
     optimizer: Optimizer
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    spikes: Spikes = Field(default_factory=Spikes)
+    watchdog: Watchdog = Field(default_factory=Watchdog)
     log: Log = Field(default_factory=Log)
 
     @model_validator(mode="after")

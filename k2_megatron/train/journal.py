@@ -68,6 +68,7 @@ def read_steps(path: Path) -> dict[int, dict]:
     steps: dict[int, dict] = {}
     for event in read_events(path):
         if event["event"] == "step":
-            steps = {number: known for number, known in steps.items() if number < event["step"]}
+            while steps and next(reversed(steps)) >= event["step"]:
+                steps.popitem()
             steps[event["step"]] = event
     return steps

@@ -19,23 +19,23 @@ class RunData:
         self.train = train
         self.held_out = held_out
         self.fingerprint = train.fingerprint
-        self._ledger = ledger
+        self.ledger = ledger
         self._writer = writer
         self.chain = CHAIN_START
 
     def consumed(self, first_sample: int, end_sample: int) -> None:
         """Tell of samples first_sample ... end_sample - 1; they follow those told before."""
         if self._writer:
-            self.chain = self._ledger.chain(self.chain, first_sample, end_sample)
+            self.chain = self.ledger.chain(self.chain, first_sample, end_sample)
 
     def record_position(self, step: int, consumed_samples: int) -> None:
         """Write the position reached and its chain into the ledger, when a checkpoint of it is on disk."""
         if self._writer:
-            self._ledger.record_position(consumed_samples, self.chain, step=step)
+            self.ledger.record_position(consumed_samples, self.chain, step=step)
 
     def position(self) -> dict:
         """What a checkpoint says of the data; the sample number itself is a function of the step."""
-        return {"data": self.fingerprint, "chain": self.chain, "amendments": len(self._ledger.amendments)}
+        return {"data": self.fingerprint, "chain": self.chain, "amendments": len(self.ledger.amendments)}
 
     def resume_at(self, manifest: dict) -> None:
         """Go on after a checkpoint. CheckpointError when it was trained on other rows than this run would read."""

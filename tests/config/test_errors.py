@@ -192,6 +192,17 @@ MISTAKES = [
         "checkpoint.keep_every_steps = 80: has no effect without checkpoint.keep_last",
     ),
     (
+        "spike_policy_is_whole",
+        ["spikes.max_rollbacks=2"],
+        'spikes.max_rollbacks = 2: has no effect with spikes.policy = "watch"',
+    ),
+    ("spike_policy_is_whole", ["spikes.policy=rollback"], 'spikes.scope: is missing: spikes.policy = "rollback"'),
+    (
+        "going_back_finds_a_checkpoint",
+        ["spikes.policy=skip", "spikes.scope=batches", "spikes.max_rollbacks=1", "checkpoint.chunks=1"],
+        'spikes.policy = "skip": goes back to a checkpoint, and checkpoint.every_steps = 240 makes none before',
+    ),
+    (
         "resolve",
         ["parallel.ranks=6"],
         "parallel.ranks = 6: must be a multiple of parallel.tensor * pipeline * context = 2 * 2 * 1 = 4",

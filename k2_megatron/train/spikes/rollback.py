@@ -1,0 +1,66 @@
+"""Go back to the checkpoint before a malignant spike and amend the data order; a kill at any moment does no harm.
+
+The order is: `latest` names the good checkpoint; the later ones leave; the ledger gets its line. A run killed after the
+first goes on from the good checkpoint over the same data, meets the spike again, and comes here again.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch.distributed as distributed
+
+from k2_megatron.config import Config
+from k2_megatron.runtime.mistakes import StopRun
+from k2_megatron.train.checkpoint_files import complete_checkpoints, folder_name, step_of, sync_folder, write_file
+from k2_megatron.train.run_data import RunData
+from k2_megatron.train.spikes.detector import Finding
+from k2_megatron.train.spikes.policy import Decision, amendment, decide
+from k2_megatron.train.spikes.watch import DOSSIERS
+
+BY_ITSELF = "malignant spike"  # how the reason of an amendment begins that no person made
+
+
+def decide_together(config: Config, finding: Finding, checkpoints: Path, data: RunData) -> Decision:
+    """The policy's decision, taken on rank 0, which sees the folder first, and told to all."""
+    decisions: list[Decision | None] = [None]
+    if distributed.get_rank() == 0:
+        steps = [step_of(folder) for folder in complete_checkpoints(checkpoints)]
+        made = sum(entry["reason"].startswith(BY_ITSELF) for entry in data.ledger.amendments)
+        decisions = [decide(config.spikes, finding, steps, made)]
+    distributed.broadcast_object_list(decisions)
+    decision = decisions[0]
+    assert decision is not None, "rank 0 decides and every rank hears it"
+    return decision
+
+
+def go_back(config: Config, finding: Finding, decision: Decision, checkpoints: Path, data: RunData) -> dict:
+    """Make the amendment and leave `latest` at the good checkpoint; returns the amendment's fields.
+
+    StopRun when the decision is to stop, when the data has no chunks or no end to defer to, or too few rows are left.
+    """
+    if decision.kind == "stop":
+        raise StopRun(f"{decision.reason}. The dossier is in {checkpoints.parent / DOSSIERS}")
+    try:
+        fields = amendment(config, data.train, data.train.order.rows_per_chunk, decision, finding)
+        after = data.train.after(fields)
+    except ValueError as error:
+        raise StopRun(f"{decision.reason}; going back is not possible: {error}") from None
+    if after.total < data.train.row_range(0, config.total_samples)[1]:
+        raise StopRun(
+            f"{decision.reason}; skipping would leave {after.total} rows, too few for the run. Use spikes.policy = "
+            '"rollback", which moves them to the end, or build a longer plan'
+        )
+    if distributed.get_rank() == 0:
+        good = decision.checkpoint_step
+        assert good is not None, "going back needs a checkpoint"
+        write_file(checkpoints / "latest", folder_name(good) + "\n")
+        for folder in complete_checkpoints(checkpoints):
+            if step_of(folder) > good:  # kept under another name: they show what the spike did
+                aside = folder.with_name(f"spiked_{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(folder, aside)
+        sync_folder(checkpoints)
+        data.ledger.amend(**fields)
+    distributed.barrier()
+    return fields

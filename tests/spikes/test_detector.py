@@ -1,0 +1,122 @@
+"""The spike detector on synthetic losses: every kind of spike found, none where there is none, delays printed."""
+
+import json
+
+import numpy as np
+import pytest
+
+from k2_megatron.config.schema import Spikes
+from k2_megatron.train.spikes.detector import Finding, State, observe, restore
+
+SETTINGS = Spikes()
+
+
+def signals(steps: int, seed: int, noise: str = "normal") -> tuple[np.ndarray, np.ndarray]:
+    """Losses and gradient norms of a healthy run: a power law that falls, noise, norms that scatter by factors."""
+    random = np.random.default_rng(seed)
+    draws = {
+        "normal": lambda: random.standard_normal(steps),
+        "heavy tails": lambda: random.standard_t(3, steps),  # needles of 20 standard deviations and more
+        "correlated": lambda: _correlated(random, steps, 0.7),
+    }
+    losses = 1.5 + 6.0 * (np.arange(steps) + 50.0) ** -0.4 + 0.01 * draws[noise]()
+    return losses, 0.3 * np.exp(0.1 * draws[noise]())
+
+
+def _correlated(random, steps: int, memory: float) -> np.ndarray:
+    values = random.standard_normal(steps)
+    for number in range(1, steps):
+        values[number] = memory * values[number - 1] + (1 - memory**2) ** 0.5 * values[number]
+    return values
+
+
+def watch(losses, norms, settings: Spikes = SETTINGS) -> list[Finding]:
+    state, findings = State(), []
+    for number, (loss, norm) in enumerate(zip(losses, norms, strict=True), start=1):
+        state, finding = observe(state, settings, number, float(loss), float(norm))
+        findings += [finding] if finding else []
+    return findings
+
+
+@pytest.mark.parametrize("noise", ["normal", "heavy tails", "correlated"])
+def test_no_false_alarm_in_5000_clean_steps(noise):
+    for seed in range(4):
+        assert watch(*signals(5000, seed, noise)) == []
+
+
+def test_needle_of_any_height_is_no_spike():
+    losses, norms = signals(1000, 1)
+    losses[500], norms[500] = 7.5, 400.0
+    losses[700:702], norms[700:702] = 50.0, 4000.0
+    assert watch(losses, norms) == []
+
+
+def with_fault(fault: str, losses: np.ndarray, norms: np.ndarray, at: int, length: int) -> None:
+    """Change the signals from step `at` + 1 as the fault would in a large run."""
+    rows = slice(at, at + length)
+    shape = np.exp(-3.0 * np.arange(length) / length)  # it fades
+    if fault == "poisoned batches":
+        losses[rows] += 0.4
+        norms[rows] *= 5.0
+    elif fault == "learning-rate jump":
+        losses[rows] += 1.5 * np.minimum(1.0, np.arange(length) / 10) * shape + 0.1
+        norms[rows] *= 1 + 4 * shape
+    elif fault == "corrupted moment":
+        losses[rows] += 3.0 * shape + 0.1
+    elif fault == "label noise":
+        losses[rows] += 0.15
+    elif fault == "gradient only":
+        norms[rows] *= 20.0
+
+
+FAULTS = ["poisoned batches", "learning-rate jump", "corrupted moment", "label noise", "gradient only"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("length", "kind"), [(40, "benign"), (600, "malignant")])
+def test_injected_fault_is_found_and_judged(fault, length, kind):
+    delays = []
+    for seed in range(5):
+        losses, norms = signals(2000, seed)
+        with_fault(fault, losses, norms, at=1200, length=length)
+        spike, verdict = watch(losses, norms)[:2]
+        assert (spike.kind, verdict.kind) == ("spike", kind)
+        assert 1195 <= spike.onset <= 1210, "the beginning is found, not only the moment it was noticed"
+        if kind == "benign":
+            assert 1240 <= verdict.step <= 1250
+        else:
+            assert verdict.step == verdict.onset + SETTINGS.benign_steps
+        delays.append(spike.trip - 1200)
+    print(f"{fault}, {kind}: called after {delays} steps")
+    assert max(delays) <= 12
+
+
+def test_watching_goes_on_from_a_stored_state_as_if_never_stopped():
+    losses, norms = signals(900, 3)
+    with_fault("poisoned batches", losses, norms, at=400, length=300)
+    whole = watch(losses, norms)
+    for cut in (100, 403, 450):
+        state, findings = State(), []
+        for number in range(900):
+            if number == cut:
+                state = restore(json.loads(json.dumps(state.plain())))
+            state, finding = observe(state, SETTINGS, number + 1, float(losses[number]), float(norms[number]))
+            findings += [finding] if finding else []
+        assert findings == whole
+    assert [finding.kind for finding in whole] == ["spike", "malignant"]
+
+
+def test_after_a_malignant_spike_the_new_level_becomes_the_norm():
+    losses, norms = signals(2000, 5)
+    losses[800:] += 0.5
+    losses[1500:1530] += 0.5
+    assert [finding.kind for finding in watch(losses, norms)] == ["spike", "malignant", "spike", "benign"]
+
+
+def test_every_key_of_the_section_changes_what_is_found():
+    losses, norms = signals(1200, 2)
+    with_fault("poisoned batches", losses, norms, at=600, length=40)
+    usual = watch(losses, norms)
+    assert [finding.kind for finding in usual] == ["spike", "benign"]
+    for key, value in (("threshold", 300.0), ("benign_steps", 20), ("window_steps", 1000)):
+        assert watch(losses, norms, Spikes(**{key: value})) != usual, key

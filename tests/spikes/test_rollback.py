@@ -1,0 +1,92 @@
+"""A run over poisoned rows goes back by itself, and is then the run that a fresh start under its ledger would be."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+from rank_processes import pretrain, results_of
+from run_results import events_of, steps_of, stored_state
+
+from k2_megatron.data.ledger import Ledger
+
+POISONED = range(352, 472)  # plan positions: the batches of steps 45 to 59
+SETTINGS = [
+    "train.steps=72",
+    "train.evaluate_every_steps=",
+    "train.evaluate_batches=",
+    "data.held_out=",
+    "optimizer.schedule=constant",
+    "optimizer.min_learning_rate=",
+    "optimizer.learning_rate=2e-3",
+    "checkpoint.every_steps=20",
+    "checkpoint.keep_last=2",
+    "spikes.window_steps=16",
+    "spikes.benign_steps=12",
+]
+
+
+def poison() -> None:
+    """Rows of the range hold random bytes, wherever the schedule puts them."""
+    from k2_megatron.data.feed import Feed
+
+    read = Feed._read
+
+    def tokens(self, first_sample, count):
+        rows = read(self, first_sample, count).copy()
+        for number in range(count):
+            if self.schedule.positions(first_sample + number, 1)[0] in POISONED:
+                rows[number] = np.random.default_rng(first_sample + number).integers(1, 256, rows.shape[1])
+        return rows
+
+    Feed._read = tokens
+
+
+def run(config: Path, folder: Path, ranks: int, *more: str):
+    settings = [*SETTINGS, f"run.folder={folder}", *more]
+    return pretrain(ranks, config, settings, folder.with_name(folder.name + "_output"), fault=poison)
+
+
+def test_a_watching_run_tells_and_goes_on(small_config, tmp_path):
+    results_of(run(small_config, tmp_path / "watch", 1))
+    found = events_of(tmp_path / "watch", "spike")
+    assert [event["kind"] for event in found] == ["spike", "malignant"]
+    assert 44 <= found[0]["onset"] <= 47
+    assert not events_of(tmp_path / "watch", "rollback")
+    dossier = json.loads((tmp_path / "watch" / "dossiers" / found[0]["dossier"]).read_text())
+    assert dossier["kind"] == "malignant"
+    assert dossier["documents"]["360"], "the documents of a suspect sample"
+    assert {step["step"] for step in dossier["steps"]} >= set(range(found[0]["onset"], found[1]["step"] + 1))
+
+
+def test_going_back_and_skipping_equals_a_fresh_start_under_the_ledger(small_config, tmp_path):
+    policy = ["spikes.policy=skip", "spikes.scope=batches", "spikes.max_rollbacks=30"]
+    results_of(run(small_config, tmp_path / "skip", 2, "parallel.tensor=2", *policy))
+    back = events_of(tmp_path / "skip", "rollback")
+    assert [event["step"] for event in back][:1] == [40], (
+        "the newest checkpoint before the onset, although two are kept"
+    )
+    amendments = Ledger(tmp_path / "skip").amendments
+    assert [entry["samples"] for entry in amendments] == [event["amendment"]["samples"] for event in back]
+    assert amendments[0]["samples"][0] == 320
+
+    # From the good checkpoint on, by a new process, with the amendments in force from the start
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "skip", again)
+    for path in (again / "checkpoints").iterdir():
+        if path.name not in ("step_00000020", "step_00000040"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    results_of(run(small_config, again, 2, "parallel.tensor=2", *policy))
+    assert len(events_of(again, "rollback")) == len(back)
+    assert steps_of(again) == steps_of(tmp_path / "skip")
+    assert stored_state(again, 72) == stored_state(tmp_path / "skip", 72)
+
+
+def test_limits_and_impossible_amendments_stop_the_run(small_config, tmp_path):
+    policy = ["spikes.policy=rollback", "spikes.max_rollbacks=1"]
+    for scope, reason in (("batches", "moves rows to the end, and this feed has none"), ("chunk", "to be a plan")):
+        ended = run(small_config, tmp_path / scope, 1, *policy, f"spikes.scope={scope}")[0]
+        assert ended.exit_code == 3, ended.stderr
+        assert reason in ended.stderr
+        assert not Ledger(tmp_path / scope).amendments
+        assert events_of(tmp_path / scope, "spike")[-1]["kind"] == "malignant"
