@@ -1,0 +1,104 @@
+"""Every decision of pretrain.sbatch, with srun and scontrol played by small programs: runs where there is no Slurm."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from rank_processes import REPOSITORY
+
+# srun notes each call and ends with the next of CODES; python stands for tools/run_state.py and says STATE.
+SRUN = """#!/bin/bash
+echo "$*" >> calls
+read -r code < <(sed -n "$(wc -l < calls)p" codes)
+if [[ $code == wait ]]; then
+    trap 'echo USR1 >> signals; exit 0' USR1
+    touch waiting
+    while :; do sleep 0.05; done
+fi
+exit "$code"
+"""
+PYTHON = """#!/bin/bash
+exit "$(cat state)"
+"""
+SCONTROL = """#!/bin/bash
+echo "$*" >> requeues
+"""
+
+
+@pytest.fixture
+def batch(tmp_path):
+    """A function that starts the script in a folder of its own with these exit codes of srun."""
+    for name, text in (("srun", SRUN), ("python", PYTHON), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+
+    def start(codes: list, state: int = 10, **environment: str) -> subprocess.Popen:
+        (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
+        (tmp_path / "state").write_text(str(state))
+        given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "k2", **environment}
+        script = REPOSITORY / "examples" / "k2_65b" / "pretrain.sbatch"
+        return subprocess.Popen(["bash", script], cwd=tmp_path, env=given, stdout=subprocess.PIPE, text=True)
+
+    return start
+
+
+def count(path: Path) -> int:
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path.name} did not appear"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("codes", "restarts", "starts", "code"),
+    [
+        ([0], 3, 1, 0),
+        ([137, 0], 3, 2, 0),
+        ([137, 1, 137], 2, 3, 137),
+        ([137], 0, 1, 137),
+        ([2], 3, 1, 2),
+        ([3], 3, 1, 3),
+    ],
+)
+def test_crashes_are_restarted_and_mistakes_are_not(batch, tmp_path, codes, restarts, starts, code):
+    ended = batch(codes, RESTARTS=str(restarts))
+    ended.communicate(timeout=30)
+    assert (ended.returncode, count(tmp_path / "calls")) == (code, starts)
+    assert count(tmp_path / "requeues") == 0
+
+
+def test_finished_run_starts_nothing(batch, tmp_path):
+    ended = batch([1], state=0)
+    ended.communicate(timeout=30)
+    assert (ended.returncode, count(tmp_path / "calls")) == (0, 0)
+
+
+@pytest.mark.parametrize(("state", "requeue", "requeues"), [(10, "1", 1), (0, "1", 0), (10, "0", 0)])
+def test_time_limit_is_passed_on_and_requeues_what_is_unfinished(batch, tmp_path, state, requeue, requeues):
+    process = batch(["wait"], REQUEUE=requeue)
+    wait_for(tmp_path / "waiting")
+    (tmp_path / "state").write_text(str(state))
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=30)
+    assert (tmp_path / "signals").read_text() == "USR1\n"
+    assert (process.returncode, count(tmp_path / "requeues")) == (0, requeues)
+
+
+def test_asked_to_end_waits_for_the_ranks_and_does_not_start_them_again(batch, tmp_path):
+    process = batch(["wait", 0], RESTARTS="3")
+    wait_for(tmp_path / "waiting")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert process.poll() is None
+    # Slurm sends TERM to the ranks itself; here the step is ended as it would end.
+    step = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "srun"], capture_output=True, text=True).stdout
+    os.kill(int(step.split()[0]), signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert (process.returncode, count(tmp_path / "calls"), count(tmp_path / "requeues")) == (137, 1, 0)

@@ -1,0 +1,150 @@
+"""pretrain.sbatch on a real Slurm of two nodes: same losses as a plain start, requeued and resumed to the bit."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from one_machine import missing_programs, slurm_on_this_machine
+from rank_processes import REPOSITORY, pretrain, results_of
+from run_results import events_of, steps_of, stored_state
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(
+        bool(missing_programs()),
+        reason=f"no Slurm here: {', '.join(missing_programs())} not found; install Debian's slurm-wlm and munge",
+    ),
+]
+# No decay, so that runs of different lengths have their first steps in common
+SETTINGS = ("parallel.pipeline=2", "optimizer.schedule=constant", "optimizer.min_learning_rate=", "train.steps=12")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    with slurm_on_this_machine(tmp_path_factory.mktemp("daemons")) as slurm:
+        yield slurm
+
+
+@pytest.fixture(scope="module")
+def submit(slurm, folder, small_config):
+    """A function that submits the toy's script, two nodes of one rank, for a run of this name; the job's number."""
+
+    def submit(name: str, *settings: str, options: tuple[str, ...] = (), **environment: str) -> str:
+        shown = slurm.run(
+            "sbatch",
+            "--parsable",
+            "--ntasks-per-node=1",
+            f"--output={folder}/%j.log",
+            *options,
+            "examples/toy/toy.sbatch",
+            *(part for setting in (*SETTINGS, f"run.folder={folder / name}", *settings) for part in ("--set", setting)),
+            cwd=REPOSITORY,
+            CONFIG=str(small_config),
+            LOGS=str(folder / "logs"),
+            PYTHON=sys.executable,
+            PYTHONPATH=str(REPOSITORY),
+            MASTER_ADDR="127.0.0.1",  # both nodes are this machine, and the names n1 and n2 have no address
+            **{"RESTARTS": "0", **environment},
+        )
+        return shown.split(";")[0]
+
+    return submit
+
+
+@pytest.fixture(scope="module")
+def plain(folder, small_config) -> Path:
+    """The run folder of the same training without Slurm."""
+    settings = [*SETTINGS, f"run.folder={folder / 'plain'}", "checkpoint.every_steps=4"]
+    results_of(pretrain(2, small_config, settings, folder / "plain_output"))
+    return folder / "plain"
+
+
+def rank_process(job: str, rank: int) -> int:
+    """Process id of a rank of a job."""
+    wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = set((process / "environ").read_bytes().split(b"\0"))
+            arguments = (process / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if wanted <= environment and any(word.endswith(b"pretrain_k2.py") for word in arguments):
+            if b"python" in arguments[0]:
+                return int(process.name)
+    raise AssertionError(f"job {job} has no process of rank {rank}")
+
+
+def wait_for_step(folder: Path, step: int, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not any(event["step"] >= step for event in events_of(folder, "step")):
+        assert time.monotonic() < deadline, f"{folder} did not reach step {step}"
+        time.sleep(0.02)
+
+
+def log_of(folder: Path, job: str) -> str:
+    ranks = "".join(path.read_text()[-2000:] for path in sorted((folder / "logs").glob(f"*-{job}/rank_*.log")))
+    return (folder / f"{job}.log").read_text() + ranks
+
+
+def test_near_its_time_limit_the_job_saves_requeues_itself_and_resumes(slurm, folder, submit, plain):
+    # Slurm looks at time limits every 30 s: the signal comes 25 to 55 s after the start.
+    limit = ("--time=1", "--signal=B:USR1@5")
+    job, run = submit("long", "train.steps=1000000", "train.evaluate_every_steps=1000", options=limit), folder / "long"
+    deadline = time.monotonic() + 400
+    while not events_of(run, "resume"):
+        assert time.monotonic() < deadline and slurm.facts(job)["JobState"] != "FAILED", log_of(folder, job)
+        time.sleep(0.3)
+    slurm.run("scancel", job)
+    # Mostly one; on a slow machine a job may also meet its limit while it still starts.
+    assert int(slurm.wait(job, ("CANCELLED",))["Restarts"]) >= 1
+
+    stop, resume = events_of(run, "stop")[0], events_of(run, "resume")[0]
+    assert stop["reason"] == "SIGUSR1"
+    assert stop["saved_step"] == stop["step"] == resume["step"], "nothing is trained twice and nothing is lost"
+    losses = {number: step["loss"] for number, step in steps_of(run).items()}
+    assert list(losses) == list(range(1, len(losses) + 1))
+    assert [losses[number] for number in range(1, 13)] == [step["loss"] for step in steps_of(plain).values()]
+
+
+def test_two_nodes_give_the_losses_of_a_plain_start(slurm, folder, submit, plain):
+    job = submit("nodes", "checkpoint.every_steps=4")
+    facts = slurm.wait(job, ("COMPLETED", "FAILED"))
+    assert (facts["JobState"], facts["NumNodes"]) == ("COMPLETED", "2"), log_of(folder, job)
+    assert events_of(folder / "nodes", "start")[0]["launcher"] == "srun"
+    assert steps_of(folder / "nodes") == steps_of(plain)
+    assert stored_state(folder / "nodes", 12) == stored_state(plain, 12)
+    assert (folder / "logs" / f"k2-toy-{job}" / "rank_1.log").exists()
+
+    # Submitted again, as the next link of a chain would be, a finished run starts no rank.
+    job = submit("nodes", "checkpoint.every_steps=4")
+    assert slurm.wait(job, ("COMPLETED", "FAILED"))["JobState"] == "COMPLETED"
+    assert "finished, 12 steps" in log_of(folder, job)
+    assert len(events_of(folder / "nodes", "start")) == 1
+
+
+def test_killed_rank_fails_the_job_and_a_requeue_loses_nothing(slurm, folder, submit, plain):
+    run = folder / "killed"
+    job = submit("killed", "checkpoint.every_steps=4")
+    wait_for_step(run, 5)  # the last checkpoint is that of step 4
+    os.kill(rank_process(job, 1), signal.SIGKILL)
+    facts = slurm.wait(job, ("COMPLETED", "FAILED"))
+    assert facts["JobState"] == "FAILED", log_of(folder, job)
+    assert facts["ExitCode"] != "0:0"
+    with pytest.raises(AssertionError, match="no process"):
+        rank_process(job, 0)
+
+    slurm.run("scontrol", "requeue", job)
+    slurm.wait(job, ("RUNNING",))
+    facts = slurm.wait(job, ("COMPLETED", "FAILED"))
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), log_of(folder, job)
+    assert events_of(run, "resume")[0]["step"] in (4, 8)
+    assert steps_of(run) == steps_of(plain)
+    assert stored_state(run, 12) == stored_state(plain, 12)

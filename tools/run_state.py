@@ -1,0 +1,53 @@
+"""Say how far a run is, from its journal: for people, and for the batch scripts that decide whether to go on.
+
+    python tools/run_state.py examples/toy/toy.toml
+
+Exit code 0: finished. 10: steps are left to do (or it never started). 2: the configuration cannot be read.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from k2_megatron.config import load_config
+from k2_megatron.train.journal import JOURNAL, read_events
+
+FINISHED, MISTAKE, UNFINISHED = 0, 2, 10
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("config", help="the run's TOML file")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides")
+    arguments = parser.parse_args()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return MISTAKE
+    journal = Path(config.run.folder) / JOURNAL
+    if not journal.is_file():
+        print(f"{config.run.folder}: not started, {config.train.steps} steps to do")
+        return UNFINISHED
+    return _tell(config.run.folder, journal, config.train.steps)
+
+
+def _tell(folder: str, journal: Path, total: int) -> int:
+    reached, saved, last = 0, 0, {}
+    for event in read_events(journal):
+        if event["event"] in ("step", "resume"):
+            reached = event["step"]
+        if event["event"] in ("checkpoint", "resume"):
+            saved = event["step"]
+        last = event
+    if saved >= total:
+        print(f"{folder}: finished, {total} steps")
+        return FINISHED
+    print(
+        f"{folder}: step {reached} of {total}, saved at {saved}; last event: {last.get('event')} at {last.get('time')}"
+    )
+    return UNFINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
