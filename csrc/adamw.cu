@@ -1,13 +1,12 @@
-// AdamW (Loshchilov & Hutter 2019) over all parameters in as few launches as their table fits, in torch.optim.AdamW's
-// order:
+// AdamW (Loshchilov & Hutter 2019) over all parameters in as few launches as their table fits, in torch's order:
 //
 //   g = gradient * gradient_scale
 //   p *= 1 - lr * weight_decay;  m += (g - m) * (1 - beta1);  v = beta2 * v + (1 - beta2) * g^2
 //   p -= lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + epsilon);  model copy = round(p)
 //
 // Bytes per parameter: 12 read, 12 written, and 2 or 4 for the gradient and for the model's copy: every tensor once.
-// Constants are formed on the host in double; the scale of the gradient (clipping) stays on the device, so that the
-// norm need not be waited for.
+// Constants are formed on the host in double; the scale of the gradient (clipping) stays on the device, so that nobody
+// waits for the norm.
 #include <cmath>
 
 #include "multi_tensor.cuh"

@@ -1,14 +1,16 @@
-// Cross-entropy over a vocabulary that is cut across ranks, in three calls round one all-gather (ops.h gives the
-// equations):
+// Cross-entropy over a vocabulary that is cut across ranks, in three calls round one all-gather (equations: ops.h).
 //
-//   statistics   one pass over this shard's logits: maximum, sum of exponentials, the label's logit, sum       2 B /
-//   bf16 logit loss         the ranks' statistics merged in rank order: every rank computes the same bits gradient one
-//   more pass, in place into the logits                                                       4 B / bf16 logit
+//   statistics   one pass over this shard's logits: maximum, sum of exponentials, the label's logit, sum of logits
+//   loss         the ranks' statistics merged in rank order: every rank computes the same bits
+//   gradient     one more pass, in place into the logits
 //
+// Bytes per bf16 logit: 2 for the statistics, 4 for the gradient, the least possible.
 // Rows need no alignment: K2's shard is 4004 columns wide, 8008 bytes, so every other row starts in the middle of 16
 // bytes. Each row is split into a few leading elements up to the first 16-byte boundary, vectors, and a few at the end;
-// at 4004 columns a thread of 128 has its four vectors of the row on their way at once. One exponential a logit: a
-// thread first takes the maximum of the vectors it holds and rescales its sum once for all of them.
+// at 4004 columns a thread of 128 has its four vectors of the row on their way at once.
+// One exponential a logit: a thread first takes the maximum of the vectors that it holds, and rescales its sum once for
+// all of them. The order of that sum follows the address of the row modulo 16: the same buffer gives the same bits, a
+// copy of it at another alignment may differ in the last.
 #include "primitives.cuh"
 
 namespace k2::cuda {

@@ -1,7 +1,7 @@
 // RMSNorm (Zhang & Sennrich 2019) forward, with the residual add of a transformer layer fused in.
 //
-//   h = x + residual (rounded, stored; or x itself),  y = h * rstd * w,  rstd = 1 / sqrt(mean(h^2) + epsilon),  w =
-//   gamma or 1 + gamma
+//   h = x + residual (rounded, stored; or x itself)
+//   y = h * rstd * w,  rstd = 1 / sqrt(mean(h^2) + epsilon),  w = gamma or 1 + gamma
 //
 // x, residual, h, y [rows, hidden]; gamma [hidden]; rstd [rows] fp32, for the backward.
 // Bytes per bf16 element: 4 (with residual 8), the least possible. One block a row, or one warp where that is enough;

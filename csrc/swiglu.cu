@@ -1,8 +1,7 @@
 // SwiGLU (Shazeer 2020) on the packed output of the first feed-forward GEMM, [T, 2F] = [gate | up].
 //
 //   forward   out = gate * s * up,  s = sigmoid(gate) = 1 / (1 + 2^(-gate * log2 e))
-//   backward  d gate = d out * up * s * (1 + gate * (1 - s)),  d up = d out * gate * s;  packed the same way, in place
-//   if asked
+//   backward  d gate = d out * up * s * (1 + gate * (1 - s)),  d up = d out * gate * s;  packed alike, maybe in place
 //
 // Bytes per output element in bf16: forward 6, backward 10, the least possible. Elementwise work is cut into tiles of
 // the whole output, not into rows: every thread has work at any F (K2's 2752 is 344 vectors, no multiple of a block).

@@ -5,8 +5,8 @@
 #   scripts/gpu_check.sh [WHEELS]
 #
 # The machine brings Python 3.10 to 3.12, torch with CUDA, and nvcc; it needs no network. What else is missing
-# (megatron-core, pybind11, pytest, ...) comes as wheels from the folder WHEELS (default: wheels/, if it exists); they are
-# unpacked beside the results' work files and put on PYTHONPATH, so that nothing is installed.
+# (megatron-core, pybind11, pytest, ...) comes as wheels from the folder WHEELS (default: wheels/, if it exists); they
+# are unpacked into a temporary folder on PYTHONPATH, so that nothing is installed.
 #
 #   OUT     folder of the results        (default benchmarks/results/<GPU>)
 #   PYTHON  interpreter that has torch   (default python3)
@@ -68,6 +68,7 @@ else
 fi
 
 # The benchmarks write their tables under benchmarks/results; what this run wrote goes with the logs.
-find benchmarks/results -name '*.json' -newer "$work/before_benchmarks" -not -path "$results/*" -exec cp {} "$results/" \;
+find benchmarks/results -name '*.json' -newer "$work/before_benchmarks" -not -path "$results/*" \
+  -exec cp {} "$results/" \;
 echo "results in $results; $failed parts failed"
 exit "$failed"

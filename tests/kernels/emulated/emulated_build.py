@@ -20,6 +20,7 @@ from types import ModuleType
 
 CSRC = Path(__file__).resolve().parents[3] / "csrc"
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1")
+PACKAGED = ("cuda_bf16.h", "crt/host_config.h", "nv/target")  # of nvidia-cuda-runtime, -crt and -cccl
 FLAGS = ("-std=c++17", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-Wno-unknown-pragmas", "-DK2_EMULATION",
          '-DK2_CUDA_ARCHITECTURES="emulation"')  # fmt: skip
 
@@ -39,9 +40,9 @@ def cuda_headers() -> tuple[Path | None, str]:
                         return folder.resolve(), "from nvcc"
     nvidia = Path(sysconfig.get_path("purelib")) / "nvidia"
     for folder in sorted(nvidia.glob("*/include")):
-        if (folder / "cuda_runtime.h").exists() and (folder / "cuda_bf16.h").exists():
-            return folder, "from the package nvidia-cuda-runtime"
-    return None, "no CUDA headers: neither nvcc nor the package nvidia-cuda-runtime is installed"
+        if all((folder / part).exists() for part in PACKAGED):
+            return folder, "from NVIDIA's packages"
+    return None, "no CUDA headers: neither nvcc nor nvidia-cuda-runtime, nvidia-cuda-crt and nvidia-cuda-cccl are there"
 
 
 def reason_not_to_build() -> str | None:
