@@ -26,7 +26,9 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 GCC_BUG_105593 = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # false alarms inside GCC's own AVX-512 header
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
-INSTRUCTION_SETS = {"portable": [], "avx2": AVX2, "avx512": AVX512 + GCC_BUG_105593} if X86_64 else {"portable": []}
+INSTRUCTION_SETS = (
+    {"portable": ["-O2"], "avx2": AVX2, "avx512": AVX512 + GCC_BUG_105593} if X86_64 else {"portable": []}
+)
 
 # No contraction: a product and a sum become one fma only where the source says so, alike in every instruction set.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fopenmp", "-Wall", "-Wextra"]

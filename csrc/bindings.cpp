@@ -49,7 +49,8 @@ PYBIND11_MODULE(_cpu, module) {
   module.doc() = "CPU kernels of k2_megatron (csrc/ops.h): addresses in, nothing checked. Use k2_megatron.kernels.";
   module.attr("instruction_set") = kNames[static_cast<int>(set)];
 #ifdef __x86_64__
-#define K2_BIND(NAME) k2::bind(module, #NAME, pick(set, &k2::cpu::portable::NAME, &k2::cpu::avx2::NAME, &k2::cpu::avx512::NAME));
+#define K2_BIND(NAME) \
+  k2::bind(module, #NAME, pick(set, &k2::cpu::portable::NAME, &k2::cpu::avx2::NAME, &k2::cpu::avx512::NAME));
 #else
 #define K2_BIND(NAME) k2::bind(module, #NAME, &k2::cpu::portable::NAME);
 #endif

@@ -1,5 +1,5 @@
-// k2_megatron._cuda: the operations of ops.h on NVIDIA GPUs. Imports anywhere: the CUDA runtime is linked statically and finds
-// the driver on first use.
+// k2_megatron._cuda: the operations of ops.h on NVIDIA GPUs. Imports anywhere: the CUDA runtime is linked statically
+// and finds the driver on first use.
 #include <cuda_runtime_api.h>
 
 #include <stdexcept>

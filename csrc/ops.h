@@ -1,17 +1,18 @@
 // Every compiled operation, declared once and given to each of its implementations:
-//   k2::cuda::NAME(..., void* stream)      -> int    module k2_megatron._cuda  (csrc/NAME.cu), a cudaError_t, 0 = success
-//   k2::cpu::<set>::NAME(..., int threads) -> void   module k2_megatron._cpu   (csrc/cpu/NAME.cpp), compiled once for each
+//   k2::cuda::NAME(..., void* stream)      -> int   module k2_megatron._cuda (csrc/*.cu), a cudaError_t, 0 = success
+//   k2::cpu::<set>::NAME(..., int threads) -> void  module k2_megatron._cpu (csrc/cpu/*.cpp), compiled once for each
 //     instruction set: portable, avx2, avx512; the module binds the best one that the processor has
-// The Python names and argument orders are these, in both modules: pointers as integers (0 = null), DType as its integer,
-// the last argument the number of OpenMP threads (torch.get_num_threads()) or the raw stream. The GIL is released. A CUDA
-// code other than 0 becomes a RuntimeError in the binding. The functions check nothing: the Python side does, before it
-// hands over a pointer. They allocate nothing on the device, keep nothing, and run on the current device.
+// The Python names and argument orders are these, in both modules: pointers as integers (0 = null), DType as its
+// integer, the last argument the number of OpenMP threads (torch.get_num_threads()) or the raw stream. The GIL is
+// released. A CUDA code other than 0 becomes a RuntimeError in the binding. The functions check nothing: the Python
+// side does, before it hands over a pointer. They allocate nothing on the device, keep nothing, and run on the current
+// device.
 //
 // Common rules
 //   Sizes and strides are counted in elements. Tensors are contiguous unless a stride argument says otherwise; rows may
-//   start at any multiple of the element size (K2's vocabulary shard: 4004 columns). Zero rows or zero tensors are legal.
-//   Arithmetic is fp32 (sums named fp64 excepted); each stored value is rounded once, to nearest even; NaN stays NaN and
-//   subnormals are kept. Results do not depend on threads, on the grid, or on alignment of the buffers.
+//   start at any multiple of the element size (K2's vocabulary shard: 4004 columns). Zero rows or tensors are legal.
+//   Arithmetic is fp32 (sums named fp64 excepted); each stored value is rounded once, to nearest even; NaN stays NaN
+//   and subnormals are kept. Results do not depend on threads, on the grid, or on alignment of the buffers.
 //   T rows (tokens), H hidden, F feed-forward columns (per rank), V vocabulary columns (per rank), S sequence, B batch,
 //   N heads, R rotated dimensions (even). "optional" pointers may be null.
 #pragma once
@@ -25,15 +26,16 @@ enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
 // RMSNorm (Zhang & Sennrich 2019), y = h * rstd * w, rstd = 1 / sqrt(mean(h^2) + epsilon), w = gamma or 1 + gamma.
 //   x, residual, h, y, grad_*   [T, H] dtype;  gamma, grad_gamma [H] gamma_dtype, which is dtype or float32
 //   rstd [T] fp32, written forward and read backward; 1 <= H <= 65536
-// Forward: with residual (then h is given too) h = round(x + residual) is stored and the rounded h is normalised; without
-//   residual, h is null and x itself is normalised.
+// Forward: with residual (then h is given too) h = round(x + residual) is stored and the rounded h is normalised;
+//   without residual, h is null and x itself is normalised.
 // Backward: x is what was normalised (the stored h where there was a residual):
 //   grad_x = rstd * (g - xhat * mean(g * xhat)) + grad_h,  g = grad_y * w,  xhat = x * rstd
-//   grad_h [T, H] dtype is optional: the gradient arriving at h itself (the residual branch). grad_x may be grad_y or grad_h.
-//   grad_gamma = sum over rows of grad_y * xhat, in two stages: row t goes to one of partial_rows partial sums, a choice
-//   that depends on T and partial_rows alone, and the partial sums are added in order. grad_gamma and workspace are null
-//   together where gamma needs no gradient.
-//   workspace [partial_rows, H] fp32, need not be initialised; partial_rows >= 1 (rms_norm_partial_rows gives a good number).
+//   grad_h [T, H] dtype is optional: the gradient arriving at h itself (the residual branch).
+//   grad_x may be grad_y or grad_h.
+//   grad_gamma = sum over rows of grad_y * xhat, in two stages: row t goes to one of partial_rows partial sums, a
+//   choice that depends on T and partial_rows alone, and the partial sums are added in order. grad_gamma and workspace
+//   are null together where gamma needs no gradient.
+//   workspace [partial_rows, H] fp32, need not be initialised; partial_rows >= 1, best by rms_norm_partial_rows.
 #define K2_RMS_NORM(RESULT, WHERE)                                                                                     \
   RESULT rms_norm_forward(const void* x, const void* residual, const void* gamma, void* h, void* y, float* rstd,       \
                           int64_t rows, int64_t hidden, float epsilon, bool zero_centered, DType dtype,                \
@@ -45,8 +47,8 @@ enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
 
 // Rotary embedding (Su et al. 2021) of q and k, in place, in one call.
 //   q [S, B, N, >= R], k [S, B, Nk, >= R] dtype, any strides over s, b and n, last stride 1; k optional (then Nk = 0)
-//   cosines, sines [table_rows, R/2] fp32 contiguous;  positions [S, B] int32 contiguous, optional: without it the table row
-//   is s. A position outside [0, table_rows) turns the rotated elements into NaN and reads nothing.
+//   cosines, sines [table_rows, R/2] fp32 contiguous;  positions [S, B] int32 contiguous, optional: without it the
+//   table row is s. A position outside [0, table_rows) turns the rotated elements into NaN and reads nothing.
 //   Element pair i: (x[i], x[i + R/2]), or (x[2i], x[2i+1]) when interleaved:
 //     first' = first * cos_i - second * sin_i,  second' = second * cos_i + first * sin_i
 //   conjugate negates the sines: the backward of the rotation. Elements from R on are untouched.
@@ -71,12 +73,13 @@ enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
 //    m = -inf and sum 0; a NaN or +inf logit gives a NaN sum.
 // 2. all_statistics [ranks, planes, T]: the shards' statistics in rank order, merged in that order:
 //      lse = log of the sum over all columns of exp(logit)   [T] fp32
-//      loss = lse - (1 - e) * target - e * mean(all logits) + z_loss * lse^2   [T] fp32, e = label_smoothing (0 with 3 planes)
+//      loss = lse - (1 - e) * target - e * mean(all logits) + z_loss * lse^2   [T] fp32, e = label_smoothing, which
+//        counts as 0 with 3 planes
 //    label == ignore_index: loss 0. Any other label outside [0, vocabulary_size): loss NaN.
 // 3. gradient [T, V] dtype, row stride given, may be the logits themselves:
 //      grad_loss * (softmax * (1 + 2 * z_loss * lse) - e / vocabulary_size - (1 - e) * [column == label])
-//    whole in fp32 before rounding. grad_loss fp32, row t at t * grad_loss_stride (0: one value for all). Rows whose label is
-//    ignore_index or whose grad_loss is 0 become exact zeros, whatever the logits; a label out of range gives NaN.
+//    whole in fp32 before rounding. grad_loss fp32, row t at t * grad_loss_stride (0: one value for all). Rows whose
+//    label is ignore_index or whose grad_loss is 0 become exact zeros, whatever the logits; a label out of range: NaN.
 #define K2_CROSS_ENTROPY(RESULT, WHERE)                                                                                \
   RESULT cross_entropy_statistics(const void* logits, int64_t logits_stride, const int64_t* labels, float* statistics, \
                                   int64_t planes, int64_t rows, int64_t columns, int64_t vocabulary_start,             \
@@ -90,18 +93,18 @@ enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
                                 int64_t vocabulary_size, float label_smoothing, float z_loss, int64_t ignore_index,    \
                                 DType dtype, WHERE);
 
-// Multi-tensor operations. The lists are HOST arrays of `count` int64: element counts, and addresses of the tensors (device
-// addresses for cuda). Tensors are dense, of any size (0 included), aligned to their element.
+// Multi-tensor operations. The lists are HOST arrays of `count` int64: element counts, and addresses of the tensors
+// (device addresses for cuda). Tensors are dense, of any size (0 included), aligned to their element.
 //
 // AdamW (Loshchilov & Hutter 2019), decoupled weight decay, in torch.optim.AdamW's order, at step (1 = first):
 //   g = gradient * gradient_scale
 //   p = p * (1 - learning_rate * weight_decay);  m = m + (g - m) * (1 - beta1);  v = beta2 * v + (1 - beta2) * g^2
 //   p = p - learning_rate / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + epsilon)
-//   parameters, exp_avg, exp_avg_sq: fp32; gradients: gradient_dtype; model_copies (optional list, single entries may be 0):
-//   round(p) in model_dtype. gradient_scale: address of one fp32 (host for cpu, device for cuda), optional (1).
-// squared_norm: result [2] fp64 = sum of squares of all elements, summed in fp64 over fixed chunks in order (inf and NaN
-//   elements flow into it), and the number of elements that are not finite. workspace: squared_norm_workspace(...) fp64 values.
-// scale: every tensor multiplied in place by *factor (fp32, host for cpu, device for cuda); nothing is written when it is 1.
+//   parameters, exp_avg, exp_avg_sq: fp32; gradients: gradient_dtype; model_copies (optional list, single entries may
+//   be 0): round(p) in model_dtype. gradient_scale: address of one fp32 (host for cpu, device for cuda), optional (1).
+// squared_norm: result [2] fp64 = the sum of squares of all elements, in fp64 over fixed chunks in order (inf and NaN
+//   flow into it), and the number of elements that are not finite. workspace: squared_norm_workspace(...) fp64 values.
+// scale: every tensor times *factor, in place (factor fp32: host for cpu, device for cuda); 1 writes nothing.
 #define K2_MULTI_TENSOR(RESULT, WHERE)                                                                                 \
   RESULT adamw(const int64_t* parameters, const int64_t* gradients, const int64_t* exp_avg, const int64_t* exp_avg_sq, \
                const int64_t* model_copies, const int64_t* sizes, int64_t count, double learning_rate, double beta1,   \

@@ -1,7 +1,7 @@
 // AdamW over a list of tensors: the CPU twin of csrc/adamw.cu. The equations are in ops.h.
 //
-// Memory traffic per element: reads parameter, gradient and both moments, writes parameter and moments, and the model's copy
-// where there is one: 28 bytes in fp32, 28 with bf16 gradients and copies.
+// Memory traffic per element: reads parameter, gradient and both moments, writes parameter and moments, and the model's
+// copy where there is one: 28 bytes in fp32, 28 with bf16 gradients and copies.
 #include <cmath>
 
 #include "tensor_list.h"

@@ -1,8 +1,8 @@
 // Vocab-parallel cross-entropy: the CPU twin of csrc/cross_entropy.cu. Definitions and shapes are in ops.h.
 //
 // Statistics read each logit once from memory and take one exponential of it: a row goes by in blocks that stay in the
-// first-level cache, each block's maximum is found first, and the running sum is rescaled at most once a block. The gradient
-// reads and writes each logit once.
+// first-level cache, each block's maximum is found first, and the running sum is rescaled at most once a block. The
+// gradient reads and writes each logit once.
 #include "parallel.h"
 #include "streaming.h"
 
@@ -170,7 +170,8 @@ void cross_entropy_loss(const float* all_statistics, int64_t ranks, int64_t plan
       }
       const float log_sum = maximum + __builtin_logf(exp_sum);
       float value = log_sum - (1.0f - terms.label_smoothing) * target + terms.z_loss * log_sum * log_sum;
-      if (terms.label_smoothing != 0.0f) value -= terms.label_smoothing * (sum_of_logits / static_cast<float>(vocabulary_size));
+      if (terms.label_smoothing != 0.0f)
+        value -= terms.label_smoothing * (sum_of_logits / static_cast<float>(vocabulary_size));
       if (terms.out_of_range(labels[row])) value = __builtin_nanf("");
       loss[row] = labels[row] == ignore_index ? 0.0f : value;
       lse[row] = log_sum;

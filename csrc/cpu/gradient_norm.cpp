@@ -1,4 +1,5 @@
-// The squared norm and the scaling of a list of tensors: the CPU twin of csrc/gradient_norm.cu. Definitions are in ops.h.
+// The squared norm and the scaling of a list of tensors: the CPU twin of csrc/gradient_norm.cu. Definitions are in
+// ops.h.
 #include "tensor_list.h"
 
 namespace k2::cpu::K2_ISA {
@@ -30,8 +31,8 @@ double count_not_finite(const T* values, int64_t length) {
 
 int64_t squared_norm_workspace(const int64_t* sizes, int64_t count) { return 2 * chunks_of(sizes, count); }
 
-// workspace [2, chunks]: each chunk's sum and count, added up in order afterwards. Finite elements cannot overflow an fp64 sum
-// of fp32 squares, so only chunks whose sum is not finite are searched.
+// workspace [2, chunks]: each chunk's sum and count, added up in order afterwards. Finite elements cannot overflow an
+// fp64 sum of fp32 squares, so only chunks whose sum is not finite are searched.
 void squared_norm(const int64_t* tensors, const int64_t* sizes, int64_t count, double* workspace, double* result,
                   DType dtype, int threads) {
   const int64_t chunks = chunks_of(sizes, count);

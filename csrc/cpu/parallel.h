@@ -1,8 +1,8 @@
-// Work in pieces over OpenMP threads. What a piece is depends on shapes alone, and pieces share nothing, so results do not
-// depend on the number of threads.
+// Work in pieces over OpenMP threads. What a piece is depends on shapes alone, and pieces share nothing, so results do
+// not depend on the number of threads.
 //
-// The extension uses whichever OpenMP runtime the process has: imported after torch it resolves to torch's libgomp and shares
-// its threads, which is why k2_megatron imports torch first. Two runtimes would fight over the cores.
+// The extension uses whichever OpenMP runtime the process has: imported after torch it resolves to torch's libgomp and
+// shares its threads, which is why k2_megatron imports torch first. Two runtimes would fight over the cores.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@
 
 namespace k2::cpu::K2_ISA {
 
-// Below this many bytes of memory traffic a call runs on the calling thread: at 10 to 15 GB/s a core moves this much in about
-// the time that waking a second thread takes.
+// Below this many bytes of memory traffic a call runs on the calling thread: at 10 to 15 GB/s a core moves this much in
+// about the time that waking a second thread takes.
 constexpr int64_t kBytesWorthThreads = 128 << 10;
 
 // Calls work(first, last) for consecutive ranges that cover [0, pieces); bytes is the call's whole memory traffic.

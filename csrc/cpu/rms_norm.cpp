@@ -1,9 +1,11 @@
 // RMSNorm, with the residual addition fused: the CPU twin of csrc/rms_norm.cu. Definitions and shapes are in ops.h.
 //
-// Memory traffic per element: forward reads x (and residual) and writes y (and h); backward reads grad_y, x (and grad_h) and
-// writes grad_x. A row is walked twice, the second time out of the cache. Backward takes four rows at a time, so that gamma
-// and the partial gamma gradient pass through the cache once for the four.
+// Memory traffic per element: forward reads x (and residual) and writes y (and h); backward reads grad_y, x (and
+// grad_h) and writes grad_x. A row is walked twice, the second time out of the cache, with the next one on its way.
+// Backward takes four rows at a time, so that gamma and the partial gamma gradient pass through the cache once for the
+// four.
 #include "parallel.h"
+#include "prefetch.h"
 #include "streaming.h"
 
 namespace k2::cpu::K2_ISA {
@@ -25,6 +27,8 @@ float normalize_row(const T* x, const T* residual, const Gamma* gamma, T* h, T* 
   const float rstd = static_cast<float>(1.0 / __builtin_sqrt(mean_square + static_cast<double>(epsilon)));
   const T* normalized = kResidual ? h : x;
   for_lanes(hidden, [&](int64_t column, auto lanes) {
+    prefetch(x + column, hidden);
+    if constexpr (kResidual) prefetch(residual + column, hidden);
     const Vec weight = load(gamma + column, lanes) + splat(offset);
     put<kStreaming>(y + column, load(normalized + column, lanes) * splat(rstd) * weight, lanes);
   });
@@ -40,9 +44,10 @@ void forward(const T* x, const T* residual, const Gamma* gamma, T* h, T* y, floa
       parallel_ranges(rows, bytes, threads, [&](int64_t first, int64_t last) {
         for (int64_t row = first; row < last; ++row) {
           const int64_t at = row * hidden;
-          rstd[row] = normalize_row<has_residual.value, streaming.value>(
-              x + at, has_residual.value ? residual + at : nullptr, gamma, has_residual.value ? h + at : nullptr, y + at,
-              hidden, epsilon, offset);
+          const T* residual_row = has_residual.value ? residual + at : nullptr;
+          T* h_row = has_residual.value ? h + at : nullptr;
+          rstd[row] = normalize_row<has_residual.value, streaming.value>(x + at, residual_row, gamma, h_row, y + at,
+                                                                         hidden, epsilon, offset);
         }
       });
     });
@@ -85,6 +90,9 @@ struct Backward {
       Vec grad_gamma = partial ? load(partial + column, lanes) : splat(0.0f);
       for (int r = 0; r < kRows; ++r) {
         const int64_t i = at + r * hidden + column;
+        prefetch(grad_y + i, kRows * hidden);
+        prefetch(x + i, kRows * hidden);
+        if (grad_h) prefetch(grad_h + i, kRows * hidden);
         const Vec grad = load(grad_y + i, lanes), normalized = load(x + i, lanes) * scale[r];
         grad_gamma = fma(grad, normalized, grad_gamma);
         Vec result = fma(grad, weight, -(normalized * mean[r])) * scale[r];
@@ -133,7 +141,8 @@ void backward(const Backward<T, Gamma>& op, Gamma* grad_gamma, float* workspace,
       for (int64_t part = first; part < last; ++part) {
         float* partial = grad_gamma ? workspace + part * op.hidden : nullptr;
         if (partial) std::memset(partial, 0, sizeof(float) * op.hidden);
-        op.template rows_between<streaming.value>(rows * part / partial_rows, rows * (part + 1) / partial_rows, partial);
+        const int64_t begin = rows * part / partial_rows, end = rows * (part + 1) / partial_rows;
+        op.template rows_between<streaming.value>(begin, end, partial);
       }
     });
   });
@@ -175,7 +184,8 @@ void rms_norm_backward(const void* grad_y, const void* grad_h, const void* x, co
   });
 }
 
-// One partial sum for 32 rows, 64 at most: enough pieces for the cores there are, and little next to the rows themselves.
+// One partial sum for 32 rows, 64 at most: enough pieces for the cores there are, and little next to the rows
+// themselves.
 int64_t rms_norm_partial_rows(int64_t rows, int64_t /*hidden*/) {
   const int64_t wanted = (rows + 31) / 32;
   return wanted < 1 ? 1 : wanted > 64 ? 64 : wanted;

@@ -1,8 +1,9 @@
 // Rotary embedding in place: the CPU twin of csrc/rotary.cu. Definitions and shapes are in ops.h.
 //
-// A token's cosines and sines are read once from memory and serve all heads out of the first-level cache; q and k are read
-// and written once.
+// A token's cosines and sines are read once from memory and serve all heads out of the first-level cache; q and k are
+// read and written once.
 #include "parallel.h"
+#include "prefetch.h"
 
 namespace k2::cpu::K2_ISA {
 namespace {
@@ -57,14 +58,6 @@ struct Heads {
   T* at(int64_t s, int64_t b, int64_t n) const { return data + s * stride_s + b * stride_b + n * stride_n; }
 };
 
-// Asks for `length` elements at head + ahead. A hint to the processor: the address need not exist.
-template <class T>
-void prefetch(const T* head, int64_t ahead, int64_t length) {
-  const uintptr_t first = reinterpret_cast<uintptr_t>(head) + static_cast<uintptr_t>(ahead) * sizeof(T);
-  for (uintptr_t line = first; line < first + length * sizeof(T); line += 64)
-    __builtin_prefetch(reinterpret_cast<const void*>(line), 1);
-}
-
 struct Table {
   const float *cosines, *sines;
   const int32_t* positions;  // [S, B] or null
@@ -81,11 +74,12 @@ void rotate_all(const Heads<T>& q, const Heads<T>& k, const Table& table, int64_
       const int64_t s = token / batch, b = token % batch;
       const int64_t row = table.positions ? table.positions[token] : s;
       const int64_t ahead = b + 1 < batch ? q.stride_b : q.stride_s - (batch - 1) * q.stride_b;
+      const float *cosines = table.cosines + row * half, *sines = table.sines + row * half;
       auto rotate = [&](T* head) {
         prefetch(head, ahead, rotary_dim);
         if (row < 0 || row >= table.rows) poison(head, rotary_dim);
-        else if constexpr (kInterleaved) rotate_pairs(head, table.cosines + row * half, table.sines + row * half, sign, half);
-        else rotate_halves(head, table.cosines + row * half, table.sines + row * half, sign, half);
+        else if constexpr (kInterleaved) rotate_pairs(head, cosines, sines, sign, half);
+        else rotate_halves(head, cosines, sines, sign, half);
       };
       // Each k head after the q heads that attend to it: the order of megatron-core's QKV rows in memory.
       int64_t n = 0;

@@ -1,9 +1,9 @@
 // Sixteen fp32 lanes, whatever the processor: the only vocabulary the CPU kernels are written in.
 //
-// Every kernel file is compiled once per instruction set (setup.py) into the namespace k2::cpu::K2_ISA, and bindings.cpp picks
-// one set when the module loads. The lane count, the order of every reduction, the rounding to bf16 and fp16 and the
-// polynomials are the same in all of them, and every step below is correctly rounded, so AVX2 and AVX-512 give equal bits (the
-// portable set too, on processors whose compiler has a hardware fma).
+// Every kernel file is compiled once per instruction set (setup.py) into the namespace k2::cpu::K2_ISA, and
+// bindings.cpp picks one set when the module loads. The lane count, the order of every reduction, the rounding to bf16
+// and fp16 and the polynomials are the same in all of them, and every step below is correctly rounded, so AVX2 and
+// AVX-512 give equal bits (the portable set too, on processors whose compiler has a hardware fma).
 //
 // In:  memory of float, BFloat16 or Float16, any alignment.  Out: `Vec`, sixteen floats.
 // Each simd_*.h defines Vec and its operations; this file adds what is built from them. All of it must stay inside
@@ -27,7 +27,8 @@ struct Float16 {
 namespace k2::cpu::K2_ISA {
 constexpr int kLanes = 16;
 
-// How many lanes a load or store touches, from the first: all, or the count of a short last step. Lanes beyond read as 0.
+// How many lanes a load or store touches, from the first: all, or the count of a short last step. Lanes beyond read as
+// 0.
 struct Full {
   static constexpr bool kWhole = true;
 };
@@ -47,9 +48,9 @@ struct Part {
 
 namespace k2::cpu::K2_ISA {
 
-// e^x to 1 ulp for x <= 89 (infinity above 88.73), the range that softmax and sigmoid need: x = n ln2 + r, |r| <= ln2 / 2, e^r by a degree-6 minimax
-// polynomial (relative error 0.05 half-ulps, fitted by Lawson's iteration), times 2^n with gradual underflow. Below -104 the
-// result is 0; NaN passes.
+// e^x to 1 ulp for x <= 89 (infinity above 88.73), the range that softmax and sigmoid need: x = n ln2 + r, |r| <= ln2 /
+// 2, e^r by a degree-6 minimax polynomial (relative error 0.05 half-ulps, fitted by Lawson's iteration), times 2^n with
+// gradual underflow. Below -104 the result is 0; NaN passes.
 inline Vec exp(Vec x) {
   x = max(splat(-104.0f), x);              // max returns its second argument for NaN
   const Vec shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
@@ -68,8 +69,8 @@ inline Vec exp(Vec x) {
 // 1 / (1 + e^-x); 0 where e^-x overflows.
 inline Vec sigmoid(Vec x) { return splat(1.0f) / (splat(1.0f) + exp(min(splat(89.0f), -x))); }
 
-// Calls body(i, lanes) over [0, length) in steps of kLanes: lanes is Full but for a short last step. The body is instantiated
-// twice, so that full steps carry no masks.
+// Calls body(i, lanes) over [0, length) in steps of kLanes: lanes is Full but for a short last step. The body is
+// instantiated twice, so that full steps carry no masks.
 template <class Body>
 inline void for_lanes(int64_t length, Body&& body) {
   int64_t i = 0;
@@ -77,8 +78,8 @@ inline void for_lanes(int64_t length, Body&& body) {
   if (i < length) body(i, Part{static_cast<int>(length - i)});
 }
 
-// A sum over [0, length) that add(i, lanes, to) gathers into `to`: four running sums, closed every kSumBlock elements, which
-// keeps the error of long rows near that of a pairwise sum.
+// A sum over [0, length) that add(i, lanes, to) gathers into `to`: four running sums, closed every kSumBlock elements,
+// which keeps the error of long rows near that of a pairwise sum.
 constexpr int64_t kSumBlock = 2048;
 
 template <class Add>

@@ -34,8 +34,8 @@ inline Vec choose(Part lanes, Vec a, Vec b) {
           _mm256_blendv_ps(b.high, a.high, _mm256_castsi256_ps(high))};
 }
 
-// p * 2^n in two steps, of which only the second can round: n runs from -151 to 128, beyond one exponent's range. The low
-// bits of `shifted` are n (simd.h, exp).
+// p * 2^n in two steps, of which only the second can round: n runs from -151 to 128, beyond one exponent's range. The
+// low bits of `shifted` are n (simd.h, exp).
 inline __m256 scale_half(__m256 p, __m256 shifted) {
   const __m256i n = _mm256_sub_epi32(_mm256_castps_si256(shifted), _mm256_castps_si256(_mm256_set1_ps(12582912.0f)));
   const __m256i first = _mm256_srai_epi32(n, 1);

@@ -46,8 +46,9 @@ inline __m512 widen(__m256i bits, BFloat16) {
 }
 inline __m512 widen(__m256i bits, Float16) { return _mm512_cvtph_ps(bits); }
 
-// To bf16, nearest even: half of the last kept place, less one where that place is even, is added before truncation. NaN
-// is truncated and made quiet, or the addition could carry it into infinity. (vcvtneps2bf16 would flush subnormals.)
+// To bf16, nearest even: half of the last kept place, less one where that place is even, is added before truncation.
+// NaN is truncated and made quiet, or the addition could carry it into infinity. (vcvtneps2bf16 would flush
+// subnormals.)
 inline __m256i narrow(Vec a, BFloat16) {
   const __m512i u = _mm512_castps_si512(a.v);
   const __m512i kept = _mm512_srli_epi32(u, 16);

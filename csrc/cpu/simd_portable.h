@@ -42,13 +42,17 @@ inline Vec operator+(Vec a, Vec b) { return each([&](int i) { return a.lane[i] +
 inline Vec operator-(Vec a, Vec b) { return each([&](int i) { return a.lane[i] - b.lane[i]; }); }
 inline Vec operator*(Vec a, Vec b) { return each([&](int i) { return a.lane[i] * b.lane[i]; }); }
 inline Vec operator/(Vec a, Vec b) { return each([&](int i) { return a.lane[i] / b.lane[i]; }); }
-inline Vec fma(Vec a, Vec b, Vec c) { return each([&](int i) { return multiply_add(a.lane[i], b.lane[i], c.lane[i]); }); }
+inline Vec fma(Vec a, Vec b, Vec c) {
+  return each([&](int i) { return multiply_add(a.lane[i], b.lane[i], c.lane[i]); });
+}
 inline Vec min(Vec a, Vec b) { return each([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; }); }
 inline Vec max(Vec a, Vec b) { return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; }); }
 inline Vec sqrt(Vec a) { return each([&](int i) { return __builtin_sqrtf(a.lane[i]); }); }
 
 inline Vec choose(Full, Vec a, Vec) { return a; }
-inline Vec choose(Part lanes, Vec a, Vec b) { return each([&](int i) { return i < lanes.count ? a.lane[i] : b.lane[i]; }); }
+inline Vec choose(Part lanes, Vec a, Vec b) {
+  return each([&](int i) { return i < lanes.count ? a.lane[i] : b.lane[i]; });
+}
 
 // Two steps, of which only the second can round, as in simd_avx2.h.
 inline Vec scale_by_power_of_two(Vec p, Vec /*n*/, Vec shifted) {
@@ -73,9 +77,9 @@ inline float widen(float x) { return x; }
 inline float widen(BFloat16 x) { return as_float(static_cast<uint32_t>(x.bits) << 16); }
 inline float widen(Float16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
-  if (magnitude >= 0x7c00) return as_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);       // infinity, NaN
-  if (magnitude >= 0x0400) return as_float(sign | (magnitude + ((127 - 15) << 10)) << 13);       // normal
-  return as_float(sign | as_bits(static_cast<float>(magnitude) * 0x1p-24f));                     // subnormal, zero
+  if (magnitude >= 0x7c00) return as_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);  // infinity, NaN
+  if (magnitude >= 0x0400) return as_float(sign | (magnitude + ((127 - 15) << 10)) << 13);  // normal
+  return as_float(sign | as_bits(static_cast<float>(magnitude) * 0x1p-24f));                // subnormal, zero
 }
 
 inline void narrow(float x, float* to) { *to = x; }
@@ -86,9 +90,9 @@ inline void narrow(float x, BFloat16* to) {  // the rounding of simd_avx512.h
 inline void narrow(float x, Float16* to) {
   const uint32_t u = as_bits(x), magnitude = u & 0x7fffffff;
   uint32_t half;
-  if (magnitude > 0x7f800000) half = 0x7e00 | (magnitude >> 13 & 0x3ff);                         // NaN
-  else if (magnitude >= 0x477ff000) half = 0x7c00;                                               // 65520 and above
-  else if (magnitude < 0x38800000) half = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);   // 2^-24 is the last place of 0.5
+  if (magnitude > 0x7f800000) half = 0x7e00 | (magnitude >> 13 & 0x3ff);  // NaN
+  else if (magnitude >= 0x477ff000) half = 0x7c00;                        // 65520 and above: infinity
+  else if (magnitude < 0x38800000) half = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);  // 0.5 ends at 2^-24 too
   else half = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
   to->bits = static_cast<uint16_t>(half | (u >> 16 & 0x8000));
 }

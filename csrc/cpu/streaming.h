@@ -1,6 +1,6 @@
-// Whether an output should bypass the caches. A normal store first reads the line it is about to overwrite; a non-temporal
-// one does not, a third of a copy's traffic. But what it writes is then read back from memory, so it pays only for outputs
-// too large to wait in a cache for their reader.
+// Whether an output should bypass the caches. A normal store first reads the line it is about to overwrite; a
+// non-temporal one does not, a third of a copy's traffic. But what it writes is then read back from memory, so it pays
+// only for outputs too large to wait in a cache for their reader.
 #pragma once
 
 #include <cstdint>

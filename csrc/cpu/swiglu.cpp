@@ -59,8 +59,8 @@ void swiglu_backward(const void* grad_out, const void* packed, void* grad_packed
                      DType dtype, int threads) {
   with_type(dtype, [&](auto element) {
     using T = decltype(element);
-    backward(static_cast<const T*>(grad_out), static_cast<const T*>(packed), static_cast<T*>(grad_packed), rows, columns,
-             threads);
+    backward(static_cast<const T*>(grad_out), static_cast<const T*>(packed), static_cast<T*>(grad_packed), rows,
+             columns, threads);
   });
 }
 

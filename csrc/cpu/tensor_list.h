@@ -17,8 +17,8 @@ inline int64_t chunks_of(const int64_t* sizes, int64_t count) {
   return total;
 }
 
-// Calls body(tensor, begin, length, chunk) for every chunk, chunks numbered through the list; bytes_per_element is the memory
-// traffic of one element.
+// Calls body(tensor, begin, length, chunk) for every chunk, chunks numbered through the list; bytes_per_element is the
+// memory traffic of one element.
 template <class Body>
 inline void for_chunks(const int64_t* sizes, int64_t count, int64_t bytes_per_element, int threads, Body&& body) {
   int64_t elements = 0;
