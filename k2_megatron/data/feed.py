@@ -1,6 +1,7 @@
 """The feed: sample n as token ids, for any n, a pure function of the data, the seed and the ledger's amendments.
 
-In: a plan folder, or the prefix of a .bin/.idx pair. Out: `Feed.tokens(first_sample, count)` -> [count, S + 1] ids.
+In: a plan folder, the prefix of a .bin/.idx pair, or a blend file. Out: `Feed.tokens(first_sample, count)`, ids
+[count, S + 1].
 Samples are numbered from 0 over the whole run, whatever the layout, micro-batch or number of workers:
 
     sample -> row of the schedule (schedule.py) -> plan position -> row record (plan.py, or a permutation) -> tokens
@@ -207,7 +208,7 @@ def open_feed(
     held_out_fraction: float = 0.02,
     ledger: Ledger | None = None,
 ) -> Feed:
-    """Open a plan folder, or the prefix of token files.
+    """Open a plan folder, the prefix of token files, or a blend file (blended.py).
 
     For a prefix, `part` "train" or "held_out" splits it by document: each is held out with probability
     `held_out_fraction`, by a hash of seed and document number; "all" is everything. A plan is split when it is built.
@@ -216,7 +217,11 @@ def open_feed(
     """
     if part not in PARTS:
         raise ValueError(f"part {part!r}: one of {', '.join(PARTS)}")
-    if os.path.isdir(path):
+    if os.fspath(path).endswith(".toml"):
+        from k2_megatron.data.blended import open_blend  # brings torch and mcore
+
+        feed: Any = open_blend(Path(path), ledger, sequence_length=sequence_length, seed=seed, vocab_size=vocab_size)
+    elif os.path.isdir(path):
         feed = _plan_feed(Path(path), sequence_length, vocab_size, ledger)
     else:
         feed = _prefix_feed(os.fspath(path), sequence_length, seed, vocab_size, part, held_out_fraction, ledger)
