@@ -157,7 +157,6 @@ def _run(function: Callable, arguments: tuple, environment: dict[str, str], fold
             os.dup2(file.fileno(), descriptor)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     os.environ.update(environment)
-    torch.set_num_threads(1)
     result = function(*arguments)
     torch.save(result, folder / "result")
     sys.stdout.flush()

@@ -44,12 +44,18 @@ def unequal_tensors(expected_folder, found_folder) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "precision"),
-    [("tp2-pp2-sp", {}), ("pp2-vp2", {}), ("dp2-sharded", {}), ("dp2-sharded", BFLOAT16), ("one", BFLOAT16)],
-    ids=["tp2-pp2-sp", "pp2-vp2", "dp2-sharded", "dp2-sharded-bfloat16", "one-bfloat16"],
+    ("layout", "more"),
+    [
+        ("tp2-pp2-sp", {}),
+        ("pp2-vp2", {"checkpoint.asynchronous": True}),
+        ("dp2-sharded", {}),
+        ("dp2-sharded", BFLOAT16),
+        ("one", BFLOAT16),
+    ],
+    ids=["tp2-pp2-sp", "pp2-vp2-asynchronous", "dp2-sharded", "dp2-sharded-bfloat16", "one-bfloat16"],
 )
-def test_resume_is_bitwise(whole_run, continued, layout, precision):
-    ranks, settings = LAYOUTS[layout][0], {**LAYOUTS[layout][1], **precision}
+def test_resume_is_bitwise(whole_run, continued, layout, more):
+    ranks, settings = LAYOUTS[layout][0], {**LAYOUTS[layout][1], **more}
     whole = whole_run(ranks, settings)
     resumed = continued(whole, ranks, settings)
     (resume,) = events(resumed, "resume")

@@ -1,0 +1,128 @@
+"""Where a process stands, read from what launchers set; ports; and each launcher's environment in a real start."""
+
+import json
+import socket
+
+import pytest
+import torch
+from rank_processes import Rank, run_pretrain
+from small_run import overrides
+
+from k2_megatron.runtime.launch import RankEnvironment, port_is_free, read_environment
+
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "node1",
+    "MASTER_PORT": "29400",
+    "TORCHELASTIC_RUN_ID": "none",
+}
+SRUN = {
+    "SLURM_JOB_ID": "123456",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_STEP_NODELIST": "node3,node4",
+}
+
+
+def test_no_launcher():
+    assert read_environment({}) is None
+
+
+def test_torchrun():
+    assert read_environment(TORCHRUN) == RankEnvironment("torchrun", 5, 8, 1, "node1", 29400)
+
+
+def test_our_own_launcher():
+    assert read_environment({**TORCHRUN, "K2_LAUNCHER": "local"}).launcher == "local"
+
+
+def test_srun_meets_on_the_first_host_at_a_port_of_the_job():
+    assert read_environment(SRUN) == RankEnvironment("srun", 9, 16, 1, "node3", 20000 + 123456 % 20000)
+
+
+def test_srun_takes_a_given_meeting_point():
+    given = read_environment({**SRUN, "MASTER_ADDR": "head", "MASTER_PORT": "6000"})
+    assert (given.address, given.port) == ("head", 6000)
+
+
+def test_batch_script_without_srun_is_a_plain_start():
+    batch = {"SLURM_JOB_ID": "123456", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "16"}
+    assert read_environment(batch) is None
+
+
+def test_torchrun_inside_a_slurm_job_is_torchrun():
+    assert read_environment({**SRUN, **TORCHRUN}).launcher == "torchrun"
+
+
+def test_port_that_is_taken_is_not_free():
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        assert not port_is_free(port)
+    assert port_is_free(port)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_two_ranks_meet_and_train(small_config, tmp_path, launcher):
+    """The layout asks for one rank, two were started: data parallelism follows from that."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    settings = overrides({"run.folder": tmp_path / "run", "train.steps": 3, "train.evaluate_every_steps": 3})
+    arguments = [str(small_config), *(part for setting in settings for part in ("--set", setting))]
+    ranks = []
+    for rank in range(2):
+        number = str(rank)
+        given = (
+            {**TORCHRUN, "RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": "2"}
+            if launcher == "torchrun"
+            else {**SRUN, "SLURM_PROCID": number, "SLURM_LOCALID": number, "SLURM_STEP_NUM_TASKS": "2"}
+        )
+        ranks.append(Rank(run_pretrain, (arguments,), {**given, **meeting}, tmp_path / number))
+    outcomes = [rank.finish() for rank in ranks]
+    assert [outcome.exit_code for outcome in outcomes] == [0, 0], outcomes[0].stderr
+    start = json.loads((tmp_path / "run" / "journal.jsonl").read_text().splitlines()[0])
+    assert (start["launcher"], start["layout"]) == (launcher, "tp1-pp1-vp1-cp1-dp2")
+    assert outcomes[1].stdout == "", "one rank speaks"
+
+
+def test_random_states_come_back_exactly(tmp_path):
+    outcome = Rank(_draw_twice, (), {}, tmp_path).finish()
+    assert outcome.exit_code == 0, outcome.stderr
+    first, again, without = outcome.result
+    assert first == again
+    assert first != without
+
+
+def _draw_twice() -> tuple[list, list, list]:
+    import random
+
+    import numpy
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    from k2_megatron.config.schema import Parallel
+    from k2_megatron.runtime.cpu_stand_in import cpu_stands_in_for_cuda
+    from k2_megatron.runtime.devices import find_device
+    from k2_megatron.runtime.groups import build_groups, connect, disconnect
+    from k2_megatron.runtime.launch import single_rank
+    from k2_megatron.runtime.seeds import random_states, restore_random_states, seed_everything
+
+    def draw() -> list:
+        with get_cuda_rng_tracker().fork():
+            tracked = torch.rand(3).tolist()
+        return [random.random(), numpy.random.rand(3).tolist(), torch.rand(3).tolist(), tracked]
+
+    with cpu_stands_in_for_cuda("cpu"):
+        connect(single_rank(), find_device(0), 60.0)
+        seed_everything(3, build_groups(Parallel()))
+        draw()
+        states = random_states()
+        first = draw()
+        restore_random_states(states)
+        again = draw()
+        without = draw()
+        disconnect()
+    return first, again, without
