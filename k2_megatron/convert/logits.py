@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.hugging_face import HuggingFaceSource
@@ -64,14 +64,15 @@ class Proof(NamedTuple):
 def prove(source: HuggingFaceSource, ours: TorchDistSource, facts: ModelFacts, bound: Bound) -> Proof:
     """Run both models in a process of their own. ConversionError above the bound, or where transformers is missing."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        proof = pool.submit(_compare, source.folder, ours, facts, bound).result()
+        proof = pool.submit(compare_logits, source.folder, ours, facts, bound).result()
     allowed = bound.logits * max(1.0, proof.largest_logit)
     if not (proof.difference <= allowed and proof.divergence <= bound.divergence):
         raise ConversionError(f"the two models disagree, so nothing was published: {proof}")
     return proof
 
 
-def _compare(folder: Path, ours: TorchDistSource, facts: ModelFacts, bound: Bound) -> Proof:
+def compare_logits(folder: Path, ours: TorchDistSource, facts: ModelFacts, bound: Bound) -> Proof:
+    """Run both models in this process, which must not be connected to other ranks."""
     import torch
 
     torch.set_num_threads(1)
@@ -180,7 +181,7 @@ def _run_layers(source: TorchDistSource, facts: ModelFacts, config, groups, toke
     from k2_megatron.model import build_model
 
     kernels = {op: choose_backend(op, "auto", "cpu").backend for op in OPS}
-    (model,) = build_model(config, kernels, groups.collection, initialize=False)
+    model: Any = build_model(config, kernels, groups.collection, initialize=False)[0]
     model.eval()
     rotary = model.rotary_pos_emb(tokens.shape[1])
     hidden_SBH = torch.stack([_rows(source, EMBEDDING, int(t), int(t) + 1)[0] for t in tokens.T.flatten()])

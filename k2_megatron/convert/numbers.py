@@ -5,10 +5,13 @@ numpy has no bfloat16, and a conversion that must be exact is best said in bits:
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-BITS = {"float32": np.dtype("<u4"), "bfloat16": np.dtype("<u2"), "float16": np.dtype("<u2")}
+from k2_megatron.convert.errors import ConversionError
+
+BITS: dict[str, np.dtype[Any]] = {"float32": np.dtype("<u4"), "bfloat16": np.dtype("<u2"), "float16": np.dtype("<u2")}
 SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -34,7 +37,7 @@ def to_float32(bits: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def change_dtype(bits: np.ndarray, dtype: str, wanted: str, rounding: Rounding) -> np.ndarray:
-    """`bits` as `wanted`, rounded to nearest even and counted in `rounding`; OverflowError past float16's range."""
+    """`bits` as `wanted`, rounded to nearest even and counted in `rounding`; ConversionError past float16's range."""
     if dtype == wanted:
         return bits
     exact = to_float32(bits, dtype)
@@ -61,12 +64,16 @@ def _float16(exact: np.ndarray) -> np.ndarray:
         rounded = exact.astype(np.float16)
     beyond = np.isinf(rounded) & np.isfinite(exact)
     if beyond.any():
-        raise OverflowError(f"{int(beyond.sum())} values exceed float16's 65504 (largest {np.abs(exact).max():.4g})")
+        raise ConversionError(
+            f"{int(beyond.sum())} values exceed float16's 65504 (largest {np.abs(exact).max():.4g}); convert to "
+            "bfloat16 or float32"
+        )
     return rounded.view(np.uint16)
 
 
-def count_not_finite(bits: np.ndarray, dtype: str) -> int:
-    """Elements that are infinite or not a number: all exponent bits set."""
-    exponent = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}[dtype]
-    mask = bits.dtype.type(exponent)
-    return int(np.count_nonzero((bits & mask) == mask))
+def require_finite(bits: np.ndarray, dtype: str, what: str) -> None:
+    """ConversionError when an element is infinite or not a number: all its exponent bits are set."""
+    exponent = bits.dtype.type({"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}[dtype])
+    count = int(np.count_nonzero((bits & exponent) == exponent))
+    if count:
+        raise ConversionError(f"{what} holds {count} infinite values or NaNs; use another checkpoint")

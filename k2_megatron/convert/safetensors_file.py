@@ -105,7 +105,7 @@ def header_bytes(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bytes:
 
 def read_exactly(descriptor: int, buffer: np.ndarray, position: int, path: Path) -> None:
     """Fill a contiguous `buffer` from `position` of an open file. ConversionError when the file ends before."""
-    view, done = memoryview(buffer).cast("B"), 0
+    view, done = buffer.data.cast("B"), 0
     while done < len(view):
         count = os.preadv(descriptor, [view[done:]], position + done)
         if count == 0:

@@ -11,8 +11,8 @@ import xxhash
 
 from k2_megatron.convert.fingerprint import fingerprint_rows
 from k2_megatron.convert.names import EMBEDDING, OUTPUT, TABLE, Place, Shape, places, segments
-from k2_megatron.convert.numbers import BITS, Rounding, change_dtype
-from k2_megatron.convert.safetensors_file import INDEX, SINGLE, header_bytes
+from k2_megatron.convert.numbers import BITS, Rounding, change_dtype, require_finite
+from k2_megatron.convert.safetensors_file import SINGLE, header_bytes
 from k2_megatron.convert.source import Kind
 from k2_megatron.convert.torch_dist import TorchDistSource
 from k2_megatron.convert.work import HashedFile, Unit, resident_bytes
@@ -60,9 +60,10 @@ class HuggingFaceJob:
         for place, index in tensors:
             digest = xxhash.xxh3_128()
             for first_row, rows in self._rows(place, index):
+                require_finite(rows, self.source.dtypes[self.kind], place.hugging_face[index])
                 facts["fingerprint"] += self._fingerprint(place, first_row, rows)
                 rows = change_dtype(rows, self.source.dtypes[self.kind], self.dtype, rounding)
-                digest.update(memoryview(rows).cast("B"))
+                digest.update(rows.data.cast("B"))
                 file.write(rows)
             facts["tensors"][place.hugging_face[index]] = digest.hexdigest()
             if index == 0:
@@ -123,6 +124,3 @@ def tied_rows_equal(source: TorchDistSource, kind: Kind) -> bool:
         )
         for first in range(0, rows, step)
     )
-
-
-__all__ = ["INDEX", "HuggingFaceJob", "tied_rows_equal"]

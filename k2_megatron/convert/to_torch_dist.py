@@ -15,7 +15,7 @@ import numpy as np
 
 from k2_megatron.convert.fingerprint import fingerprint_rows
 from k2_megatron.convert.names import Entry, Place, Shape, places
-from k2_megatron.convert.numbers import BITS, Rounding, change_dtype
+from k2_megatron.convert.numbers import BITS, Rounding, change_dtype, require_finite
 from k2_megatron.convert.source import KEY_PREFIX, Kind, Source
 from k2_megatron.convert.torch_blob import object_blob, tensor_blob
 from k2_megatron.convert.torch_metadata import Chunk, Stored, Tensor
@@ -39,7 +39,7 @@ def blocks(entry: Entry, shape: Shape, tensor_parallel: int, itemsize: int) -> I
     """How a tensor is cut: at the borders of tensor ranks, and into blocks of bounded size."""
     rows, columns = entry.size(shape)
     row_parts = [(0, rows)]
-    column_parts = ((0, columns),)
+    column_parts: tuple[tuple[int, int], ...] = ((0, columns),)
     if entry.cut == "rows":
         halves = 2 if entry.rows == "gate_up" else 1  # each rank has its part of gate and its part of up
         row_parts = _equal_parts(rows, halves * tensor_parallel)
@@ -90,8 +90,8 @@ class TorchDistJob:
         groups: dict[tuple[int, str], int] = {}
         for place in places(shape):
             rows, columns = place.entry.size(shape)
-            part = self.part(place)
-            groups[part] = groups.get(part, 0) + rows * columns
+            where = self.part(place)
+            groups[where] = groups.get(where, 0) + rows * columns
         found = [Unit(SHARED, ("shared",), 0)]
         for kind in self.written_kinds:
             for (stage, part), elements in groups.items():
@@ -124,6 +124,7 @@ class TorchDistJob:
         name = place.entry.key(self.implementation)
         for block in blocks(place.entry, self.source.shape, self.tensor_parallel, BITS[dtype].itemsize):
             rows = self.source.read(origin, place, block.first_row, block.last_row)
+            require_finite(rows, self.source.dtypes[origin], f"{KEY_PREFIX[kind]}{name} (layer {place.layer})")
             rows = change_dtype(rows, self.source.dtypes[origin], dtype, rounding)
             if kind == "weights":
                 facts["fingerprint"] += fingerprint_rows(name, place.layer, block.first_row, rows)
@@ -137,7 +138,7 @@ class TorchDistJob:
     def _write_shared(self, file: HashedFile) -> tuple[list, list]:
         """Zeros for moments that the source has not, one chunk of each size; and the byte objects."""
         zeros: list = []
-        sizes_needed = set()
+        sizes_needed: set[tuple[int, ...]] = set()
         if "exp_avg" not in self.source.dtypes:
             for place in places(self.source.shape):
                 for block in blocks(place.entry, self.source.shape, self.tensor_parallel, 4):
@@ -197,7 +198,8 @@ class TorchDistJob:
 def _chunk_place(place: Place, block: Block, first: int, last: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(offsets, sizes) in the global tensor, whose first axis is the layer where layers are stacked."""
     rows = block.last_row - block.first_row
-    offsets, sizes = (block.first_row, first), (rows, last - first)
+    offsets: tuple[int, ...] = (block.first_row, first)
+    sizes: tuple[int, ...] = (rows, last - first)
     if place.entry.cut == "whole":
         offsets, sizes = offsets[:1], sizes[:1]
     return (offsets, sizes) if place.layer is None else ((place.layer, *offsets), (1, *sizes))

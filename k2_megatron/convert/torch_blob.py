@@ -41,7 +41,7 @@ def tensor_blob(bits: np.ndarray, dtype: str, shape: tuple[int, ...]) -> tuple[b
     assert bits.flags.c_contiguous and bits.dtype == BITS[dtype], f"{bits.dtype} {bits.flags} is no {dtype} buffer"
     assert bits.nbytes < _MAX_BYTES, f"a chunk of {bits.nbytes} bytes is too large for one zip entry"
     before, entries = _small_records([("data.pkl", _tensor_pickle(dtype, shape)), ("byteorder", b"little")])
-    payload = memoryview(bits).cast("B")
+    payload = bits.data.cast("B")
     header, entry = _record("data/0", payload, len(before), _ALIGNMENT)
     after_start = len(before) + len(header) + len(payload)
     after, more = _small_records([("version", b"3\n")], after_start)

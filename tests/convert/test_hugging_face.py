@@ -1,0 +1,213 @@
+"""Hugging Face to ours and back: equal to the bit, and the same logits by transformers' code and by ours."""
+
+import json
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from conversions import (
+    ROPE_BASE,
+    export_model,
+    import_model,
+    model_config,
+    require_same_tensors,
+    source_of,
+    stored_tensors,
+    write_llama,
+)
+from transformers import AutoModelForCausalLM
+
+from k2_megatron.convert.errors import ConversionError
+from k2_megatron.convert.hugging_face import HuggingFaceSource
+from k2_megatron.convert.logits import Bound, compare_logits
+from k2_megatron.convert.model_facts import ModelFacts
+from k2_megatron.convert.names import EMBEDDING, OUTPUT, Place
+from k2_megatron.convert.numbers import Rounding, change_dtype, to_float32
+
+SHAPES = {
+    "multi-head": ({}, {}),
+    "grouped-query": ({"kv_heads": 2}, {"tensor": 2}),
+    "one-kv-head": ({"kv_heads": 1}, {"pipeline": 3}),
+    "tied": ({"tied": True, "kv_heads": 2}, {}),
+    "odd-vocabulary": ({"vocabulary": 131}, {}),
+    "padded-vocabulary": ({"vocabulary": 131}, {"vocab_size": 136, "tensor": 4, "pipeline": 3}),
+    "tied-and-padded": ({"vocabulary": 131, "tied": True}, {"vocab_size": 132}),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_round_trip_is_equal_to_the_bit(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    model, options = SHAPES[name]
+    write_llama(tmp_path / "hf", dtype=dtype, **model)
+    import_model(tmp_path / "hf", tmp_path / "run", **options)
+    export_model(tmp_path / "run", tmp_path / "back", shard_bytes=100_000)
+    require_same_tensors(tmp_path / "hf", tmp_path / "back")
+    before, after = model_config(tmp_path / "hf"), model_config(tmp_path / "back")
+    for key in ("vocab_size", "tie_word_embeddings", "num_key_value_heads", "max_position_embeddings", "eos_token_id"):
+        assert before[key] == after[key], key
+    assert after["rope_theta"] == ROPE_BASE
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_our_model_gives_transformers_logits(tmp_path: Path, name: str) -> None:
+    model, options = SHAPES[name]
+    write_llama(tmp_path / "hf", **model)
+    import_model(tmp_path / "hf", tmp_path / "run", **options)
+    facts = ModelFacts.from_hugging_face(tmp_path / "hf")
+    proof = compare_logits(tmp_path / "hf", source_of(tmp_path / "run"), facts, Bound.for_rounding(Rounding()))
+    assert proof.largest_logit > 1.0, "the logits are too small for the comparison to mean anything"
+    assert proof.difference <= 1e-5 * max(1.0, proof.largest_logit), proof
+    assert proof.divergence <= 1e-10, proof
+
+
+def test_bfloat16_model_is_loaded_by_transformers_unedited_and_gives_the_same_logits(tmp_path: Path) -> None:
+    write_llama(tmp_path / "hf", kv_heads=2, dtype=torch.bfloat16)
+    import_model(tmp_path / "hf", tmp_path / "run", tensor=2)
+    export_model(tmp_path / "run", tmp_path / "back", shard_bytes=100_000)
+    tokens = torch.arange(96).view(2, 48) % 128
+    for dtype in (torch.bfloat16, torch.float32):
+        first, second = (_logits(tmp_path / name, dtype, tokens) for name in ("hf", "back"))
+        assert torch.equal(first, second), f"{dtype}: {(first - second).abs().max()}"
+    facts = ModelFacts.from_hugging_face(tmp_path / "back")
+    proof = compare_logits(tmp_path / "back", source_of(tmp_path / "run"), facts, Bound.for_rounding(Rounding()))
+    assert proof.difference <= 1e-5 * max(1.0, proof.largest_logit), proof
+
+
+def _logits(folder: Path, dtype: torch.dtype, tokens: torch.Tensor) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def test_the_proof_sees_two_exchanged_rows(tmp_path: Path) -> None:
+    """A wrong permutation of keys inside one head: the model still talks, and the proof must refuse it."""
+    write_llama(tmp_path / "hf")
+    import_model(tmp_path / "hf", tmp_path / "run")
+    from safetensors.torch import save_file
+
+    path = next(
+        p for p in (tmp_path / "hf").glob("*.safetensors") if "model.layers.1.self_attn.k_proj.weight" in _names(p)
+    )
+    tensors = {name: tensor for name, tensor in stored_tensors(tmp_path / "hf").items() if name in _names(path)}
+    rows = tensors["model.layers.1.self_attn.k_proj.weight"]
+    rows[[3, 5]] = rows[[5, 3]]
+    save_file(tensors, path)
+    facts = ModelFacts.from_hugging_face(tmp_path / "hf")
+    bound = Bound.for_rounding(Rounding())
+    proof = compare_logits(tmp_path / "hf", source_of(tmp_path / "run"), facts, bound)
+    assert proof.difference > bound.logits * max(1.0, proof.largest_logit), proof
+    assert proof.divergence > bound.divergence, proof
+
+
+def _names(path: Path) -> set[str]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return set(file.keys())
+
+
+def test_float16_rounds_to_bfloat16_and_comes_back_exactly_from_the_main_parameters(tmp_path: Path) -> None:
+    write_llama(tmp_path / "hf", dtype=torch.float16)
+    import_model(tmp_path / "hf", tmp_path / "run")
+    source = source_of(tmp_path / "run")
+    assert source.dtypes == {"weights": "bfloat16", "main": "float32", "exp_avg": "float32", "exp_avg_sq": "float32"}
+    export_model(tmp_path / "run", tmp_path / "back", weights="main", dtype="float16")
+    require_same_tensors(tmp_path / "hf", tmp_path / "back")
+    moments = source.read("exp_avg_sq", Place(EMBEDDING, None), 0, 128)
+    assert not moments.any()
+
+
+def test_tied_embeddings_that_training_pulled_apart_stay_apart(tmp_path: Path) -> None:
+    """Re-tied only if recorded and equal: here the record says tied, and one element differs."""
+    write_llama(tmp_path / "hf", tied=True)
+    untied = write_llama(tmp_path / "untied")
+    config = model_config(tmp_path / "untied")
+    import_model(tmp_path / "untied", tmp_path / "run")
+    manifest_path = tmp_path / "run" / "checkpoints" / "step_00000000" / "k2.json"
+    manifest = json.loads(manifest_path.read_text())
+    manifest["conversion"]["tied_embeddings"] = True
+    manifest_path.write_text(json.dumps(manifest))
+    export_model(tmp_path / "run", tmp_path / "back")
+    assert model_config(tmp_path / "back")["tie_word_embeddings"] is False is config["tie_word_embeddings"]
+    assert torch.equal(stored_tensors(tmp_path / "back")["lm_head.weight"], untied.lm_head.weight)
+
+
+def test_tied_model_trains_with_two_equal_matrices(tmp_path: Path) -> None:
+    write_llama(tmp_path / "hf", tied=True)
+    import_model(tmp_path / "hf", tmp_path / "run")
+    source = source_of(tmp_path / "run")
+    embedding = source.read("weights", Place(EMBEDDING, None), 0, 128)
+    assert numpy.array_equal(embedding, source.read("weights", Place(OUTPUT, None), 0, 128))
+    assert embedding.any()
+
+
+@pytest.mark.parametrize("change", ["extra", "missing", "shape", "bias", "scaled", "nan", "family"])
+def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, change: str) -> None:
+    from safetensors.torch import save_file
+
+    write_llama(tmp_path / "hf")
+    tensors = stored_tensors(tmp_path / "hf")
+    config = model_config(tmp_path / "hf")
+    text = {
+        "extra": "no place for model.layers.0.self_attn.q_norm.weight",
+        "missing": "missing model.layers.2.mlp.up_proj.weight",
+        "shape": "model.norm.weight is",
+        "bias": "attention_bias",
+        "scaled": "scaled",
+        "nan": "infinite values or NaNs",
+        "family": "model_type is 'qwen2'",
+    }[change]
+    if change == "extra":
+        tensors["model.layers.0.self_attn.q_norm.weight"] = torch.ones(16)
+    elif change == "missing":
+        del tensors["model.layers.2.mlp.up_proj.weight"]
+    elif change == "shape":
+        tensors["model.norm.weight"] = torch.ones(65)
+    elif change == "nan":
+        tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = float("nan")
+    else:
+        config.update(
+            {"bias": {"attention_bias": True}, "family": {"model_type": "qwen2"}}.get(
+                change, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}
+            )
+        )
+    for path in (tmp_path / "hf").glob("model*"):
+        path.unlink()
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConversionError, match=text):
+        import_model(tmp_path / "hf", tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints" / "step_00000000").exists()
+
+
+def test_every_tensor_used_once_by_the_source(tmp_path: Path) -> None:
+    """Old transformers stored inv_freq beside the weights: known, and left out."""
+    from safetensors.torch import save_file
+
+    write_llama(tmp_path / "hf")
+    tensors = stored_tensors(tmp_path / "hf")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    for path in (tmp_path / "hf").glob("model*"):
+        path.unlink()
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    source = HuggingFaceSource(tmp_path / "hf", ModelFacts.from_hugging_face(tmp_path / "hf"))
+    assert source.derived == ["model.layers.0.self_attn.rotary_emb.inv_freq"]
+
+
+@pytest.mark.parametrize("wanted", ["bfloat16", "float16"])
+def test_rounding_is_torchs(wanted: str) -> None:
+    """Random bits of float32, all exponents and signs, against torch's own rounding."""
+    generator = numpy.random.default_rng(5)
+    values = generator.integers(0, 2**32, 20000, dtype=numpy.uint32)
+    values = values[numpy.isfinite(values.view(numpy.float32))]
+    if wanted == "float16":
+        values = values[numpy.abs(values.view(numpy.float32)) < 65504]
+    rounding = Rounding()
+    found = change_dtype(values, "float32", wanted, rounding)
+    exact = torch.from_numpy(values.view(numpy.float32).copy())
+    theirs = exact.to(getattr(torch, wanted))
+    assert torch.equal(torch.from_numpy(found.view(numpy.int16)), theirs.view(torch.int16))
+    assert rounding.values == int((theirs.float() != exact).sum())
+    assert numpy.array_equal(to_float32(found, wanted), theirs.float().numpy())
