@@ -34,6 +34,7 @@ from k2_megatron.train.checkpoint_files import apply_retention, remove_unfinishe
 from k2_megatron.train.checkpoint_save import CheckpointWriter, SaveResult
 from k2_megatron.train.checkpoint_state import layout_name
 from k2_megatron.train.journal import Journal
+from k2_megatron.train.not_finite import count_as_update, ranks_not_finite
 from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
 from k2_megatron.train.run_data import open_run_data
 from k2_megatron.train.run_folder import check_run_folder, provenance, write_config
@@ -43,6 +44,7 @@ from k2_megatron.train.spikes.watch import SpikeWatch
 from k2_megatron.train.step import evaluate, train_step
 from k2_megatron.train.summary import resume_report, summary_text
 from k2_megatron.train.views import Views
+from k2_megatron.train.watchdog import STEP, Watchdog
 
 RENDEZVOUS_TIMEOUT_SECONDS = 600.0
 
@@ -81,6 +83,7 @@ def train(config: Config, environment: RankEnvironment, device: Device) -> int:
     distributed.barrier()
     journal = Journal(folder, writer=is_writer)
     spikes = SpikeWatch(config.spikes, folder, writer=is_writer)
+    watchdog = Watchdog(config.watchdog, folder, groups.rank)
     views = Views(config, folder, enabled=is_writer)
 
     # Data, model, optimizer
@@ -119,13 +122,14 @@ def train(config: Config, environment: RankEnvironment, device: Device) -> int:
             next_sample=next_sample,
         )
         views.say(resume_report(config, manifest, newest, doubts))
-    saved_step = step
+    saved_step, passed_over = step, 0
     saver = CheckpointWriter(checkpoints, groups, asynchronous=config.checkpoint.asynchronous)
     peak = peak_bf16_flops(device)
 
     # The loop: one step, what is told of it, then the rare events
     while step < config.train.steps:
         began = time.monotonic()
+        watchdog.at(STEP, step)
         learning_rate = learning_rate_at(config, step)
         set_learning_rate(optimizer, learning_rate, config.optimizer.weight_decay)
         result = train_step(config, groups, chunks, optimizer, data.train, step, device.torch)
@@ -147,16 +151,22 @@ def train(config: Config, environment: RankEnvironment, device: Device) -> int:
             "tokens_per_second": tokens_per_second,
             "model_flops_utilization": flops_per_second / peak if peak else None,
         }
-        if not result.updated:
-            journal.write("incident", kind="not finite", **event)
-            raise StopRun(
-                f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite. The update was not "
-                f"applied; its batch is samples {first_sample} to {consumed - 1}. The last save was step {saved_step}"
-            )
-        journal.write("step", **event)
-        views.step(event)
+        if result.updated:
+            passed_over = 0
+            journal.write("step", **event)
+            views.step(event)
+        else:
+            passed_over += 1
+            journal.write("incident", kind="not finite", ranks=ranks_not_finite(chunks, groups), **event)
+            if passed_over > config.spikes.not_finite_steps:
+                raise StopRun(
+                    f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite. The update was "
+                    f"not applied; its batch is samples {first_sample} to {consumed - 1}. The last save was step "
+                    f"{saved_step}"
+                )
+            count_as_update(optimizer)
         data.consumed(first_sample, consumed)
-        spike = spikes.observe(event)
+        spike = spikes.observe(event) if result.updated else None
         if spike:
             decision = decide_together(config, spike, checkpoints, data)
             dossier = spikes.write_dossier(spike, data.train, decision.reason)
@@ -177,10 +187,12 @@ def train(config: Config, environment: RankEnvironment, device: Device) -> int:
         last = step == config.train.steps
         signal = stop.agreed(device.torch)
         if config.train.evaluate_every_steps and (step % config.train.evaluate_every_steps == 0 or last):
+            watchdog.at("evaluation", step)
             held_out_loss = evaluate(config, groups, chunks, data.held_out, device.torch)
             journal.write("evaluation", step=step, held_out_loss=held_out_loss)
             views.evaluation(step, held_out_loss)
         if step % config.checkpoint.every_steps == 0 or last or signal:
+            watchdog.at("checkpoint", step)
             saved_step = tell_of_save(saver.wait(), config, journal, checkpoints, spikes) or saved_step
             data.record_position(step, consumed)
             facts = {**data.position(), **spikes.position()}
@@ -190,6 +202,7 @@ def train(config: Config, environment: RankEnvironment, device: Device) -> int:
             break
 
     # Leave
+    watchdog.at("end", step)
     saved_step = tell_of_save(saver.wait(), config, journal, checkpoints, spikes) or saved_step
     finished = step == config.train.steps
     journal.write("stop", step=step, saved_step=saved_step, reason="finished" if finished else signal)
@@ -201,6 +214,7 @@ def train(config: Config, environment: RankEnvironment, device: Device) -> int:
     views.close()
     journal.close()
     disconnect()
+    watchdog.stop()
     return 0
 
 

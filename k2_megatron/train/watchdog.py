@@ -1,0 +1,192 @@
+"""A thread in every rank that notices when the rank makes no progress, tells where it stands, and ends it.
+
+In:  what the training loop says it is doing. Out: heartbeats/rank_NNNNN.json, rewritten every few seconds; when a limit
+is passed, incidents/step_NNNNNNNN/rank_NNNNN.txt with the stacks of all threads, an "incident" in the journal that
+names the ranks behind, and exit code 4, so that the launcher ends the job instead of paying for a hung one.
+
+The limit of a step follows from the recent ones. All ranks hang together when one does (they wait for it), so each
+ends itself; one that is stopped by the system cannot, and is killed by its launcher (run_local_ranks, srun).
+"""
+
+import faulthandler
+import json
+import os
+import platform
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from types import FrameType
+
+from k2_megatron.config.schema import Watchdog as Settings
+from k2_megatron.train.checkpoint_files import write_file
+from k2_megatron.train.journal import Journal
+
+HUNG = 4  # exit code
+STEP = "step"
+RECENT_STEPS = 50
+FEWEST_STEPS = 3  # before that, the first step with its compilations decides too much
+GRACE_SECONDS = 5.0  # between the report and the end, for the other ranks to make theirs
+# If even this thread cannot run (a library holds the interpreter's lock), the interpreter's own timer ends the rank.
+BACKSTOP_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the rank does: a phase of the loop, after `step` finished steps, since a time of the monotonic clock."""
+
+    phase: str
+    step: int
+    since: float
+
+
+def limit_seconds(settings: Settings, phase: str, recent: Sequence[float]) -> float:
+    """How long the phase may last, given the seconds of the recent steps."""
+    if phase != STEP or len(recent) < FEWEST_STEPS:
+        return settings.pause_seconds
+    return max(settings.minimum_seconds, settings.step_factor * median(recent))
+
+
+class Watchdog:
+    """Started at once; `stop` ends it. `at` is called by the loop, from its own thread."""
+
+    def __init__(self, settings: Settings, folder: Path, rank: int) -> None:
+        self._settings, self._folder, self._rank = settings, folder, rank
+        self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._progress = Progress("start", 0, time.monotonic())
+        self._heartbeats = folder / "heartbeats"
+        self._heartbeats.mkdir(parents=True, exist_ok=True)
+        self._started = time.time()
+        self._main_thread = threading.main_thread().ident
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def at(self, phase: str, step: int) -> None:
+        """The rank begins `phase` after `step` finished steps; a finished "step" is one more to measure by."""
+        now = time.monotonic()
+        if self._progress.phase == STEP:
+            self._recent.append(now - self._progress.since)
+        self._progress = Progress(phase, step, now)
+        limit = limit_seconds(self._settings, phase, self._recent)
+        faulthandler.dump_traceback_later(limit + GRACE_SECONDS + BACKSTOP_SECONDS, exit=True, file=sys.stderr)
+
+    def stop(self) -> None:
+        """The run leaves: nothing is watched any more."""
+        self._stopped.set()
+        faulthandler.cancel_dump_traceback_later()
+        self._thread.join()
+        (self._heartbeats / _file_name(self._rank, "json")).unlink(missing_ok=True)
+
+    def _watch(self) -> None:
+        interval = min(1.0, self._settings.heartbeat_seconds, self._settings.minimum_seconds / 4)
+        next_heartbeat = 0.0
+        while not self._stopped.wait(interval):
+            progress, now = self._progress, time.monotonic()
+            if now >= next_heartbeat:
+                self._write_heartbeat(progress, now)
+                next_heartbeat = now + self._settings.heartbeat_seconds
+            limit = limit_seconds(self._settings, progress.phase, list(self._recent))
+            if now - progress.since > limit and progress is self._progress:
+                self._write_heartbeat(progress, now)
+                self._report(progress, now - progress.since, limit)
+                time.sleep(GRACE_SECONDS)
+                os._exit(HUNG)  # the main thread waits inside a library and cannot be asked to leave
+
+    def _write_heartbeat(self, progress: Progress, now: float) -> None:
+        beat = {
+            "rank": self._rank,
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "phase": progress.phase,
+            "step": progress.step,
+            "seconds_in_phase": round(now - progress.since, 3),
+            "time": time.time(),
+        }
+        try:
+            write_file(self._heartbeats / _file_name(self._rank, "json"), json.dumps(beat))
+        except OSError as error:  # a full disk must not look like a hang
+            print(f"rank {self._rank}: heartbeat cannot be written: {error}", file=sys.stderr)
+
+    def _report(self, progress: Progress, seconds: float, limit: float) -> None:
+        """Stacks into a file; from the lowest rank alive, the incident into the journal and onto stderr."""
+        frames = sys._current_frames()
+        facts = {
+            "phase": progress.phase,
+            "step": progress.step,
+            "seconds": round(seconds, 1),
+            "limit_seconds": round(limit, 1),
+            "last_collective": last_collective(frames.get(self._main_thread or 0)),
+        }
+        incident = self._folder / "incidents" / f"step_{progress.step:08d}"
+        try:
+            incident.mkdir(parents=True, exist_ok=True)
+            with (incident / _file_name(self._rank, "txt")).open("w") as file:
+                file.write(f"rank {self._rank} on {platform.node()}, process {os.getpid()}: {json.dumps(facts)}\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError:
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        time.sleep(GRACE_SECONDS / 2)  # until the others' heartbeats say how far they came
+        # Heartbeats of an earlier start, perhaps of more ranks, say nothing of this one.
+        beats = [beat for beat in read_heartbeats(self._heartbeats) if beat["time"] >= self._started]
+        behind = ranks_behind(beats, self._settings.heartbeat_seconds, time.time())
+        if self._rank == min([beat["rank"] for beat in beats if beat["rank"] not in behind] or [self._rank]):
+            journal = Journal(self._folder, writer=True)
+            journal.write("incident", kind="hang", behind=behind, stacks=str(incident), **facts)
+            journal.close()
+            named = ", ".join(f"rank {rank} ({why})" for rank, why in behind.items()) or "none: all wait in one place"
+            print(
+                f"no progress for {seconds:.0f} s in {progress.phase} after step {progress.step} (limit "
+                f"{limit:.0f} s); last collective {facts['last_collective']}. Behind: {named}. "
+                f"Stacks of every rank: {incident}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def last_collective(frame: FrameType | None) -> str | None:
+    """The call of torch.distributed that a thread's stack is in, as "all_reduce at k2_megatron/train/step.py:120"."""
+    found = None
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith("torch.distributed.distributed_c10d") and frame.f_code.co_name != "wrapper":
+            caller = frame.f_back
+            while caller is not None and caller.f_globals.get("__name__", "").startswith("torch."):
+                caller = caller.f_back
+            where = f" at {caller.f_code.co_filename}:{caller.f_lineno}" if caller else ""
+            found = f"{frame.f_code.co_name}{where}"
+        frame = frame.f_back
+    return found
+
+
+def read_heartbeats(folder: Path) -> list[dict]:
+    """The heartbeats of all ranks, by rank; one being rewritten is passed over."""
+    beats = []
+    for path in sorted(folder.glob("rank_*.json")):
+        try:
+            beats.append(json.loads(path.read_text()))
+        except (OSError, ValueError):
+            continue
+    return beats
+
+
+def ranks_behind(beats: Sequence[dict], heartbeat_seconds: float, now: float) -> dict[int, str]:
+    """{rank: why} of the ranks that others wait for: those that give no sign, and those at an earlier step."""
+    furthest = max((beat["step"] for beat in beats), default=0)
+    behind = {}
+    for beat in beats:
+        silent = now - beat["time"]
+        if silent > 3 * heartbeat_seconds + GRACE_SECONDS:
+            behind[beat["rank"]] = f"silent for {silent:.0f} s on {beat['host']}, last in {beat['phase']}"
+        elif beat["step"] < furthest:
+            behind[beat["rank"]] = f"at step {beat['step']} of {furthest}, in {beat['phase']}"
+    return behind
+
+
+def _file_name(rank: int, suffix: str) -> str:
+    return f"rank_{rank:05d}.{suffix}"

@@ -1,0 +1,68 @@
+"""A rank that stops moving ends the whole run, within half a minute, with its name and every stack on disk."""
+
+import os
+import signal
+import time
+
+import pytest
+from rank_processes import Rank, rank_environment, run_pretrain
+from run_results import events_of
+from torch.distributed import TCPStore
+
+from k2_megatron.config.schema import Watchdog as Settings
+from k2_megatron.train.watchdog import HUNG, limit_seconds, ranks_behind
+
+LIMITS = ["watchdog.minimum_seconds=8.0", "watchdog.heartbeat_seconds=0.5", "watchdog.step_factor=2.0"]
+
+
+def test_limit_follows_the_recent_steps():
+    settings = Settings(step_factor=10.0, minimum_seconds=60.0, pause_seconds=1800.0)
+    assert limit_seconds(settings, "step", [25.0, 24.0, 90.0, 25.0]) == 250.0
+    assert limit_seconds(settings, "step", [0.1] * 50) == 60.0
+    assert limit_seconds(settings, "step", [300.0, 0.1]) == 1800.0, "the first steps compile"
+    assert limit_seconds(settings, "checkpoint", [25.0] * 50) == 1800.0
+
+
+def test_ranks_behind_are_named_with_the_reason():
+    beats = [
+        {"rank": 0, "host": "a", "phase": "step", "step": 7, "time": 100.0},
+        {"rank": 1, "host": "a", "phase": "step", "step": 6, "time": 100.0},
+        {"rank": 2, "host": "b", "phase": "step", "step": 7, "time": 50.0},
+    ]
+    assert ranks_behind(beats, 10.0, 100.5) == {
+        1: "at step 6 of 7, in step",
+        2: "silent for 50 s on b, last in step",
+    }
+    assert ranks_behind(beats[:1], 10.0, 101.0) == {}
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_stopped_rank_ends_the_run_and_is_named(small_config, tmp_path, stopped):
+    folder = tmp_path / "run"
+    sets = [*LIMITS, "parallel.data=2", f"run.folder={folder}", "train.steps=100000", "train.evaluate_every_steps=1000"]
+    arguments = [str(small_config), *(part for setting in sets for part in ("--set", setting))]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = [
+        Rank(run_pretrain, (arguments,), rank_environment(rank, 2, store.port), tmp_path / f"rank_{rank}")
+        for rank in range(2)
+    ]
+    deadline = time.monotonic() + 120
+    while len(events_of(folder, "step")) < 8 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(ranks[stopped].process.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    ended = ranks[1 - stopped].finish()
+    seconds = time.monotonic() - began
+    ranks[stopped].kill()  # as its launcher does, when a rank has ended with a code that is not 0
+
+    assert ended.exit_code == HUNG, ended.stderr
+    print(f"rank {stopped} stopped: the other ended after {seconds:.1f} s")
+    assert seconds < 30
+    incident = events_of(folder, "incident")[-1]
+    assert incident["kind"] == "hang"
+    assert list(incident["behind"]) == [str(stopped)]
+    assert f"rank {stopped}" in ended.stderr
+    assert incident["last_collective"], "what it waited in"
+    stacks = next((folder / "incidents").glob(f"*/rank_{1 - stopped:05d}.txt")).read_text()
+    assert "pretrain_k2.py" in stacks
+    assert "distributed_c10d" in stacks or "step.py" in stacks
