@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
 # Debian puts the daemons into a folder that is not on everybody's path.
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
@@ -83,6 +83,15 @@ class Slurm:
             time.sleep(0.3)
         return facts
 
+    def end_jobs(self, seconds: float = 30) -> None:
+        """Kill every job: its processes would outlive the daemons."""
+        self.run("scancel", "--signal=KILL", "--full", f"--user={getpass.getuser()}")
+        self.run("scancel", f"--user={getpass.getuser()}")
+        deadline = time.monotonic() + seconds
+        while self.run("squeue", "--noheader"):
+            assert time.monotonic() < deadline, f"jobs do not end: {self.run('squeue')}"
+            time.sleep(0.2)
+
 
 @contextlib.contextmanager
 def slurm_on_this_machine(folder: Path) -> Iterator[Slurm]:
@@ -91,7 +100,7 @@ def slurm_on_this_machine(folder: Path) -> Iterator[Slurm]:
         (folder / name).mkdir()
     configuration = folder / "slurm.conf"
     facts = {"host": socket.gethostname().split(".")[0], "user": getpass.getuser(), "folder": folder}
-    configuration.write_text(CONFIGURATION.format(ports=_free_ports(3), **facts))
+    configuration.write_text(CONFIGURATION.format(ports=free_ports(3), **facts))
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
@@ -108,7 +117,10 @@ def slurm_on_this_machine(folder: Path) -> Iterator[Slurm]:
             if command[0] == "munged":
                 _wait_for((folder / "munge.socket").exists, "munge's socket", folder)
         _wait_for(lambda: _idle_nodes(slurm) == 2, "two idle nodes", folder)
-        yield slurm
+        try:
+            yield slurm
+        finally:
+            slurm.end_jobs()
     finally:
         for process in reversed(running):
             process.terminate()
@@ -143,7 +155,8 @@ def _wait_for(condition, what: str, folder: Path, seconds: float = 40) -> None:
         time.sleep(0.2)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on."""
     probes = [socket.socket() for _ in range(count)]
     for probe in probes:
         probe.bind(("127.0.0.1", 0))

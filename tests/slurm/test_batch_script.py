@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rank_processes import REPOSITORY
 
-# srun notes each call and ends with the next of CODES; python stands for tools/run_state.py and says STATE.
+# srun notes each call and ends with the next of `codes`; python stands for tools/run_state.py and ends with `state`.
 SRUN = """#!/bin/bash
 echo "$*" >> calls
 read -r code < <(sed -n "$(wc -l < calls)p" codes)
@@ -17,6 +17,11 @@ if [[ $code == wait ]]; then
     trap 'echo USR1 >> signals; exit 0' USR1
     touch waiting
     while :; do sleep 0.05; done
+fi
+if [[ $code == *+143 ]]; then
+    echo "srun: error: n1: task 0: Exited with exit code ${code%+143}" >&2
+    echo "srun: error: n2: task 1: Terminated" >&2
+    code=143
 fi
 exit "$code"
 """
@@ -65,6 +70,9 @@ def wait_for(path: Path) -> None:
         ([137], 0, 1, 137),
         ([2], 3, 1, 2),
         ([3], 3, 1, 3),
+        (["2+143"], 3, 1, 2),  # what a real srun does: the ranks it ends count more than the one that knew why
+        (["3+143"], 3, 1, 3),
+        (["1+143", 0], 3, 2, 0),
     ],
 )
 def test_crashes_are_restarted_and_mistakes_are_not(batch, tmp_path, codes, restarts, starts, code):

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from one_machine import missing_programs, slurm_on_this_machine
+from one_machine import free_ports, missing_programs, slurm_on_this_machine
 from rank_processes import REPOSITORY, pretrain, results_of
 from run_results import events_of, steps_of, stored_state
 
@@ -52,6 +52,7 @@ def submit(slurm, folder, small_config):
             PYTHON=sys.executable,
             PYTHONPATH=str(REPOSITORY),
             MASTER_ADDR="127.0.0.1",  # both nodes are this machine, and the names n1 and n2 have no address
+            MASTER_PORT=str(free_ports(1)[0]),  # job numbers start at 1 in every Slurm of this machine
             **{"RESTARTS": "0", **environment},
         )
         return shown.split(";")[0]
