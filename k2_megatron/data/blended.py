@@ -150,7 +150,7 @@ def _build(blend: Blend, sequence_length: int, seed: int, vocab_size: int) -> An
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-    pieces = SimpleNamespace(vocab_size=vocab_size, eod=0, pad=0, unique_identifiers={"vocab_size": vocab_size})
+    pieces = SimpleNamespace(vocab_size=vocab_size, eod=0, pad=-1, unique_identifiers={"vocab_size": vocab_size})
     prefixes = [strip_suffix(source.prefix) for source in blend.sources]
     config = GPTDatasetConfig(
         random_seed=seed,
