@@ -67,12 +67,14 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.backend = backend
         self.model_copies: dict[torch.Tensor, torch.Tensor] = {}
+        self.gradient_scale: torch.Tensor | None = None  # for callers through whom step's argument does not pass
 
     @torch.no_grad()
     def step(self, closure=None, *, gradient_scale: torch.Tensor | None = None):
         """One update. gradient_scale [1] fp32 on the parameters' device multiplies every gradient (clipping, loss
-        scale)."""
+        scale); the attribute of that name where none is given."""
         loss = None
+        gradient_scale = self.gradient_scale if gradient_scale is None else gradient_scale
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()

@@ -12,13 +12,16 @@ from collections.abc import Mapping, Sequence
 import megatron.core.optimizer as core_optimizer
 import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
 import torch
+import torch.distributed as distributed
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 
 from k2_megatron.config import Config
 from k2_megatron.kernels.adamw import AdamW
+from k2_megatron.kernels.gradient_norm import gradient_norm_squared
 from k2_megatron.model.transformer_config import DTYPES
 
 
@@ -66,7 +69,22 @@ def build_optimizer(
         use_distributed_optimizer=config.parallel.distributed_optimizer,
     )
     _fill_adam_slot(kernels["adamw"])
-    return get_megatron_optimizer(settings, list(chunks), use_gloo_process_groups=False, pg_collection=groups)
+    built = get_megatron_optimizer(settings, list(chunks), use_gloo_process_groups=False, pg_collection=groups)
+    for part in built.chained_optimizers:
+        if isinstance(part, Float16OptimizerWithFloat16Params) and not part.is_stub_optimizer:
+            _write_copies_with_the_update(part)
+    return built
+
+
+def _write_copies_with_the_update(part: Float16OptimizerWithFloat16Params) -> None:
+    """Have AdamW write the bfloat16 parameters in the pass that updates the main ones, in place of a pass of its own.
+
+    megatron-core has no hook for leaving out its own copy, so that method of this one object is replaced. The
+    distributed optimizer copies into a buffer that is then gathered, and keeps its own way.
+    """
+    for weights, mains in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True):
+        part.optimizer.model_copies.update(zip(mains, weights, strict=True))
+    part._copy_main_params_to_model_params = lambda: None
 
 
 def _fill_adam_slot(backend: str) -> None:
@@ -76,6 +94,35 @@ def _fill_adam_slot(backend: str) -> None:
     distributed_optimizer.HAVE_APEX_OR_TE = True
     distributed_optimizer.USING_APEX_OPTIMIZER = True
     distributed_optimizer.USING_TE_OPTIMIZER = False
+
+
+def gradient_norm(optimizer: MegatronOptimizer, device: torch.device) -> torch.Tensor:
+    """L2 norm [] fp64 of the whole gradient, the same on every rank; one kernel for all tensors of a rank, of AdamW's
+    backend (Apex has none that adds up in a fixed order: torch's then).
+
+    Replicas count once: megatron-core says which gradients take part, and over which ranks their squares are summed.
+    """
+    optimizer.prepare_grads()
+    squares = torch.zeros((), dtype=torch.float64, device=device)
+    for part in optimizer.chained_optimizers:
+        gradients = part.get_main_grads_for_grad_norm()
+        if gradients:
+            backend = part.optimizer.backend
+            squares += gradient_norm_squared(gradients, backend="torch" if backend == "apex" else backend)
+    distributed.all_reduce(squares, group=optimizer.get_grad_stats_parallel_group())
+    return squares.sqrt()
+
+
+def update(optimizer: MegatronOptimizer, norm: torch.Tensor, clip_grad_norm: float | None) -> None:
+    """One AdamW update by the gradients whose `norm` is given, scaled down to `clip_grad_norm` in the same pass.
+
+    scale = min(1, clip / (norm + 1e-6)), as in Pascanu, Mikolov & Bengio 2013, algorithm 1.
+    """
+    scale = torch.clamp(clip_grad_norm / (norm + 1e-6), max=1.0).float() if clip_grad_norm else None
+    for part in optimizer.chained_optimizers:
+        if not part.is_stub_optimizer:
+            part.optimizer.gradient_scale = scale
+    optimizer.step_with_ready_grads()
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float, weight_decay: float) -> None:

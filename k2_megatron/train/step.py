@@ -13,13 +13,13 @@ import torch
 import torch.distributed as distributed
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from k2_megatron.config import Config
 from k2_megatron.data.feed import Feed
 from k2_megatron.runtime.groups import Groups
+from k2_megatron.train.optimizer import gradient_norm, update
 
 
 @dataclass(frozen=True)
@@ -120,17 +120,11 @@ def train_step(
     waited = feed.seconds_waited
     loss = _run_schedule(config, groups, chunks, feed, first_sample, global_batch, device, forward_only=False)
 
-    # What MegatronOptimizer.step() does, with a look at the norm before anything is changed
-    optimizer.prepare_grads()
-    grad_norm = float(optimizer.get_grad_norm())
-    finite = math.isfinite(loss) and math.isfinite(grad_norm)
+    norm = gradient_norm(optimizer, device)
+    finite = math.isfinite(loss) and math.isfinite(norm.item())
     if finite:
-        if config.optimizer.clip_grad_norm:
-            for part in optimizer.chained_optimizers:
-                if part.get_parameters():
-                    clip_grad_by_total_norm_fp32(part.get_parameters(), config.optimizer.clip_grad_norm, grad_norm)
-        optimizer.step_with_ready_grads()
-    return StepResult(loss, grad_norm, updated=finite, data_seconds=feed.seconds_waited - waited)
+        update(optimizer, norm, config.optimizer.clip_grad_norm)
+    return StepResult(loss, norm.item(), updated=finite, data_seconds=feed.seconds_waited - waited)
 
 
 def evaluate(config: Config, groups: Groups, chunks: Sequence, feed: Feed, device: torch.device) -> float:

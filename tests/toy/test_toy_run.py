@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -22,7 +23,12 @@ def run(*arguments: str, folder: Path) -> str:
     """Run a Python program of the repository in `folder`; what it printed."""
     program, *rest = arguments
     done = subprocess.run(
-        [sys.executable, str(REPOSITORY / program), *rest], cwd=folder, capture_output=True, text=True, timeout=900
+        [sys.executable, str(REPOSITORY / program), *rest],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
