@@ -79,8 +79,8 @@ def compare_logits(folder: Path, ours: TorchDistSource, facts: ModelFacts, bound
     generator = torch.Generator().manual_seed(SEED)
     tokens = torch.randint(0, facts.shape.used_vocabulary, (SEQUENCES, TOKENS), generator=generator)
     with torch.no_grad():
-        theirs = _transformers_logits(folder, tokens)
-        mine = _our_logits(ours, facts, tokens)
+        theirs = transformers_logits(folder, tokens)
+        mine = our_logits(ours, facts, tokens)
     if not (torch.isfinite(theirs).all() and torch.isfinite(mine).all()):
         return Proof(math.inf, math.inf, math.inf, 0.0, bound)
     log_theirs, log_mine = theirs.double().log_softmax(-1), mine.double().log_softmax(-1)
@@ -91,7 +91,7 @@ def compare_logits(folder: Path, ours: TorchDistSource, facts: ModelFacts, bound
     )
 
 
-def _transformers_logits(folder: Path, tokens: "torch.Tensor") -> "torch.Tensor":
+def transformers_logits(folder: Path, tokens: "torch.Tensor") -> "torch.Tensor":
     """[sequences, tokens, vocabulary] of the model in `folder`, by transformers' code and names."""
     try:
         from transformers import AutoConfig, LlamaForCausalLM
@@ -156,7 +156,7 @@ class _StoredTensors:
                 yield matrix[first : min(first + _VOCABULARY_BLOCK, rows)].float()
 
 
-def _our_logits(source: TorchDistSource, facts: ModelFacts, tokens: "torch.Tensor") -> "torch.Tensor":
+def our_logits(source: TorchDistSource, facts: ModelFacts, tokens: "torch.Tensor") -> "torch.Tensor":
     """[sequences, tokens, used vocabulary] of our checkpoint, by the code that trains it."""
 
     from k2_megatron.runtime.cpu_stand_in import cpu_stands_in_for_cuda

@@ -1,0 +1,127 @@
+"""How fast checkpoints convert, next to a plain copy of the same bytes, and how much memory that takes.
+
+    python benchmarks/convert.py [--gigabytes 2] [--workers 2] [--folder SCRATCH]
+
+Makes a bfloat16 model of random weights, converts it in (weights, fp32 parameters, shared zeros), out again, and copies
+files of the same size with the same number of processes, in turns within one run. GB are of bytes written; each
+measurement ends with the data on disk. Peak memory is that of the largest worker, read from the tool's own output.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from k2_megatron.convert.export_model import ExportOptions, export_hugging_face
+from k2_megatron.convert.hugging_face import HuggingFaceSource
+from k2_megatron.convert.import_model import ImportOptions, import_hugging_face
+from k2_megatron.convert.model_facts import ModelFacts
+from k2_megatron.convert.names import Shape, places
+from k2_megatron.convert.safetensors_file import SINGLE, header_bytes
+
+SHARD_BYTES = 400_000_000
+COPY_BLOCK = 32 << 20
+
+
+def shape_of(gigabytes: float) -> Shape:
+    """A model of K2's proportions with about `gigabytes` of bfloat16 weights."""
+    hidden, ffn, vocabulary = 2048, 5504, 32032
+    a_layer = 4 * hidden * hidden + 3 * hidden * ffn + 2 * hidden
+    layers = max(1, round((gigabytes * 1e9 / 2 - 2 * vocabulary * hidden) / a_layer))
+    return Shape(layers, hidden, ffn, 16, 16, vocabulary, vocabulary)
+
+
+def write_model(folder: Path, shape: Shape) -> int:
+    """Random weights as one safetensors file; returns their bytes."""
+    folder.mkdir()
+    facts = ModelFacts(shape, 2048, 10000.0, 1e-5)
+    (folder / "config.json").write_text(json.dumps(facts.hugging_face_config("bfloat16", {})))
+    tensors = {}
+    for place in places(shape):
+        for index, name in enumerate(place.hugging_face):
+            rows, columns = place.entry.hugging_face_size(index, shape)
+            tensors[name] = ("bfloat16", (rows,) if place.entry.cut == "whole" else (rows, columns))
+    generator = np.random.default_rng(0)
+    with (folder / SINGLE).open("wb") as stream:
+        stream.write(header_bytes(tensors))
+        for _dtype, size in tensors.values():
+            # Bits of numbers around 0.01: exponents that bfloat16 weights have, all mantissas and signs
+            bits = generator.integers(0, 1 << 11, size, dtype=np.uint16)
+            stream.write(((bits & 0x3FF) | 0x3C00 | ((bits & 0x400) << 5)).tobytes())
+    return 2 * shape.parameters
+
+
+def copy_files(sources: list[Path], folder: Path, workers: int) -> tuple[float, int]:
+    """(seconds, bytes) of a plain copy by blocks, one file a task."""
+    folder.mkdir()
+    began = time.monotonic()
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        sizes = list(pool.map(copy_file, sources, [folder / path.name for path in sources]))
+    return time.monotonic() - began, sum(sizes)
+
+
+def copy_file(source: Path, target: Path) -> int:
+    with source.open("rb") as reader, target.open("wb", buffering=0) as writer:
+        while block := reader.read(COPY_BLOCK):
+            writer.write(block)
+        os.fsync(writer.fileno())
+        return writer.tell()
+
+
+def measured(action) -> tuple[str, str]:
+    """(the tool's line on the conversion alone, its line on memory and files)."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(io.StringIO()):
+        action()
+    return next(line for line in output.getvalue().splitlines() if "peak resident" in line), output.getvalue()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--folder", type=Path, default=None, help="scratch folder (default: the system's)")
+    options = parser.parse_args()
+    scratch = Path(tempfile.mkdtemp(prefix="convert_", dir=options.folder))
+    try:
+        report(scratch, options.gigabytes, options.workers)
+    finally:
+        shutil.rmtree(scratch)
+    return 0
+
+
+def report(scratch: Path, gigabytes: float, workers: int) -> None:
+    shape = shape_of(gigabytes)
+    size = write_model(scratch / "hf", shape)
+    facts = ModelFacts.from_hugging_face(scratch / "hf")
+    assert HuggingFaceSource(scratch / "hf", facts).shape.parameters == shape.parameters, "the model is not as planned"
+    largest = 2 * max(rows * columns for rows, columns in (place.entry.size(shape) for place in places(shape)))
+    print(f"{shape.parameters:,} parameters, {size / 1e9:.2f} GB; largest tensor {largest / 1e6:.0f} MB; bound on")
+    print(
+        f"memory 3 x that + 1 GB = {(3 * largest + 1e9) / 1e6:.0f} MB; load {os.getloadavg()[0]:.1f}, {workers} workers"
+    )
+    importing = ImportOptions(scratch / "hf", scratch / "run", precision="bfloat16", workers=workers, proof=False)
+    print("from-hf:", measured(lambda: import_hugging_face(importing))[0])
+    for count in (1, workers):
+        target = scratch / f"out{count}"
+        exporting = ExportOptions(scratch / "run", target, shard_bytes=SHARD_BYTES, workers=count, proof=False)
+        line = measured(lambda exporting=exporting: export_hugging_face(exporting))[0]
+        seconds, copied = copy_files(sorted(target.glob("*.safetensors")), scratch / f"copy{count}", count)
+        rate = float(line.split("(")[1].split(" GB/s")[0])
+        print(f"to-hf, {count} workers:", line)
+        print(f"  plain copy {copied / 1e9 / seconds:.3f} GB/s; to-hf is {rate * seconds / copied * 1e9:.0%} of it")
+        shutil.rmtree(scratch / f"copy{count}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

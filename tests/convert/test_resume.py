@@ -1,0 +1,144 @@
+"""A conversion that was killed goes on where it was, and gives the same files; several processes give the same too."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conversions import export_model, import_model, require_same_tensors, source_of, write_llama
+
+from k2_megatron.convert.errors import ConversionError
+from k2_megatron.convert.fingerprint import fingerprint_rows
+from k2_megatron.convert.names import places
+from k2_megatron.convert.reshard import reshard
+from k2_megatron.convert.source import KEY_PREFIX
+from k2_megatron.convert.to_hugging_face import HuggingFaceJob
+from k2_megatron.convert.to_torch_dist import TorchDistJob
+from k2_megatron.convert.torch_dist import checkpoint_folder, read_manifest
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def die_after(monkeypatch: pytest.MonkeyPatch):
+    """Make a job die when its n-th unit is half written, or live again; counts the units begun."""
+
+    def set_up(job: type, units: int | None) -> list[str]:
+        run, begun = job.run, []
+
+        def dying(self, unit):
+            begun.append(unit.file)
+            if units is not None and len(begun) > units:
+                (self.folder / unit.file).write_bytes(b"half a fi")
+                raise Killed
+            return run(self, unit)
+
+        monkeypatch.setattr(job, "run", dying)
+        return begun
+
+    return set_up
+
+
+def file_hashes(folder: Path) -> dict:
+    return json.loads((folder / "k2.json").read_text())["files"]
+
+
+def test_from_hf_goes_on_after_a_kill(tmp_path: Path, die_after, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_llama(tmp_path / "hf")
+    whole = import_model(tmp_path / "hf", tmp_path / "whole", precision="bfloat16")
+    with monkeypatch.context():
+        die_after(TorchDistJob, 4)
+        with pytest.raises(Killed):
+            import_model(tmp_path / "hf", tmp_path / "run", precision="bfloat16")
+    assert not (tmp_path / "run" / "checkpoints" / "latest").exists()
+    monkeypatch.undo()
+    begun = die_after(TorchDistJob, None)
+    again = import_model(tmp_path / "hf", tmp_path / "run", precision="bfloat16")
+    assert len(begun) == len(list(whole.glob("*.distcp"))) - 4
+    first, second = file_hashes(whole), file_hashes(again)
+    assert {name: first[name] for name in first if name.endswith(".distcp")} == {
+        name: second[name] for name in second if name.endswith(".distcp")
+    }
+
+
+def test_to_hf_goes_on_after_a_kill_and_redoes_a_file_that_changed(
+    tmp_path: Path, die_after, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_llama(tmp_path / "hf")
+    import_model(tmp_path / "hf", tmp_path / "run")
+    die_after(HuggingFaceJob, 2)
+    with pytest.raises(Killed):
+        export_model(tmp_path / "run", tmp_path / "out", shard_bytes=100_000)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    shard = sorted((tmp_path / ".out.converting").glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+    begun = die_after(HuggingFaceJob, None)
+    export_model(tmp_path / "run", tmp_path / "out", shard_bytes=100_000)
+    assert shard.name in begun
+    assert len(begun) == len(list((tmp_path / "out").glob("*.safetensors"))) - 1
+    require_same_tensors(tmp_path / "hf", tmp_path / "out")
+
+
+def test_an_unfinished_conversion_of_something_else_is_not_continued(tmp_path: Path, die_after, monkeypatch) -> None:
+    write_llama(tmp_path / "hf")
+    die_after(TorchDistJob, 2)
+    with pytest.raises(Killed):
+        import_model(tmp_path / "hf", tmp_path / "run")
+    monkeypatch.undo()
+    with pytest.raises(ConversionError, match="was begun by a conversion of other files or options"):
+        import_model(tmp_path / "hf", tmp_path / "run", tensor=2)
+
+
+def test_two_processes_make_the_same_files(tmp_path: Path) -> None:
+    write_llama(tmp_path / "hf", kv_heads=2)
+    one = import_model(tmp_path / "hf", tmp_path / "one", tensor=2)
+    two = import_model(tmp_path / "hf", tmp_path / "two", tensor=2, workers=2)
+    first, second = file_hashes(one), file_hashes(two)
+    assert first.keys() == second.keys()
+    assert all(first[name] == second[name] for name in first if name.endswith(".distcp"))
+    export_model(tmp_path / "two", tmp_path / "out", shard_bytes=100_000, workers=2)
+    require_same_tensors(tmp_path / "hf", tmp_path / "out")
+
+
+def test_reshard_keeps_every_bit_and_cuts_chunks_for_the_layout(tmp_path: Path) -> None:
+    write_llama(tmp_path / "hf")
+    import_model(tmp_path / "hf", tmp_path / "run", precision="bfloat16")
+    reshard(tmp_path / "run", tmp_path / "other", tensor=4, pipeline=3, workers=1)
+    before, after = source_of(tmp_path / "run"), source_of(tmp_path / "other")
+    for kind in KEY_PREFIX:
+        for place in places(before.shape):
+            rows = place.entry.size(before.shape)[0]
+            assert (before.read(kind, place, 0, rows) == after.read(kind, place, 0, rows)).all(), (kind, place)
+    cuts = {"rows": 4, "columns": 4, "whole": 1}
+    for place in places(after.shape):
+        halves = 2 if place.entry.rows == "gate_up" else 1
+        chunks = [
+            chunk
+            for chunk in after.stored.tensors[place.entry.ours].chunks
+            if place.layer is None or chunk.offsets[0] == place.layer
+        ]
+        assert len(chunks) == cuts[place.entry.cut] * halves
+        stage = {chunk.file.split("_")[2] for chunk in chunks}
+        assert stage == {str(place.layer) if place.layer is not None else "0" if "emb" in place.entry.ours else "2"}
+    old, new = (read_manifest(checkpoint_folder(tmp_path / name)) for name in ("run", "other"))
+    assert old["weights"] == new["weights"]
+
+
+def test_fingerprint_does_not_depend_on_the_cut(tmp_path: Path) -> None:
+    """And it does on the place, the name and the layer; that it is training's own is shown where training starts."""
+    import numpy
+
+    rows = numpy.random.default_rng(1).integers(0, 2**16, (301, 70), dtype=numpy.uint16)
+    whole = fingerprint_rows("a", 3, 0, rows)
+    parts = [fingerprint_rows("a", 3, first, rows[first : first + 43]) for first in range(0, 301, 43)]
+    assert sum(parts) % 2**64 == whole
+    swapped = rows.copy()
+    swapped[[5, 6]] = swapped[[6, 5]]
+    others = [
+        fingerprint_rows("b", 3, 0, rows),
+        fingerprint_rows("a", 2, 0, rows),
+        fingerprint_rows("a", 3, 0, swapped),
+    ]
+    assert len({whole, *others}) == 4

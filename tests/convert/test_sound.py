@@ -1,0 +1,173 @@
+"""verify, and conversions of wounded checkpoints: each wound is named, and nothing is converted silently."""
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conversions import export_model, import_model, write_llama
+
+from k2_megatron.convert.describe import describe
+from k2_megatron.convert.errors import ConversionError
+from k2_megatron.convert.reshard import reshard
+from k2_megatron.convert.torch_dist import checkpoint_folder
+from k2_megatron.convert.verify import verify_export, verify_training
+from k2_megatron.train.checkpoint_files import hash_file
+
+
+@pytest.fixture(scope="module")
+def sound_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sound")
+    write_llama(folder / "hf", kv_heads=2)
+    import_model(folder / "hf", folder / "run", tensor=2, precision="bfloat16")
+    return folder / "run"
+
+
+@pytest.fixture
+def run(sound_run: Path, tmp_path: Path) -> Path:
+    shutil.copytree(sound_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def weights_file(checkpoint: Path) -> Path:
+    return checkpoint / "__0_weights_layer1.distcp"
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 0x10
+    path.write_bytes(content)
+
+
+def edit_manifest(checkpoint: Path, **changes) -> None:
+    manifest = json.loads((checkpoint / "k2.json").read_text())
+    (checkpoint / "k2.json").write_text(json.dumps({**manifest, **changes}))
+
+
+def mix_steps(checkpoint: Path) -> None:
+    """The manifest of another step in this folder."""
+    edit_manifest(checkpoint, step=941)
+
+
+def mix_tensors(checkpoint: Path) -> None:
+    """A layer's file from elsewhere, and a manifest that agrees with it: hashes are right, the weights are not."""
+    shutil.copyfile(checkpoint / "__0_weights_layer2.distcp", weights_file(checkpoint))
+    manifest = json.loads((checkpoint / "k2.json").read_text())
+    manifest["files"][weights_file(checkpoint).name] = hash_file(weights_file(checkpoint))
+    edit_manifest(checkpoint, files=manifest["files"])
+
+
+WOUNDS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "sound": (lambda c: None, ""),
+    "truncated": (lambda c: os.truncate(weights_file(c), 5000), "layer1.distcp has 5000 bytes"),
+    "flipped": (lambda c: flip(weights_file(c), weights_file(c).stat().st_size // 2), "layer1.distcp was altered"),
+    "flipped-moment": (lambda c: flip(c / "__0_main_first.distcp", 9000), "main_first.distcp was altered"),
+    "missing": (lambda c: weights_file(c).unlink(), "layer1.distcp is missing"),
+    "no-tables": (lambda c: (c / ".metadata").unlink(), ".metadata is missing"),
+    "extra": (lambda c: (c / "__9_0.distcp").write_bytes(b"?"), "__9_0.distcp is not in the manifest"),
+    "mixed-steps": (mix_steps, "belongs to step 941"),
+    "mixed-tensors": (mix_tensors, "belong to another checkpoint"),
+    "version": (lambda c: edit_manifest(c, format=2), "format 2"),
+    "no-manifest": (lambda c: (c / "k2.json").unlink(), "no k2.json"),
+    "cut-manifest": (lambda c: os.truncate(c / "k2.json", 200), "k2.json is damaged"),
+    "dangling-link": (
+        lambda c: (weights_file(c).unlink(), weights_file(c).symlink_to("/nowhere")),
+        "layer1.distcp is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("wound", WOUNDS)
+def test_verify_names_the_wound(run: Path, wound: str) -> None:
+    inflict, text = WOUNDS[wound]
+    checkpoint = checkpoint_folder(run)
+    inflict(checkpoint)
+    problems = verify_training(checkpoint, workers=1)
+    assert bool(problems) == bool(text)
+    assert text in "; ".join(problems)
+
+
+@pytest.mark.parametrize("wound", ["truncated", "flipped", "missing", "mixed-steps", "mixed-tensors", "version"])
+def test_a_wounded_checkpoint_is_not_converted(run: Path, tmp_path: Path, wound: str) -> None:
+    """to-hf reads no hashes (it would read seven times as much): the fingerprint of what it reads must agree."""
+    WOUNDS[wound][0](checkpoint_folder(run))
+    with pytest.raises((ConversionError, OSError)):
+        export_model(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConversionError):
+        reshard(run, tmp_path / "other", tensor=1, pipeline=1, workers=1)
+    assert not list((tmp_path / "other").glob("checkpoints/step_*"))
+
+
+@pytest.mark.parametrize("pointer", ["", "step_000", "step_00000007\n"], ids=["empty", "cut", "stale"])
+def test_a_pointer_to_nothing_is_not_followed(run: Path, pointer: str) -> None:
+    (run / "checkpoints" / "latest").write_text(pointer)
+    with pytest.raises(ConversionError, match="which is no complete checkpoint"):
+        checkpoint_folder(run)
+    assert checkpoint_folder(run / "checkpoints" / "step_00000000").name == "step_00000000"
+
+
+def test_metadata_that_runs_code_is_refused_and_does_not_run(run: Path, tmp_path: Path) -> None:
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "evil"),)
+
+    checkpoint = checkpoint_folder(run)
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Attack()))
+    for read in (lambda: describe(run), lambda: export_model(run, tmp_path / "out")):
+        with pytest.raises(ConversionError, match=r"posix\.mkdir, which no checkpoint of ours holds"):
+            read()
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_tensor_that_runs_code_is_refused_and_does_not_run(run: Path, tmp_path: Path) -> None:
+    """The pickle inside a chunk, replaced by one of the same length that calls os.mkdir."""
+    path = weights_file(checkpoint_folder(run))
+    content = path.read_bytes()
+    start = content.index(b"\x80\x02ctorch._utils")
+    attack = b"\x80\x02cposix\nmkdir\n(X\x04\x00\x00\x00evilt(R."
+    path.write_bytes(content[:start] + attack + content[start + len(attack) :])
+    with pytest.raises(ConversionError):
+        export_model(run, tmp_path / "out")
+    assert not Path("evil").exists()
+
+
+@pytest.mark.parametrize("wound", ["sound", "flipped", "missing", "config"])
+def test_verify_of_an_exported_model(run: Path, tmp_path: Path, wound: str) -> None:
+    export_model(run, tmp_path / "hf", shard_bytes=100_000)
+    shard = tmp_path / "hf" / "model-00002-of-00004.safetensors"
+    if wound == "flipped":
+        flip(shard, shard.stat().st_size - 3)
+    elif wound == "missing":
+        shard.unlink()
+    elif wound == "config":
+        (tmp_path / "hf" / "config.json").write_text("{}")
+    found = "; ".join(verify_export(tmp_path / "hf", workers=1))
+    assert {"sound": "", "flipped": "was altered", "missing": "is missing", "config": "config.json has 2 bytes"}[
+        wound
+    ] in found
+    assert bool(found) == (wound != "sound")
+
+
+def test_a_full_disk_is_told_before_anything_is_written(run: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(ConversionError, match="make room"):
+        export_model(run, tmp_path / "out")
+    assert not (tmp_path / ".out.converting").exists()
+
+
+def test_inspect_tells_step_layout_and_sizes(run: Path) -> None:
+    text = describe(run)
+    for part in ("step 0", "converted-tp2-pp1", "bfloat16", "128x64", "exp_avg_sq", "6 chunks"):
+        assert part in text, f"{part} is not in\n{text}"
+
+
+def test_nothing_is_overwritten(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ConversionError, match="exists"):
+        export_model(run, tmp_path / "out")
+    with pytest.raises(ConversionError, match="exists"):
+        reshard(run, run, tensor=1, pipeline=1, workers=1)
