@@ -5,7 +5,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 
-from k2_megatron.kernels.rotary import rotary
+from k2_megatron.kernels.rotary_packed import rotary_packed
 from k2_megatron.model.transformer_config import K2TransformerConfig
 
 
@@ -23,12 +23,13 @@ class K2SelfAttention(SelfAttention):
         finally:
             self._rotary_tables = None
 
-    def get_query_key_value_tensors(self, hidden_states, *args, **kwargs):
-        """q_SBND, k_SBND (rotated) and v_SBND of this tensor rank's heads."""
-        query, key, value = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+    def get_query_key_value_tensors(self, hidden_states, *_unused, **_also_unused):
+        """q_SBND, k_SBKD (rotated) and v_SBKD of this tensor rank's heads."""
+        packed_SBGD, _sizes = super().get_query_key_value_tensors(hidden_states, split_qkv=False)
         cos_SR, sin_SR = self._rotary_tables.unbind(0)
-        query, key = rotary(query, key, cos_SR, sin_SR, backend=self.config.kernels["rotary"])
-        return query, key, value
+        return rotary_packed(
+            packed_SBGD, cos_SR, sin_SR, self.hidden_size_per_attention_head, backend=self.config.kernels["rotary"]
+        )
 
 
 class K2CoreAttention(torch.nn.Module):

@@ -21,7 +21,7 @@ class K2TransformerConfig(TransformerConfig):
 def transformer_config(config: Config, kernels: Mapping[str, str]) -> K2TransformerConfig:
     """The TransformerConfig of K2: RMSNorm, RoPE, SwiGLU, no biases, no dropout, untied embeddings.
 
-    `kernels` maps ops to backends, as `k2_megatron.kernels.dispatch.choose_kernels` returns them.
+    `kernels` maps ops to backends, as `k2_megatron.kernels.dispatch.choose_backend` chooses them.
     """
     model, parallel, train = config.model, config.parallel, config.train
     dtype = DTYPES[train.precision]
