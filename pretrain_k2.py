@@ -64,10 +64,10 @@ def main(arguments: list[str]) -> int:
         environment = single_rank()
     device = find_device(environment.local_rank)
     with cpu_stands_in_for_cuda(device.type):
-        return train(config, environment, device)
+        return train(config, environment, device, options.until or config.train.steps)
 
 
-def train(config: Config, environment: RankEnvironment, device: Device) -> int:
+def train(config: Config, environment: RankEnvironment, device: Device, until: int) -> int:
     # The world, the folder, and what events are written to
     connect(environment, device, RENDEZVOUS_TIMEOUT_SECONDS)
     groups = build_groups(config.parallel)
@@ -122,12 +122,12 @@ def train(config: Config, environment: RankEnvironment, device: Device) -> int:
             next_sample=next_sample,
         )
         views.say(resume_report(config, manifest, newest, doubts))
-    saved_step, passed_over = step, 0
+    saved_step, passed_over, leaving = step, 0, "--until"
     saver = CheckpointWriter(checkpoints, groups, asynchronous=config.checkpoint.asynchronous)
     peak = peak_bf16_flops(device)
 
     # The loop: one step, what is told of it, then the rare events
-    while step < config.train.steps:
+    while step < min(until, config.train.steps):
         began = time.monotonic()
         watchdog.at(STEP, step)
         learning_rate = learning_rate_at(config, step)
@@ -191,25 +191,26 @@ def train(config: Config, environment: RankEnvironment, device: Device) -> int:
             held_out_loss = evaluate(config, groups, chunks, data.held_out, device.torch)
             journal.write("evaluation", step=step, held_out_loss=held_out_loss)
             views.evaluation(step, held_out_loss)
-        if step % config.checkpoint.every_steps == 0 or last or signal:
+        leaving = signal or ("--until" if step >= until else None)
+        if step % config.checkpoint.every_steps == 0 or last or leaving:
             watchdog.at("checkpoint", step)
             saved_step = tell_of_save(saver.wait(), config, journal, checkpoints, spikes) or saved_step
             data.record_position(step, consumed)
             facts = {**data.position(), **spikes.position()}
             saver.save(step, config, chunks, optimizer, device.torch, facts)
         saved_step = tell_of_save(saver.finished(), config, journal, checkpoints, spikes) or saved_step
-        if signal and not last:
+        if leaving and not last:
             break
 
     # Leave
     watchdog.at("end", step)
     saved_step = tell_of_save(saver.wait(), config, journal, checkpoints, spikes) or saved_step
     finished = step == config.train.steps
-    journal.write("stop", step=step, saved_step=saved_step, reason="finished" if finished else signal)
+    journal.write("stop", step=step, saved_step=saved_step, reason="finished" if finished else leaving)
     views.say(
         summary_text(config, journal.path)
         if finished
-        else f"stopped by {signal} after step {step}; saved, start again to resume"
+        else f"stopped by {leaving} after step {step}; saved, start again to resume"
     )
     views.close()
     journal.close()
@@ -244,6 +245,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="pretrain_k2.py", description="Pretrain K2 from a TOML configuration.")
     parser.add_argument("config", help="the run's configuration, such as examples/toy/toy.toml")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override one value")
+    parser.add_argument("--until", type=int, metavar="STEP", help="save after this step, and stop")
     parser.add_argument("--plan", action="store_true", help="print what would run, and stop")
     parser.add_argument("--dry-run", action="store_true", help="build every distinct rank with fake tensors, and stop")
     return parser.parse_args(arguments)

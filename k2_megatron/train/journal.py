@@ -4,6 +4,7 @@ Rank 0 writes. A line is written whole and flushed before the run goes on, so th
 After a resume, the steps that a kill undid stand in the journal twice; `read_steps` keeps the last telling of each.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -39,7 +40,8 @@ class Journal:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # lines that could not be written are tried once more, and were told of
+                self._file.close()
 
 
 def _end_last_line(path: Path) -> None:

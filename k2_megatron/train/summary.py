@@ -30,6 +30,8 @@ def summary_text(config: Config, journal: Path) -> str:
     """The finished run in a few lines, from its journal."""
     steps = read_steps(journal)
     held_out = [event["held_out_loss"] for event in read_events(journal) if event["event"] == "evaluation"]
+    if not steps:
+        return f"finished: {config.run.folder}; its journal could not be written and tells of no step"
     first, last = steps[min(steps)], steps[max(steps)]
     # The median is what a step costs; the first steps also warm up caches and threads.
     speeds = sorted(event["tokens_per_second"] for event in steps.values())

@@ -1,0 +1,202 @@
+"""Faults other than kills, each with what must come of it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rank_processes import REPOSITORY, Rank, pretrain, results_of, run_pretrain
+from run_results import events_of, steps_of, stored_state
+
+STEPS = 9
+SETTINGS = [f"train.steps={STEPS}", "checkpoint.every_steps=3", "train.evaluate_every_steps=9"]
+
+
+def settings(folder: Path, *more: str) -> list[str]:
+    return [*SETTINGS, f"run.folder={folder}", *more]
+
+
+@pytest.fixture(scope="module")
+def whole(small_config, tmp_path_factory) -> Path:
+    """The run folder of a run in which nothing went wrong."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    results_of(pretrain(1, small_config, settings(folder), folder.with_name("output")))
+    return folder
+
+
+def assert_same(folder: Path, whole: Path) -> None:
+    assert steps_of(folder) == steps_of(whole)
+    assert stored_state(folder, STEPS) == stored_state(whole, STEPS)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_signal_saves_and_the_resumed_run_is_the_same(small_config, tmp_path, whole, number):
+    folder = tmp_path / "run"
+    arguments = [str(small_config), *(part for setting in settings(folder) for part in ("--set", setting))]
+    rank = Rank(run_pretrain, (arguments, _slowly), {}, tmp_path / "first")
+    deadline = time.monotonic() + 120
+    while not events_of(folder, "step") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(rank.process.pid, number)
+    outcome = rank.finish()
+    assert outcome.exit_code == 0, outcome.stderr
+    stop = events_of(folder, "stop")[0]
+    assert (stop["reason"], stop["saved_step"]) == (number.name, stop["step"])
+    assert stop["step"] < STEPS
+    results_of(pretrain(1, small_config, settings(folder), tmp_path / "second"))
+    assert_same(folder, whole)
+
+
+def _slowly() -> None:
+    """Steps of at least 0.2 s, so that the signal finds the run at work."""
+    from k2_megatron.data.feed import Feed
+
+    read = Feed.tokens
+
+    def tokens(self, first_sample, count):
+        time.sleep(0.05)
+        return read(self, first_sample, count)
+
+    Feed.tokens = tokens
+
+
+def _gradient_not_finite_at_step_5() -> None:
+    import k2_megatron.train.step as step
+
+    finalize, calls = step.finalize_model_grads, []
+
+    def spoiled(model, *arguments, **keywords):
+        finalize(model, *arguments, **keywords)
+        calls.append(1)
+        if len(calls) == 5:
+            next(model[0].parameters()).main_grad.view(-1)[3] = float("nan")
+
+    step.finalize_model_grads = spoiled
+
+
+def test_gradient_that_is_not_finite_stops_the_run_with_its_place(small_config, tmp_path, whole):
+    folder = tmp_path / "run"
+    ended = pretrain(1, small_config, settings(folder), tmp_path / "first", fault=_gradient_not_finite_at_step_5)[0]
+    assert ended.exit_code == 3
+    assert "step 5" in ended.stderr
+    assert "samples 32 to 39" in ended.stderr
+    incident = events_of(folder, "incident")[0]
+    assert incident["ranks"] == {
+        "rank 0 (tensor 0, pipeline 0, context 0, data 0)": ["embedding.word_embeddings.weight"]
+    }
+    # It came from the machine, not from the data: started again, the run is as if it had not happened.
+    results_of(pretrain(1, small_config, settings(folder), tmp_path / "second"))
+    assert_same(folder, whole)
+
+
+def test_gradient_that_is_not_finite_is_passed_over_when_asked(small_config, tmp_path, whole):
+    straight, stopped, more = tmp_path / "straight", tmp_path / "stopped", "spikes.not_finite_steps=1"
+    for folder, fault, extra in ((straight, _gradient_not_finite_at_step_5, []), (stopped, _spoil_and_leave, [])):
+        output = folder.with_name(f"{folder.name}_output")
+        results_of(pretrain(1, small_config, settings(folder, more, *extra), output, fault=fault))
+    assert events_of(stopped, "stop")[0]["step"] == 6
+    results_of(pretrain(1, small_config, settings(stopped, more), tmp_path / "again"))
+    # A resumed run counts Adam's updates from the run's step; the one that passed a step over must count alike.
+    assert_same(stopped, straight)
+    steps = steps_of(straight)
+    assert sorted(steps) == [1, 2, 3, 4, 6, 7, 8, 9]
+    assert {number: steps[number] for number in range(1, 5)} == {
+        number: step for number, step in steps_of(whole).items() if number < 5
+    }
+    assert steps[6] != steps_of(whole)[6]
+
+
+def _spoil_and_leave() -> None:
+    _gradient_not_finite_at_step_5()
+    import pretrain_k2
+
+    train = pretrain_k2.train
+    pretrain_k2.train = lambda config, environment, device, until: train(config, environment, device, 6)
+
+
+def _journal_unwritable() -> None:
+    from k2_megatron.train.journal import Journal
+
+    opened = Journal.__init__
+
+    def on_full_device(self, folder, *, writer):
+        opened(self, folder, writer=writer)
+        if writer:
+            self._file = open("/dev/full", "w")
+
+    Journal.__init__ = on_full_device
+
+
+def test_unwritable_journal_does_not_stop_training(small_config, tmp_path, whole):
+    folder = tmp_path / "run"
+    ended = pretrain(1, small_config, settings(folder), tmp_path / "output", fault=_journal_unwritable)[0]
+    assert ended.exit_code == 0, ended.stderr
+    assert "journal: cannot write" in ended.stderr
+    assert stored_state(folder, STEPS) == stored_state(whole, STEPS)
+
+
+def test_full_disk_stops_with_the_earlier_checkpoint_whole(small_config, tmp_path, whole):
+    size = sum(path.stat().st_size for path in (whole / "checkpoints" / "step_00000003").iterdir())
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here: needs root")
+    try:
+        folder = disk / "run"
+        ended = pretrain(1, small_config, settings(folder), tmp_path / "first")[0]
+        assert ended.exit_code not in (0, None)
+        assert "step 6 could not be saved" in ended.stderr, ended.stderr
+        assert (folder / "checkpoints" / "latest").read_text() == "step_00000003\n"
+        subprocess.run(["mount", "-o", f"remount,size={5 * size}", str(disk)], check=True)
+        results_of(pretrain(1, small_config, settings(folder), tmp_path / "second"))
+        assert_same(folder, whole)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False)
+
+
+def _flip_a_weight_bit_after_step_4() -> None:
+    import torch
+
+    import pretrain_k2
+    from k2_megatron.train.checkpoint_state import unwrapped
+
+    train_step = pretrain_k2.train_step
+
+    def and_flip(config, groups, chunks, *rest):
+        result = train_step(config, groups, chunks, *rest)
+        if rest[2] == 3:
+            weight = unwrapped(chunks[0]).decoder.layers[1].mlp.linear_fc2.weight
+            bits = weight.data.view(-1).view(torch.int32)
+            bits[5] ^= 1 << 22  # the highest bit of the fraction
+        return result
+
+    pretrain_k2.train_step = and_flip
+
+
+def replay(run: Path, step: int) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(REPOSITORY / "tools" / "replay.py"), str(run), "--step", str(step)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_replay_finds_a_flipped_weight_bit(small_config, tmp_path, whole):
+    sound = replay(whole, 5)
+    assert sound.returncode == 0, sound.stdout + sound.stderr
+    assert "equal to the bit: steps 4 to 6, and the weights of step 6" in sound.stdout
+
+    folder = tmp_path / "run"
+    fault = _flip_a_weight_bit_after_step_4
+    results_of(pretrain(1, small_config, settings(folder), tmp_path / "output", fault=fault))
+    found = replay(folder, 5)
+    assert found.returncode == 1, found.stdout + found.stderr
+    assert "\nstep 5: loss was" in found.stdout, "the first step computed with the flipped bit"
+    assert "\nstep 4: " not in found.stdout
+    assert "step 6: the weights had fingerprint" in found.stdout
+
+    missing = replay(folder, 50)
+    assert missing.returncode == 2
+    assert "step 50 is not in" in missing.stderr
