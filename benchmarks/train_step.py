@@ -3,8 +3,8 @@
     python -m benchmarks.train_step [--kernels cpu] [--precision float32] [--steps 20]
 
 Same shapes, same batch, same threads, gradient clipping and AdamW on both sides; torch's fused AdamW and SDPA attention
-on transformers' side. Steps are taken in turns, ours, theirs, ours ..., so that a machine whose speed drifts slows both;
-the ratio to quote is the median over pairs.
+on transformers' side. Steps are taken in turns, ours, theirs, ours ..., so that a machine whose speed drifts slows
+both; the ratio to quote is the median over pairs.
 """
 
 import argparse

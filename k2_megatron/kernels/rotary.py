@@ -40,7 +40,7 @@ OP = "rotary"
 
 
 def rotary_tables(
-    sequence_length: int, rotary_dim: int, base: float, device: torch.device | str
+    sequence_length: int, rotary_dim: int, base: float, device: torch.device | str | int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin [sequence_length, rotary_dim / 2] fp32. Angles are formed in fp64: at position 8192 fp32 is off
     by 5e-4."""

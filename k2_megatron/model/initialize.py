@@ -16,12 +16,13 @@ from collections.abc import Iterator
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.transformer.module import MegatronModule
 
 _BLOCK = 1 << 20  # elements a block: bounds the float64 and int64 scratch to 32 MB
 
 
 @torch.no_grad()
-def initialize_weights(model: torch.nn.Module, seed: int, init_std: float, layers: int, zero_centered: bool) -> None:
+def initialize_weights(model: MegatronModule, seed: int, init_std: float, layers: int, zero_centered: bool) -> None:
     """Fill every parameter of one model chunk in place. `layers` is the whole model's depth."""
     filled = set()
     for parameter, shard in _sharded_parameters(model):
@@ -36,7 +37,7 @@ def initialize_weights(model: torch.nn.Module, seed: int, init_std: float, layer
     assert not missing, f"no initial value was defined for {missing}"
 
 
-def _sharded_parameters(model: torch.nn.Module) -> Iterator[tuple[int, ShardedTensor]]:
+def _sharded_parameters(model: MegatronModule) -> Iterator[tuple[int, ShardedTensor]]:
     """Each parameter's shards (two for a packed gate and up), as views into the parameter's storage."""
     by_storage = {parameter.data_ptr(): id(parameter) for parameter in model.parameters()}
     for value in nested_values(model.sharded_state_dict()):

@@ -19,7 +19,7 @@ class K2RMSNorm(torch.nn.Module):
         )
         # Under sequence parallelism each tensor rank sees its own rows: finalize_model_grads sums the gradients of
         # weights so marked over the tensor group.
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
         return rms_norm(x_SBH, self.weight, self.epsilon, zero_centered=self.zero_centered, backend=self.backend)

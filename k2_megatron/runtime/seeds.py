@@ -28,10 +28,11 @@ def seed_everything(seed: int, groups: Groups) -> None:
 
 def random_states() -> dict:
     """All generator states of this rank, in types that load without unpickling code (numbers, tuples, tensors)."""
-    name, keys, *rest = numpy.random.get_state()
+    name, keys, position, has_gauss, gauss = numpy.random.get_state()
+    words = torch.from_numpy(numpy.asarray(keys).astype(numpy.int64))
     states = {
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(numpy.int64)), *rest),
+        "numpy": (name, words, position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():

@@ -97,11 +97,12 @@ class HashingWriter(FileSystemWriter):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
-        self.fs = _HashingFileSystem()
+        self.fs = self._hashing = _HashingFileSystem()
 
     @property
     def files(self) -> dict[str, dict]:
-        return self.fs.files
+        """{file name: {"bytes", "xxh3"}} of what was written."""
+        return self._hashing.files
 
 
 def hash_file(path: Path) -> dict:

@@ -30,6 +30,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.module import MegatronModule
 
 from k2_megatron.config import Config
 from k2_megatron.model.initialize import hash_mix
@@ -46,7 +47,7 @@ _MAIN = "optimizer.state.param."
 _MAIN_FLOAT16 = "optimizer.state.fp32_param."
 
 
-def unwrapped(chunk: torch.nn.Module) -> torch.nn.Module:
+def unwrapped(chunk: MegatronModule) -> GPTModel:
     """The GPTModel inside DistributedDataParallel and Float16Module, whose parameter names are the global ones."""
     while not isinstance(chunk, GPTModel):
         chunk = chunk.module

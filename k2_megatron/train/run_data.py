@@ -54,24 +54,30 @@ def open_run_data(config: Config, *, writer: bool = False) -> RunData:
 
     ValueError when files are missing, damaged, too small for the run, or made for another vocabulary.
     """
-    shape = {
-        "sequence_length": config.model.sequence_length,
-        "seed": config.run.seed,
-        "vocab_size": config.model.vocab_size,
-    }
     if config.data.tokenizer:
         _check_tokenizer(config.data.tokenizer, config.model.vocab_size)
     ledger = Ledger(Path(config.run.folder))
     # One prefix for both is split by document; two names are taken whole.
     split = config.data.train == config.data.held_out
-    train = open_feed(config.data.train, part="train" if split else "all", ledger=ledger, **shape)
+    train = _open(config, config.data.train, "train" if split else "all", ledger)
     _check_rows("data.train", config.data.train, train, config.total_samples, "train.steps or train.global_batch")
     held_out = None
-    if config.train.evaluate_every_steps:
-        held_out = open_feed(config.data.held_out, part="held_out" if split else "all", **shape)
+    if config.train.evaluate_every_steps and config.data.held_out and config.train.evaluate_batches:
+        held_out = _open(config, config.data.held_out, "held_out" if split else "all", None)
         needed = config.train.evaluate_batches * config.train.global_batch
         _check_rows("data.held_out", config.data.held_out, held_out, needed, "train.evaluate_batches")
     return RunData(train, held_out, ledger, writer=writer)
+
+
+def _open(config: Config, path: str, part: str, ledger: Ledger | None) -> Feed:
+    return open_feed(
+        path,
+        sequence_length=config.model.sequence_length,
+        seed=config.run.seed,
+        vocab_size=config.model.vocab_size,
+        part=part,
+        ledger=ledger,
+    )
 
 
 def _check_tokenizer(path: str, vocab_size: int) -> None:

@@ -131,10 +131,11 @@ def evaluate(config: Config, groups: Groups, chunks: Sequence, feed: Feed, devic
     """Mean loss in nats a token over the first `train.evaluate_batches` global batches of the held-out feed."""
     for chunk in chunks:
         chunk.eval()
-    batch = config.train.global_batch
+    batch, batches = config.train.global_batch, config.train.evaluate_batches
+    assert batches, "evaluation was asked for without evaluate_batches; the configuration should have refused that"
     losses = []
     with torch.no_grad():
-        for index in range(config.train.evaluate_batches):
+        for index in range(batches):
             losses.append(_run_schedule(config, groups, chunks, feed, index * batch, batch, device, forward_only=True))
     for chunk in chunks:
         chunk.train()
