@@ -120,6 +120,7 @@ class _Crew:
 
     def __init__(self, job: Job, workers: int):
         context = multiprocessing.get_context("spawn")
+        self.job = job
         self.connections: dict[Connection, Any] = {}
         self.doing: dict[Connection, Unit | None] = {}
         for number in range(workers):
@@ -132,7 +133,32 @@ class _Crew:
 
     def give(self, connection: Connection, unit: Unit | None) -> None:
         self.doing[connection] = unit
-        connection.send(unit)
+        try:
+            connection.send(unit)
+        except (BrokenPipeError, ConnectionResetError):
+            raise self.death(connection) from None
+
+    def receive(self, connection: Connection) -> Progress | None:
+        """The next message of a worker: Progress, or None for a unit done. A pipe that ends means that it died."""
+        try:
+            message = connection.recv()
+        except (EOFError, ConnectionResetError):
+            raise self.death(connection) from None
+        if isinstance(message, ValueError):
+            raise message
+        return message
+
+    def death(self, connection: Connection) -> RuntimeError:
+        """What to say of a worker whose pipe has ended."""
+        process, unit = self.connections[connection], self.doing[connection]
+        process.join(1)
+        code = process.exitcode
+        how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+        source = self.job.sources[unit.source].path if unit else "nothing"
+        return RuntimeError(
+            f"{process.name} (pid {process.pid}) died with {how} while it read {source}; run the same command again: "
+            "finished shards are kept (a SIGKILL is often the system short of memory: fewer --workers)"
+        )
 
     def end(self) -> None:
         for process in self.connections.values():
@@ -153,7 +179,7 @@ def _run_workers(job: Job, units: list[Unit], workers: int, counter: Counter) ->
         while left:
             for ready in wait(list(crew.connections), timeout=WAIT_SECONDS):
                 connection = cast(Connection, ready)
-                message = _receive(job, crew, connection)
+                message = crew.receive(connection)
                 if isinstance(message, Progress):
                     counter(message)
                     continue
@@ -163,22 +189,3 @@ def _run_workers(job: Job, units: list[Unit], workers: int, counter: Counter) ->
                     crew.connections.pop(connection).join()
     finally:
         crew.end()
-
-
-def _receive(job: Job, crew: _Crew, connection: Connection) -> Progress | None:
-    """The next message of a worker: Progress, or None for a unit done. A pipe that ends means that it died."""
-    try:
-        message = connection.recv()
-    except (EOFError, ConnectionResetError):
-        process, unit = crew.connections[connection], crew.doing[connection]
-        process.join(1)
-        source = job.sources[unit.source].path if unit else "nothing"
-        code = process.exitcode
-        how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
-        raise RuntimeError(
-            f"{process.name} (pid {process.pid}) died with {how} while it read {source}; run the same command again: "
-            "finished shards are kept (a SIGKILL is often the system short of memory: fewer --workers)"
-        ) from None
-    if isinstance(message, ValueError):
-        raise message
-    return message

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +122,13 @@ class ShardMaker:
         self.tokenizer = load_tokenizer(
             job.tokenizer_path, end_of_document=job.end_of_document_piece, special_pieces=job.special_pieces
         )
-        self.encoder: Encoder = make_encoder(self.tokenizer, job.encoder)
         self.fingerprint = job.fingerprint(self.tokenizer.fingerprint)
-        self._compared = self.encoder.encode is self.encoder.reference
+        self._compared = False
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Made when it is first needed: a merge needs none."""
+        return make_encoder(self.tokenizer, self.job.encoder)
 
     def run(self, unit: Unit, report: Callable[[Progress], None]) -> None:
         """Make what is missing of a unit's shards; `report` is called for every piece."""
@@ -150,7 +155,7 @@ class ShardMaker:
         return max(1, -(-source.size // self.job.shard_bytes)) - 1
 
     def encode(self, texts: Sequence[str], where: str) -> tuple[np.ndarray, np.ndarray]:
-        if not self._compared:
+        if not self._compared and self.encoder.encode is not self.encoder.reference:
             sample = [text[:COMPARED_CHARACTERS] for text in texts[:COMPARED_DOCUMENTS]]
             total = np.cumsum([len(text) for text in sample])
             sample = sample[: int(np.searchsorted(total, COMPARED_CHARACTERS)) + 1]

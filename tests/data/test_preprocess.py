@@ -163,7 +163,9 @@ def tool(arguments, environment, **settings):
     return subprocess.Popen(command, env=environment, **pipes, **settings)
 
 
-def test_a_dead_worker_ends_the_run_with_its_name(tmp_path, speeches, toy_tokenizer, tool_environment):
+@pytest.mark.parametrize("shards_before", [0, 3])
+def test_a_dead_worker_ends_the_run_with_its_name(tmp_path, speeches, toy_tokenizer, tool_environment, shards_before):
+    """Killed before it took its first work (the pipe breaks on writing), or in the middle (it ends on reading)."""
     write_jsonl(tmp_path / "in.jsonl", speeches * 40)
     arguments = ["--input", tmp_path, "--tokenizer", toy_tokenizer, "--output-prefix", tmp_path / "out" / "x"]
     process = tool([*arguments, "--workers", 2, "--shard-size", "64K"], tool_environment)
@@ -172,6 +174,8 @@ def test_a_dead_worker_ends_the_run_with_its_name(tmp_path, speeches, toy_tokeni
         children = psutil.Process(process.pid).children()
         victim = next((child for child in children if "spawn_main" in " ".join(child.cmdline())), None)
     assert victim is not None, process.communicate()
+    while process.poll() is None and len(list(tmp_path.glob("out/x.shards/*.json"))) < shards_before:
+        time.sleep(0.002)
     victim.kill()
     killed = time.monotonic()
     _, error = process.communicate(timeout=60)
@@ -198,6 +202,30 @@ def test_sigkill_of_everything_loses_only_open_shards(tmp_path, speeches, toy_to
     process = tool([*common, "--workers", 1, "--output-prefix", out / "x"], tool_environment)
     assert "0 rejected" in process.communicate(timeout=60)[0]
     assert outputs(out) == outputs(tmp_path / "clean")
+
+
+def test_the_slurm_array_gives_what_one_run_gives(tmp_path, speeches, toy_tokenizer, tool_environment):
+    """Two tasks of an array, one after the other, then the merge, by the script's own lines."""
+    (tmp_path / "tools").symlink_to(ROOT / "tools")
+    for folder in ("text/web", "tokenizer"):
+        (tmp_path / "data/k2_65b" / folder).mkdir(parents=True)
+    for number in range(3):
+        write_jsonl(tmp_path / f"data/k2_65b/text/web/{number}.jsonl", speeches[number::3])
+    shutil.copy(toy_tokenizer, tmp_path / "data/k2_65b/tokenizer/tokenizer.json")
+    script = ["bash", str(ROOT / "examples/k2_65b/preprocess.sbatch"), "web"]
+    environment = {**tool_environment, "PYTHON": sys.executable, "SLURM_CPUS_PER_TASK": "1"}
+
+    def task(**variables):
+        settings = {"cwd": tmp_path, "env": {**environment, **variables}}
+        return subprocess.run(script, capture_output=True, text=True, check=True, **settings).stdout
+
+    for number in ("1", "0"):
+        printed = task(SLURM_ARRAY_TASK_ID=number, SLURM_ARRAY_TASK_COUNT="2")
+        assert f"part {number} of 2 done" in printed
+    assert f"{len(speeches)} documents" in task(MERGE="1")
+    settings = {"shard_bytes": 1 << 30, "one_file": False}
+    run(tmp_path / "data/k2_65b/text/web", toy_tokenizer, tmp_path / "one" / "web", **settings)
+    assert outputs(tmp_path / "data/k2_65b/tokens") == outputs(tmp_path / "one")
 
 
 def test_too_many_bad_lines_stop_with_the_list(tmp_path, toy_tokenizer, speeches):
@@ -233,6 +261,22 @@ def test_a_source_that_changed_between_runs_is_refused(tmp_path, corpus, toy_tok
         file.write(b'\n{"text": "more"}')
     with pytest.raises(ValueError, match="its source_bytes is"):
         run(folder, toy_tokenizer, tmp_path / "x", part=(0, 2), **settings)
+
+
+def test_a_shard_that_changed_before_the_merge_is_refused(tmp_path, corpus, toy_tokenizer):
+    settings = {"shard_bytes": 9000}
+    for index in range(2):
+        run(corpus, toy_tokenizer, tmp_path / "x", part=(index, 2), **settings)
+    shard = sorted(tmp_path.glob("x_text_document.*.bin"))[2]
+    content = bytearray(shard.read_bytes())
+    content[77] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{shard.name}: changed since it was written; remove it"):
+        run(corpus, toy_tokenizer, tmp_path / "x", merge_only=True, **settings)
+    shard.unlink()
+    for index in range(2):
+        run(corpus, toy_tokenizer, tmp_path / "x", part=(index, 2), **settings)
+    assert run(corpus, toy_tokenizer, tmp_path / "x", merge_only=True, **settings)["rejected"] == 2
 
 
 def test_foreign_files_get_a_manifest(tmp_path, token_prefix):

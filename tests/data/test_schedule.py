@@ -121,7 +121,7 @@ def test_a_ledger_that_was_edited_is_found(tmp_path, change):
 
 def test_a_line_cut_by_a_crash_is_dropped(tmp_path):
     one, two, three = three_lines(tmp_path)
-    (tmp_path / "ledger.jsonl").write_bytes(one + two + three[:17])
+    (tmp_path / "ledger.jsonl").write_bytes(one + two + three[:17] + b"x" * 999)
     ledger = Ledger(tmp_path)
     assert [entry["consumed_samples"] for entry in ledger.positions] == [10, 20]
     ledger.record_position(25, "dd")
@@ -147,6 +147,7 @@ def test_the_chain_does_not_depend_on_how_samples_were_grouped(tmp_path):
     whole = ledger.chain(CHAIN_START, 0, 100)
     assert ledger.chain(ledger.chain(CHAIN_START, 0, 37), 37, 100) == whole
     assert ledger.chain(whole, 100, 100) == whole
+    assert ledger.chain(CHAIN_START, 50, 100) != whole, "what came before does not count"
     assert len({whole, ledger.chain(CHAIN_START, 0, 99), ledger.chain(CHAIN_START, 1, 101)}) == 3
 
 
