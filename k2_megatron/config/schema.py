@@ -84,6 +84,9 @@ class Model(Section):
     """Added to the mean square inside RMSNorm."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights; output projections get init_std / sqrt(2 * layers)."""
+    loss_chunk_tokens: PositiveInt | None = None
+    """Compute output projection and cross-entropy together, so many tokens at a time, so that all the logits never
+    exist at once; costs one more matrix product of the output layer. Left out: the logits are kept whole."""
     implementation: Literal["k2", "transformer_engine"] = "k2"
     """Whose layers megatron-core's GPTModel is built from: ours, or Transformer Engine's."""
     kernels: Annotated[Kernels, BeforeValidator(_kernels_from_text)] = Kernels()

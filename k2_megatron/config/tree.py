@@ -22,6 +22,7 @@ from k2_megatron.config.toml_text import toml_document
 FREE_SECTIONS = ("parallel", "data", "checkpoint", "spikes", "watchdog", "log")
 FREE_KEYS = (
     "run.folder",
+    "model.loss_chunk_tokens",
     "model.implementation",
     "model.kernels",
     "train.micro_batch",

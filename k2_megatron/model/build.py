@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel.layers import (
 )
 
 from k2_megatron.config import Config
-from k2_megatron.model.gpt import K2Model
+from k2_megatron.model.gpt import GPTModelWithK2Loss, K2Model
 from k2_megatron.model.initialize import initialize_weights
 from k2_megatron.model.layer import k2_block_spec
 from k2_megatron.model.transformer_config import transformer_config
@@ -75,7 +75,7 @@ def mark_tensor_parallel(model: torch.nn.Module) -> None:
             set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
 
 
-def _transformer_engine_model(arguments: dict) -> GPTModel:
+def _transformer_engine_model(arguments: dict) -> GPTModelWithK2Loss:
     try:
         import transformer_engine  # noqa: F401
     except ImportError:
@@ -84,4 +84,4 @@ def _transformer_engine_model(arguments: dict) -> GPTModel:
             'pip install "k2_megatron[te]" on a machine with CUDA, or set model.implementation = "k2"'
         ) from None
     layer = get_gpt_layer_with_transformer_engine_spec()
-    return GPTModel(transformer_layer_spec=layer, position_embedding_type="rope", **arguments)
+    return GPTModelWithK2Loss(transformer_layer_spec=layer, **arguments)

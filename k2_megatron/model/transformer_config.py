@@ -13,9 +13,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass
 class K2TransformerConfig(TransformerConfig):
-    """`kernels` maps each op (rms_norm, rotary, cross_entropy, swiglu, adamw) to the backend chosen for it."""
+    """`kernels` maps each op (rms_norm, rotary, cross_entropy, swiglu, adamw) to the backend chosen for it;
+    `loss_chunk_tokens` asks for the chunked loss."""
 
     kernels: Mapping[str, str] = field(default_factory=dict)
+    loss_chunk_tokens: int | None = None
 
 
 def transformer_config(config: Config, kernels: Mapping[str, str]) -> K2TransformerConfig:
@@ -28,6 +30,7 @@ def transformer_config(config: Config, kernels: Mapping[str, str]) -> K2Transfor
     interleaved = parallel.virtual_pipeline > 1
     return K2TransformerConfig(
         kernels=dict(kernels),
+        loss_chunk_tokens=model.loss_chunk_tokens,
         num_layers=model.layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
