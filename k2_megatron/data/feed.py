@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from k2_megatron.data.amendments import amended, amended_by
 from k2_megatron.data.documents import DocumentSpan, describe_row
 from k2_megatron.data.fim import FimRates, Segment, reorder
 from k2_megatron.data.held_out import complement, held_out_spans
@@ -30,7 +31,7 @@ from k2_megatron.data.manifest import CheckedTokenFile, open_token_files
 from k2_megatron.data.permutation import Permutation, hash64
 from k2_megatron.data.plan import Plan
 from k2_megatron.data.rows import RowStore, Stream, pack, unpack
-from k2_megatron.data.schedule import ENDLESS, Amendment, Schedule
+from k2_megatron.data.schedule import ENDLESS, Schedule
 
 PARTS = ("all", "train", "held_out")
 INDEX_BYTES_CHECKED_AT_START = 256 << 20  # more would take a noticeable time; verify reads them
@@ -308,28 +309,3 @@ def check_vocabulary(path: str | Path, tokenizer: dict[str, Any] | None, vocab_s
             f"{path}: made with a tokenizer of {made_with} pieces, model.vocab_size is {vocab_size}; "
             f"set vocab_size to at least {made_with}, or make the tokens with another tokenizer"
         )
-
-
-def amended(schedule: Schedule, entry: dict[str, Any], rows_per_chunk: int | None, row_length: int) -> Schedule:
-    """The schedule after one amendment of a ledger. Sample numbers become rows of `row_length` tokens: rounded up where
-    the amendment holds from, outwards for a range."""
-    length = entry["sequence_length"]
-    from_row = -(-entry["from_sample"] * length // row_length)
-    rows = None
-    if "samples" in entry:
-        first, end = entry["samples"]
-        low = first * length // row_length
-        rows = (low if first < entry["from_sample"] else max(low, from_row), -(-end * length // row_length))
-    return schedule.amended(Amendment(entry["action"], from_row, entry.get("chunk"), rows), rows_per_chunk)
-
-
-def amended_by(schedule: Schedule, ledger: Ledger | None, rows_per_chunk: int | None, row_length: int) -> Schedule:
-    """The schedule after every amendment of a ledger. ValueError names the one that does not fit."""
-    if ledger is None:
-        return schedule
-    for number, entry in enumerate(ledger.amendments):
-        try:
-            schedule = amended(schedule, entry, rows_per_chunk, row_length)
-        except ValueError as error:
-            raise ValueError(f"{ledger.path}, amendment {number}: {error}") from None
-    return schedule
