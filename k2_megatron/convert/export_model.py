@@ -127,7 +127,7 @@ def _tokenizer_of(options: ExportOptions, manifest: dict) -> Path | None:
     beside = checkpoint_folder(options.load).resolve().parent.parent / TOKENIZER
     named = manifest["config"].get("data", {}).get("tokenizer")
     candidates = [beside, *([Path(named)] if named else [])]
-    return next((path for path in candidates if path.exists()), None)
+    return next((path for path in candidates if path.is_file() or (path.is_dir() and any(path.iterdir()))), None)
 
 
 def _special_ids(tokenizer: Path | None, aside: Path, kept: dict[str, Any]) -> dict[str, Any]:

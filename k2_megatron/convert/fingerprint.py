@@ -11,7 +11,7 @@ import hashlib
 
 import numpy as np
 
-_BLOCK = 1 << 14  # elements: three uint64 buffers of 128 KB
+_BLOCK = 1 << 15  # elements: four uint64 buffers of 256 KB
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 

@@ -69,7 +69,8 @@ def copy_tokenizer(source: Path, folder: Path) -> list[str]:
         found = [source]
     else:
         found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    folder.mkdir(parents=True, exist_ok=True)
+    if found:
+        folder.mkdir(parents=True, exist_ok=True)
     for path in found:
         shutil.copyfile(path, folder / path.name)
     return [path.name for path in found]

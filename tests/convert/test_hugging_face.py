@@ -75,6 +75,17 @@ def test_bfloat16_model_is_loaded_by_transformers_unedited_and_gives_the_same_lo
     assert proof.difference <= 1e-5 * max(1.0, proof.largest_logit), proof
 
 
+def test_tokenizer_and_generation_settings_come_along_or_may_be_missing(tmp_path: Path) -> None:
+    write_llama(tmp_path / "hf")
+    (tmp_path / "hf" / "generation_config.json").unlink()
+    import_model(tmp_path / "hf", tmp_path / "run")
+    export_model(tmp_path / "run", tmp_path / "bare")
+    assert json.loads((tmp_path / "bare" / "generation_config.json").read_text())["eos_token_id"] == 2
+    tokenizer = Path(__file__).resolve().parents[2] / "examples" / "toy" / "tokenizer.json"
+    export_model(tmp_path / "run", tmp_path / "out", tokenizer=tokenizer)
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == tokenizer.read_bytes()
+
+
 def _logits(folder: Path, dtype: torch.dtype, tokens: torch.Tensor) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     with torch.no_grad():

@@ -13,6 +13,7 @@ from conversions import export_model, import_model, write_llama
 from k2_megatron.convert.describe import describe
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.reshard import reshard
+from k2_megatron.convert.torch_blob import find_payload, object_blob
 from k2_megatron.convert.torch_dist import checkpoint_folder
 from k2_megatron.convert.verify import verify_export, verify_training
 from k2_megatron.train.checkpoint_files import hash_file
@@ -123,16 +124,18 @@ def test_metadata_that_runs_code_is_refused_and_does_not_run(run: Path, tmp_path
     assert not (tmp_path / "evil").exists()
 
 
-def test_a_tensor_that_runs_code_is_refused_and_does_not_run(run: Path, tmp_path: Path) -> None:
-    """The pickle inside a chunk, replaced by one of the same length that calls os.mkdir."""
-    path = weights_file(checkpoint_folder(run))
-    content = path.read_bytes()
-    start = content.index(b"\x80\x02ctorch._utils")
-    attack = b"\x80\x02cposix\nmkdir\n(X\x04\x00\x00\x00evilt(R."
-    path.write_bytes(content[:start] + attack + content[start + len(attack) :])
-    with pytest.raises(ConversionError):
-        export_model(run, tmp_path / "out")
-    assert not Path("evil").exists()
+def test_a_tensor_that_runs_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
+    """A whole chunk, its zip and checksums in order, whose pickle calls os.mkdir."""
+
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "evil"),)
+
+    blob = object_blob(pickle.dumps(Attack(), 2))
+    (tmp_path / "chunk").write_bytes(blob)
+    with (tmp_path / "chunk").open("rb") as stream, pytest.raises(ConversionError, match=r"posix\.mkdir is not what"):
+        find_payload(stream.fileno(), 0, len(blob), "chunk")
+    assert not (tmp_path / "evil").exists()
 
 
 @pytest.mark.parametrize("wound", ["sound", "flipped", "missing", "config"])
