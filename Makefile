@@ -22,7 +22,7 @@ endif
 
 SOURCES := setup.py pyproject.toml constraints-cpu.txt $(wildcard csrc/*.* csrc/cpu/*)
 
-.PHONY: pretrain test check clean
+.PHONY: pretrain test check drill clean
 
 pretrain: $(VENV)/installed $(DATA)/train
 	$(BIN)/python pretrain_k2.py examples/toy/toy.toml $(SETTINGS)
@@ -30,6 +30,10 @@ pretrain: $(VENV)/installed $(DATA)/train
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
+
+# Kill, wound and resume a small run fifty times; ends with a table of what was tried and what was lost.
+drill: $(VENV)/installed-dev
+	$(BIN)/python tests/faults/drill.py --kills 50 --folder runs/drill
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
