@@ -54,13 +54,13 @@ def limit_seconds(settings: Settings, phase: str, recent: Sequence[float]) -> fl
 class Watchdog:
     """Started at once; `stop` ends it. `at` is called by the loop, from its own thread."""
 
-    def __init__(self, settings: Settings, folder: Path, rank: int) -> None:
+    def __init__(self, settings: Settings, folder: Path, rank: int, world_size: int) -> None:
         self._settings, self._folder, self._rank = settings, folder, rank
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self._progress = Progress("start", 0, time.monotonic())
         self._heartbeats = folder / "heartbeats"
         self._heartbeats.mkdir(parents=True, exist_ok=True)
-        self._started = time.time()
+        self._world_size = world_size
         self._main_thread = threading.main_thread().ident
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -132,9 +132,9 @@ class Watchdog:
         except OSError:
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
         time.sleep(GRACE_SECONDS / 2)  # until the others' heartbeats say how far they came
-        # Heartbeats of an earlier start, perhaps of more ranks, say nothing of this one.
-        beats = [beat for beat in read_heartbeats(self._heartbeats) if beat["time"] >= self._started]
-        behind = ranks_behind(beats, self._settings.heartbeat_seconds, time.time())
+        # An earlier start may have had more ranks.
+        beats = [beat for beat in read_heartbeats(self._heartbeats) if beat["rank"] < self._world_size]
+        behind = ranks_behind(beats, self._world_size, self._settings.heartbeat_seconds, time.time())
         if self._rank == min([beat["rank"] for beat in beats if beat["rank"] not in behind] or [self._rank]):
             journal = Journal(self._folder, writer=True)
             journal.write("incident", kind="hang", behind=behind, stacks=str(incident), **facts)
@@ -175,10 +175,10 @@ def read_heartbeats(folder: Path) -> list[dict]:
     return beats
 
 
-def ranks_behind(beats: Sequence[dict], heartbeat_seconds: float, now: float) -> dict[int, str]:
+def ranks_behind(beats: Sequence[dict], world_size: int, heartbeat_seconds: float, now: float) -> dict[int, str]:
     """{rank: why} of the ranks that others wait for: those that give no sign, and those at an earlier step."""
     furthest = max((beat["step"] for beat in beats), default=0)
-    behind = {}
+    behind = dict.fromkeys(set(range(world_size)) - {beat["rank"] for beat in beats}, "gave no sign since the start")
     for beat in beats:
         silent = now - beat["time"]
         if silent > 3 * heartbeat_seconds + GRACE_SECONDS:

@@ -29,11 +29,12 @@ def test_ranks_behind_are_named_with_the_reason():
         {"rank": 1, "host": "a", "phase": "step", "step": 6, "time": 100.0},
         {"rank": 2, "host": "b", "phase": "step", "step": 7, "time": 50.0},
     ]
-    assert ranks_behind(beats, 10.0, 100.5) == {
+    assert ranks_behind(beats, 4, 10.0, 100.5) == {
         1: "at step 6 of 7, in step",
         2: "silent for 50 s on b, last in step",
+        3: "gave no sign since the start",
     }
-    assert ranks_behind(beats[:1], 10.0, 101.0) == {}
+    assert ranks_behind(beats[:1], 1, 10.0, 101.0) == {}
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
