@@ -18,7 +18,7 @@ MISTAKES = [
     ("range", ["optimizer.beta2=1.0"], "optimizer.beta2 = 1.0: should be less than 1."),
     ("finite", ["optimizer.learning_rate=inf"], "optimizer.learning_rate = inf: should be a finite number."),
     ("choice", ["optimizer.schedule=linear"], "optimizer.schedule = \"linear\": should be 'cosine', 'wsd' or"),
-    ("choice", ["model.kernels=gpu"], "model.kernels.default = \"gpu\": should be 'auto', 'cuda', 'cpu' or 'torch'"),
+    ("choice", ["model.kernels=gpu"], "model.kernels.default = \"gpu\": should be 'auto', 'cuda', 'cpu', 'torch', 'apex' or 'transformer_engine'"),
     ("choice", ["model.kernels.swiglu=apex"], 'model.kernels.swiglu = "apex": should be'),
     ("zero", ["checkpoint.keep_every_steps=0"], "checkpoint.keep_every_steps = 0: should be greater than 0."),
     ("table", ["train.batch_ramp=3"], "train.batch_ramp = 3: should be a table."),
