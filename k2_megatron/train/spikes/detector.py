@@ -37,7 +37,7 @@ class Settings(Protocol):
 @dataclass(frozen=True)
 class State:
     """`losses`, `log_norms`: the last undisturbed values; `loss_sum`, `norm_sum`: the cumulative sums; `onset`: the
-    step at which a sum left zero; `trip`: the step at which the spike was called one; `judged`: it was malignant."""
+    step at which a sum left zero; `trip`: the step at which the spike was called one."""
 
     losses: tuple[float, ...] = ()
     log_norms: tuple[float, ...] = ()

@@ -27,7 +27,6 @@ class SpikeWatch:
         self.state = State()
         self._folder, self._writer = folder / DOSSIERS, writer
         self._steps: deque[dict] = deque(maxlen=settings.window_steps + settings.benign_steps)
-        self._finding: Finding | None = None
 
     def position(self) -> dict:
         """What a checkpoint's manifest keeps."""
