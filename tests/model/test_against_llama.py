@@ -51,8 +51,8 @@ def test_logits_are_those_of_llama(small_config, tmp_path, settings, kernels):
 
 
 def rotated_by_neighbouring_pairs() -> None:
-    right = attention.rotary
-    attention.rotary = lambda *tensors, **options: right(*tensors, **{**options, "interleaved": True})
+    right = attention.rotary_packed
+    attention.rotary_packed = lambda *tensors, **options: right(*tensors, **{**options, "interleaved": True})
 
 
 def attends_to_the_future() -> None:

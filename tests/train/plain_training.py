@@ -90,4 +90,5 @@ def norms_decay_too() -> None:
 
 
 def gradients_not_clipped() -> None:
-    step_module.clip_grad_by_total_norm_fp32 = lambda *_unused: None
+    right = step_module.update
+    step_module.update = lambda optimizer, norm, _clip_grad_norm: right(optimizer, norm, None)
