@@ -33,7 +33,7 @@ test: $(VENV)/installed-dev
 
 # Kill, wound and resume a small run fifty times; ends with a table of what was tried and what was lost.
 drill: $(VENV)/installed-dev
-	$(BIN)/python tests/faults/drill.py --kills 50 --folder runs/drill
+	$(BIN)/python tests/faults/drill.py --kills 50 --folder runs/drill-$(shell date +%Y%m%d-%H%M%S)
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
