@@ -30,7 +30,7 @@ def build_model(
     stages = groups.pp.size()
     stage = groups.pp.rank()
     chunks_per_stage = config.parallel.virtual_pipeline
-    chunks = []
+    chunks: list[torch.nn.Module] = []
     for chunk in range(chunks_per_stage):
         vp_stage = chunk if chunks_per_stage > 1 else None
         arguments = {

@@ -16,6 +16,8 @@ import torch.distributed as distributed
 _OURS = str(Path(__file__).resolve().parents[1]) + os.sep
 MISTAKE = 2  # exit codes; 1 is Python's own for an uncaught exception
 STOPPED = 3
+LOST_PEER = 1  # as an uncaught exception: start again to resume
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words
 
 
 class StopRun(RuntimeError):
@@ -38,6 +40,12 @@ def run_program(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) 
             raise
         _say_once(f"error: {error}", error)
         return MISTAKE
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _LOST_PEER):
+            raise
+        # The rank that died has the story; a traceback of each one that noticed would bury it.
+        print("this rank lost its connection to another rank, which died or was ended", file=sys.stderr, flush=True)
+        return LOST_PEER
 
 
 def _is_ours(error: BaseException) -> bool:
