@@ -27,7 +27,7 @@ from k2_megatron.runtime.devices import Device, find_device, peak_bf16_flops
 from k2_megatron.runtime.groups import build_groups, connect, disconnect
 from k2_megatron.runtime.launch import RankEnvironment, read_environment, run_local_ranks, single_rank
 from k2_megatron.runtime.mistakes import StopRun, run_program
-from k2_megatron.runtime.seeds import seed_everything
+from k2_megatron.runtime.seeds import require_determinism, seed_everything
 from k2_megatron.runtime.signals import StopSignals
 from k2_megatron.train.checkpoint import find_checkpoint, load_checkpoint
 from k2_megatron.train.checkpoint_files import apply_retention, remove_unfinished
@@ -69,6 +69,8 @@ def main(arguments: list[str]) -> int:
 
 def train(config: Config, environment: RankEnvironment, device: Device, until: int) -> int:
     # The world, the folder, and what events are written to
+    if config.train.deterministic:
+        require_determinism()
     connect(environment, device, RENDEZVOUS_TIMEOUT_SECONDS)
     groups = build_groups(config.parallel)
     seed_everything(config.run.seed, groups)
@@ -173,7 +175,8 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
             journal.write("spike", dossier=dossier and dossier.name, decision=decision.kind, **vars(spike))
             views.say(f"step {step}: {decision.reason} ({decision.kind})")
             if decision.kind != "watch":
-                saver.wait()
+                watchdog.at("rollback", step)
+                tell_of_save(saver.wait(), config, journal, checkpoints, spikes)
                 amended = go_back(config, spike, decision, checkpoints, data)
                 data = open_run_data(config, writer=is_writer)
                 newest, _ = find_checkpoint(checkpoints, groups)

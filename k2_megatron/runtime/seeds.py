@@ -1,6 +1,7 @@
 """Random generators of a rank. K2 has no dropout: weights and data come from seeded pure functions, so what is seeded
 here decides nothing today, and is still saved and restored so that a model which draws numbers resumes exactly."""
 
+import os
 import random
 
 import numpy
@@ -24,6 +25,13 @@ def seed_everything(seed: int, groups: Groups) -> None:
         etp_rank=groups.tensor_rank,
         force_reset_rng=True,
     )
+
+
+def require_determinism() -> None:
+    """Have torch use repeatable algorithms alone, and raise where an operation has none (train.deterministic)."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS: one fixed workspace a stream
+    os.environ.setdefault("NCCL_ALGO", "Ring")  # a tree adds up in an order that depends on timing
+    torch.use_deterministic_algorithms(True)
 
 
 def random_states() -> dict:

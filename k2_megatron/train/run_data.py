@@ -29,7 +29,8 @@ class RunData:
             self.chain = self.ledger.chain(self.chain, first_sample, end_sample)
 
     def record_position(self, step: int, consumed_samples: int) -> None:
-        """Write the position reached and its chain into the ledger, when a checkpoint of it is on disk."""
+        """Write the position reached and its chain into the ledger, before a checkpoint of it is saved: what was
+        consumed is so whether or not the save succeeds."""
         if self._writer:
             self.ledger.record_position(consumed_samples, self.chain, step=step)
 
