@@ -25,7 +25,13 @@ from k2_megatron.plan.dry_run import dry_run_text
 from k2_megatron.runtime.cpu_stand_in import cpu_stands_in_for_cuda
 from k2_megatron.runtime.devices import Device, find_device, peak_bf16_flops
 from k2_megatron.runtime.groups import build_groups, connect, disconnect
-from k2_megatron.runtime.launch import RankEnvironment, read_environment, run_local_ranks, single_rank
+from k2_megatron.runtime.launch import (
+    RankEnvironment,
+    read_environment,
+    run_local_ranks,
+    single_rank,
+    stop_with_launcher,
+)
 from k2_megatron.runtime.mistakes import StopRun, run_program
 from k2_megatron.runtime.seeds import require_determinism, seed_everything
 from k2_megatron.runtime.signals import StopSignals
@@ -37,7 +43,7 @@ from k2_megatron.train.journal import Journal
 from k2_megatron.train.not_finite import count_as_update, ranks_not_finite
 from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
 from k2_megatron.train.run_data import open_run_data
-from k2_megatron.train.run_folder import check_run_folder, provenance, write_config
+from k2_megatron.train.run_folder import check_run_folder, hold_run_folder, provenance, write_config
 from k2_megatron.train.schedule import learning_rate_at
 from k2_megatron.train.spikes.rollback import decide_together, go_back
 from k2_megatron.train.spikes.watch import SpikeWatch
@@ -71,6 +77,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
     # The world, the folder, and what events are written to
     if config.train.deterministic:
         require_determinism()
+    stop_with_launcher(environment)
     connect(environment, device, RENDEZVOUS_TIMEOUT_SECONDS)
     groups = build_groups(config.parallel)
     seed_everything(config.run.seed, groups)
@@ -80,6 +87,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
     is_writer = groups.rank == 0
     if is_writer:
         check_run_folder(config)
+        lock = hold_run_folder(config)
         write_config(config)
         remove_unfinished(checkpoints)
     distributed.barrier()
@@ -217,6 +225,8 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
     )
     views.close()
     journal.close()
+    if is_writer:
+        lock.close()
     disconnect()
     watchdog.stop()
     return 0

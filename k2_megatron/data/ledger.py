@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from k2_megatron.data.schedule import DEFER, SKIP
 
@@ -80,6 +80,7 @@ class Ledger:
         line = json.dumps(entry).encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "r+b" if self.path.is_file() else "wb") as file:
+            self._refuse_strangers_lines(file)
             file.truncate(self._whole_bytes)
             file.seek(self._whole_bytes)
             file.write(line + b"\n")
@@ -89,6 +90,17 @@ class Ledger:
         self._last_hash = _line_hash(line)
         self.entries.append(entry)
         return entry
+
+    def _refuse_strangers_lines(self, file: BinaryIO) -> None:
+        """ValueError where another process has appended since this one read: its line is not to be cut off."""
+        if not file.readable():
+            return
+        file.seek(self._whole_bytes)
+        if b"\n" in file.read():
+            raise ValueError(
+                f"{self.path}: another process has appended to it since it was opened here; amend a run only while it "
+                "is stopped, and start it again to follow what the ledger now says"
+            )
 
     def amend(
         self,

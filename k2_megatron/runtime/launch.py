@@ -4,6 +4,7 @@ In:  the environment (read here and nowhere else) and, for a plain start, the nu
 Out: a `RankEnvironment`; or, for a plain start of several ranks, the exit code of the ranks this process supervised.
 """
 
+import ctypes
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 TERMINATE_GRACE_SECONDS = 10.0
 _POLL_SECONDS = 0.1
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ def _supervise(ranks: Sequence[subprocess.Popen]) -> int:
                 process.send_signal(number)
 
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    # A closed terminal: the ranks are to save and leave, not to train on unseen.
+    previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda _number, frame: pass_on(signal.SIGTERM, frame))
     try:
         while True:
             codes = [process.poll() for process in ranks]
@@ -141,6 +145,12 @@ def _end_all(ranks: Sequence[subprocess.Popen], failed: list[tuple[int, int]]) -
             file=sys.stderr,
         )
     return code
+
+
+def stop_with_launcher(environment: RankEnvironment) -> None:
+    """Have a local rank receive SIGTERM (save and leave) when the process that started it dies, however it dies."""
+    if environment.launcher == "local" and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def port_is_free(port: int) -> bool:

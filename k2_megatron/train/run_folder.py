@@ -1,9 +1,11 @@
 """The run folder: one configuration for its whole life, and what is known about the code that fills it."""
 
+import fcntl
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import IO
 
 import k2_megatron
 from k2_megatron.config import Config, load_config
@@ -36,6 +38,26 @@ def _shapes_training(config: Config, key: str, other) -> bool:
     section, name = key.split(".", 1)
     altered = config.model_copy(update={section: getattr(config, section).model_copy(update={name: other})})
     return altered.fingerprint != config.fingerprint
+
+
+def hold_run_folder(config: Config) -> IO[str]:
+    """Lock the run folder for as long as the returned file is open. ValueError when another process holds it.
+
+    The kernel lets go of the lock when its holder dies, so nothing is left to clean up.
+    """
+    folder = Path(config.run.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / ".lock").open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"another process is training in {folder}; wait for it or stop it (SIGTERM saves and leaves), "
+            "or give run.folder another name"
+        ) from None
+    except OSError:
+        pass  # a file system without locks: go on as before there were any
+    return lock
 
 
 def write_config(config: Config) -> None:

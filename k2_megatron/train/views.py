@@ -27,15 +27,7 @@ class Views:
             return
         step, last = event["step"], self.config.train.steps
         scalars = {key: event[key] for key in ("loss", "grad_norm", "learning_rate", "tokens_per_second")}
-        if self._tensorboard is not None:
-            try:
-                for name, value in scalars.items():
-                    self._tensorboard.add_scalar(name, value, step)
-            except OSError as error:
-                self._tensorboard = None
-                print(f"TensorBoard files cannot be written ({error}); the journal goes on", file=sys.stderr)
-        if self._wandb is not None:
-            self._wandb.log(scalars, step=step)
+        self._mirror(scalars, step)
         if step % self.config.log.every_steps == 0 or step == last or step == 1:
             print(
                 f"step {step:>{len(str(last))}}/{last}  loss {event['loss']:.4f}  grad norm {event['grad_norm']:.3f}  "
@@ -47,10 +39,23 @@ class Views:
     def evaluation(self, step: int, held_out_loss: float) -> None:
         """Show an "evaluation" event."""
         self.say(f"step {step}: held-out loss {held_out_loss:.4f}")
+        self._mirror({"held_out_loss": held_out_loss}, step)
+
+    def _mirror(self, scalars: dict[str, float], step: int) -> None:
+        """Numbers of `step` to TensorBoard and W&B; one that fails is left out from then on."""
         if self._tensorboard is not None:
-            self._tensorboard.add_scalar("held_out_loss", held_out_loss, step)
+            try:
+                for name, value in scalars.items():
+                    self._tensorboard.add_scalar(name, value, step)
+            except OSError as error:
+                self._tensorboard = None
+                print(f"TensorBoard files cannot be written ({error}); the journal goes on", file=sys.stderr)
         if self._wandb is not None:
-            self._wandb.log({"held_out_loss": held_out_loss}, step=step)
+            try:
+                self._wandb.log(scalars, step=step)
+            except Exception as error:  # its network and its library fail in ways of their own
+                self._wandb = None
+                print(f"Weights & Biases does not take more ({error}); the journal goes on", file=sys.stderr)
 
     def say(self, text: str) -> None:
         """A sentence on the console."""

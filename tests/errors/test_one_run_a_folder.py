@@ -1,0 +1,64 @@
+"""A run folder has one run: a second start is refused, a stranger's line in the ledger is kept, orphans leave."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from run_results import events_of
+from small_run import overrides
+
+from k2_megatron.config import load_config
+from k2_megatron.data.ledger import Ledger
+from k2_megatron.train.run_folder import hold_run_folder
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def test_a_second_run_in_the_folder_is_refused(small_config, tmp_path):
+    config = load_config(small_config, [f"run.folder={tmp_path / 'run'}"])
+    lock = hold_run_folder(config)
+    with pytest.raises(ValueError, match=r"another process is training in .*run"):
+        hold_run_folder(config)
+    lock.close()
+    hold_run_folder(config).close()
+
+
+def test_a_line_that_another_process_appended_is_not_cut_off(tmp_path):
+    ours, strangers = Ledger(tmp_path), Ledger(tmp_path)
+    strangers.amend("defer", from_sample=8, sequence_length=32, reason="by hand", samples=(0, 4))
+    with pytest.raises(ValueError, match="another process has appended"):
+        ours.record_position(8, "00")
+    assert [entry["reason"] for entry in Ledger(tmp_path).amendments] == ["by hand"]
+
+
+def test_ranks_save_and_leave_when_their_launcher_is_killed(small_config, tmp_path):
+    folder = tmp_path / "run"
+    settings = {"run.folder": folder, "train.steps": 100_000, "train.evaluate_every_steps": 50_000}
+    arguments = [part for item in overrides({**settings, "parallel.data": 2}) for part in ("--set", item)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, str(REPOSITORY / "pretrain_k2.py"), str(small_config), *arguments]
+    launcher = subprocess.Popen(program, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (folder / "journal.jsonl").exists() or not events_of(folder, "step"):
+            assert time.monotonic() < deadline, "no step within 120 s"
+            time.sleep(0.1)
+        ranks = psutil.Process(launcher.pid).children()
+        assert len(ranks) == 2
+        launcher.kill()
+        _, alive = psutil.wait_procs(ranks, timeout=30)
+    finally:
+        for rank in psutil.Process(launcher.pid).children() if launcher.poll() is None else ranks:
+            if rank.is_running():
+                rank.kill()
+        launcher.kill()
+        launcher.wait()
+    assert alive == []
+    (stop,) = events_of(folder, "stop")
+    assert stop["reason"] == signal.Signals.SIGTERM.name
+    assert stop["saved_step"] == stop["step"]
