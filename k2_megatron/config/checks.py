@@ -105,12 +105,6 @@ def sharded_optimizer_needs_replicas(tree: Any) -> Iterator[Problem]:
         yield Problem("parallel.distributed_optimizer", True, remedy)
 
 
-def context_needs_transformer_engine(tree: Any) -> Iterator[Problem]:
-    if tree.parallel.context > 1 and tree.model.implementation == "k2":
-        remedy = 'attention of model.implementation = "k2" sees whole sequences: use 1, or "transformer_engine"'
-        yield Problem("parallel.context", tree.parallel.context, remedy)
-
-
 def sequence_length_splits(tree: Any) -> Iterator[Problem]:
     # Context parallelism gives each rank two pieces, one from either end, to even out causal attention's work.
     length, parallel = tree.model.sequence_length, tree.parallel
@@ -257,7 +251,6 @@ CHECKS: tuple[Callable[[Any], Iterator[Problem]], ...] = (
     virtual_pipeline_needs_stages,
     sequence_needs_tensor,
     sharded_optimizer_needs_replicas,
-    context_needs_transformer_engine,
     sequence_length_splits,
     batches_divide,
     interleaved_micro_batches,

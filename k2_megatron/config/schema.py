@@ -108,7 +108,7 @@ class Parallel(Section):
     virtual_pipeline: PositiveInt = 1
     """Model chunks per stage; above 1 selects the interleaved schedule."""
     context: PositiveInt = 1
-    """Context-parallel ranks that share each sequence."""
+    """Context-parallel ranks that share each sequence, two pieces each; attention gathers keys and values."""
     data: PositiveInt = 1
     """Data-parallel replicas. Under torchrun and srun it is derived from the number of ranks and this value is not
     read; a plain start uses it to know how many local ranks to start."""

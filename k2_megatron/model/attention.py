@@ -6,6 +6,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 
 from k2_megatron.kernels.rotary_packed import rotary_packed
+from k2_megatron.model.context_parallel import causal_attention_of_two_pieces
 from k2_megatron.model.transformer_config import K2TransformerConfig
 
 
@@ -52,10 +53,17 @@ class K2CoreAttention(torch.nn.Module):
         assert attn_mask_type == AttnMaskType.causal, f"K2 attends causally; asked for {attn_mask_type}"
         assert attention_type == "self", f"K2 has self-attention alone; asked for {attention_type}"
         self.softmax_scale = softmax_scale
+        group = pg_collection.cp if pg_collection is not None else None
+        self._context_group = group if group is not None and group.size() > 1 else None
 
     def forward(self, query_SBND, key_SBKD, value_SBKD, attention_mask=None, /, **_unused) -> torch.Tensor:
-        """q_SBND, k and v of K <= N heads -> context [S, B, N * D]."""
+        """q_SBND, k and v of K <= N heads -> context [S, B, N * D]; S is S / C under context parallelism."""
         sequence, batch, heads, head_dim = query_SBND.shape
+        if self._context_group is not None:
+            context_BNSD = causal_attention_of_two_pieces(
+                query_SBND, key_SBKD, value_SBKD, self.softmax_scale, self._context_group
+            )
+            return context_BNSD.permute(2, 0, 1, 3).reshape(sequence, batch, heads * head_dim)
         context_BNSD = torch.nn.functional.scaled_dot_product_attention(
             query_SBND.permute(1, 2, 0, 3),
             key_SBKD.permute(1, 2, 0, 3),

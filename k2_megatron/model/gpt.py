@@ -1,35 +1,47 @@
 """megatron-core's GPTModel with K2's rotary tables and our vocabulary-parallel cross-entropy."""
 
 import torch
+import torch.distributed as distributed
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
 
 from k2_megatron.kernels.cross_entropy import vocab_parallel_cross_entropy
 from k2_megatron.kernels.linear_cross_entropy import linear_cross_entropy
 from k2_megatron.kernels.rotary import rotary_tables
+from k2_megatron.model.context_parallel import context_positions
 
 
 class RotaryTables(torch.nn.Module):
-    """In GPTModel's `rotary_pos_emb` slot: cos and sin of fp32 angles, computed once for each length.
+    """In GPTModel's `rotary_pos_emb` slot: cos and sin of fp32 angles at the positions of this context rank, computed
+    once for each length.
 
-    Returns [2, S, D/2] fp32. megatron-core only hands the tensor on to the attention layers (through recompute as
+    Returns [2, S / C, D/2] fp32. megatron-core only hands the tensor on to the attention layers (through recompute as
     well, which takes tensors alone, hence one tensor and not two).
     """
 
-    def __init__(self, head_dim: int, base: float, sequence_length: int) -> None:
+    def __init__(
+        self, head_dim: int, base: float, sequence_length: int, context_group: distributed.ProcessGroup
+    ) -> None:
         super().__init__()
         self.head_dim, self.base = head_dim, base
         self.sequence_length = sequence_length
-        self._tables_2SR: torch.Tensor | None = None
+        self._context_group = context_group
+        self._of_length: tuple[int, torch.Tensor] | None = None
 
     def get_rotary_seq_len(self, *_unused) -> int:
         return self.sequence_length
 
     def forward(self, sequence_length: int, **_unused) -> torch.Tensor:
-        if self._tables_2SR is None or self._tables_2SR.shape[1] != sequence_length:
-            tables = rotary_tables(sequence_length, self.head_dim, self.base, torch.cuda.current_device())
-            self._tables_2SR = torch.stack(tables)
-        return self._tables_2SR
+        if self._of_length is None or self._of_length[0] != sequence_length:
+            tables_2SR = torch.stack(
+                rotary_tables(sequence_length, self.head_dim, self.base, torch.cuda.current_device())
+            )
+            if self._context_group.size() > 1:
+                group = self._context_group
+                held = context_positions(sequence_length, group.rank(), group.size()).to(tables_2SR.device)
+                tables_2SR = tables_2SR[:, held]
+            self._of_length = sequence_length, tables_2SR
+        return self._of_length[1]
 
 
 class OutputLayer(ColumnParallelLinear):
@@ -93,4 +105,6 @@ class K2Model(GPTModelWithK2Loss):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.rotary_pos_emb = RotaryTables(self.config.kv_channels, self.rotary_base, self.max_sequence_length)
+        self.rotary_pos_emb = RotaryTables(
+            self.config.kv_channels, self.rotary_base, self.max_sequence_length, self.pg_collection.cp
+        )

@@ -13,6 +13,8 @@ and layer, in units of S * B elements, T the tensor ranks:
     residual  4 H: the layer's input, its norm's output, the sum after attention, that norm's output; divided by T
               under sequence parallelism. Two fp32 inverse roots beside them.
     attention (2 H + 2 K) / T: query, key and value after rotary, and the output; fp32 log-sum-exps, heads / T.
+              Under context parallelism over C ranks (2 K C + H) / T more: the gathered keys and values, and the two
+              pieces' outputs joined; selective recompute gathers again.
     mlp       3 F / T: packed gate and up, and their product.
 After the last layer come the final norm's input and output and the logits, whose storage their gradient takes over.
 The first stage of 1F1B holds as many micro-batches as there are stages, the last holds one. The tests compare with
@@ -87,6 +89,8 @@ def layer_activation_bytes(config: Config, recompute: str) -> int:
     # Under selective recompute the log-sum-exps are computed again; the output stays, as the projection's input.
     log_sum_exps = 0 if recompute == "selective" else 4 * model.heads // tensor
     attention = (2 * hidden + 2 * kv_size) * element // tensor + log_sum_exps
+    if config.parallel.context > 1 and recompute != "selective":
+        attention += (2 * kv_size * config.parallel.context + hidden) * element // tensor
     return positions * (residual + attention + 3 * model.ffn_hidden_size * element // tensor)
 
 

@@ -7,6 +7,7 @@ Out: a `StepResult` that is equal on every rank.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy
 import torch
@@ -18,6 +19,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from k2_megatron.config import Config
 from k2_megatron.data.feed import Feed
+from k2_megatron.model.context_parallel import context_positions
 from k2_megatron.runtime.groups import Groups
 from k2_megatron.train.optimizer import gradient_norm, update
 
@@ -37,29 +39,33 @@ class StepResult:
 def micro_batches(
     config: Config, groups: Groups, feed: Feed, first_sample: int, global_batch: int, device: torch.device
 ) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]]:
-    """This rank's (tokens [B, S], labels [B, S]) int64, one micro-batch at a time.
+    """This rank's (tokens [B, S / C], labels [B, S / C]) int64, one micro-batch at a time.
 
     Samples first_sample ... + global_batch belong to the step in every layout; micro-batch m of data rank r takes the
-    ones from first_sample + (m * data_size + r) * B. Only the first stage reads tokens and only the last reads labels.
-    The micro-batch that comes next, this step's or the next step's, is read in the background.
+    ones from first_sample + (m * data_size + r) * B, of which it holds the positions of its context rank. Only the
+    first stage reads tokens and only the last reads labels. The micro-batch that comes next, this step's or the next
+    step's, is read in the background.
     """
     size = config.train.micro_batch
     stride = groups.data_size * size
+    held = context_positions(config.model.sequence_length, groups.context_rank, groups.context_size).to(device)
     for start in range(first_sample + groups.data_rank * size, first_sample + global_batch, stride):
         if not (groups.is_first_stage or groups.is_last_stage):
             yield None, None
             continue
         rows = torch.from_numpy(feed.tokens(start, size).astype(numpy.int64)).to(device)
         feed.prefetch(start + stride, size)
-        yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        yield rows[:, held], rows[:, held + 1]
 
 
-def _forward(iterator, model):
+def _forward(groups, iterator, model):
     tokens, labels = next(iterator)
     loss_BS = model(tokens, None, None, labels=labels)
 
     def mean_loss(loss_BS):
-        loss = loss_BS.mean()
+        # This rank's share of the mean over the sequence; megatron-core multiplies by the context ranks again, whose
+        # gradients it averages.
+        loss = loss_BS.mean() / groups.context_size
         # A copy: megatron-core divides the loss by the number of micro-batches in place.
         return loss, {"loss": loss.detach().clone()}
 
@@ -85,7 +91,7 @@ def _run_schedule(
     settings = chunks[0].config
     settings.finalize_model_grads_func = None if forward_only else finalize_model_grads
     losses = schedule(
-        forward_step_func=_forward,
+        forward_step_func=partial(_forward, groups),
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=list(chunks) if len(chunks) > 1 else chunks[0],
         num_microbatches=count,
@@ -95,9 +101,10 @@ def _run_schedule(
         p2p_communicator=P2PCommunicator(groups.collection.pp, settings),
         pg_collection=groups.collection,
     )
-    # Each data rank's last stage holds its mean, on every tensor (and context) rank alike: one of them speaks.
+    # Each data rank's last stage holds its mean, in shares over its context ranks; of the tensor ranks, which hold the
+    # same, one speaks.
     total = torch.zeros(1, dtype=torch.float64, device=device)
-    if groups.is_last_stage and groups.tensor_rank == 0 and groups.context_rank == 0:
+    if groups.is_last_stage and groups.tensor_rank == 0:
         total += torch.stack([item["loss"] for item in losses]).double().mean() / groups.data_size
     distributed.all_reduce(total)
     return total.item()

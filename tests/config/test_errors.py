@@ -94,18 +94,13 @@ MISTAKES = [
         "parallel.distributed_optimizer = true: has no effect with one data-parallel rank",
     ),
     (
-        "context_needs_transformer_engine",
-        ["parallel.context=2"],
-        'parallel.context = 2: attention of model.implementation = "k2" sees whole sequences',
-    ),
-    (
         "sequence_length_splits",
         ["model.sequence_length=255"],
         "model.sequence_length = 255: must be a multiple of parallel.tensor = 2; nearest are 254 and 256",
     ),
     (
         "sequence_length_splits",
-        ["model.sequence_length=252", "parallel.context=2", "model.implementation=transformer_engine"],
+        ["model.sequence_length=252", "parallel.context=2"],
         "model.sequence_length = 252: must be a multiple of 2 * parallel.context = 4 times parallel.tensor = 2",
     ),
     (

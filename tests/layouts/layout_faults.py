@@ -5,6 +5,8 @@ import dataclasses
 import torch
 
 import k2_megatron.model.build as build
+import k2_megatron.model.context_parallel as context_parallel
+import k2_megatron.model.gpt as gpt
 import k2_megatron.train.step as step
 from k2_megatron.model.norm import K2RMSNorm
 
@@ -64,3 +66,37 @@ def one_micro_batch_left_out() -> None:
         return iter([*batches[:-1], batches[-2]])
 
     step.micro_batches = repeated
+
+
+def keys_in_the_order_of_the_context_ranks() -> None:
+    """Keys and values stand as the ranks sent them, not as the sequence goes."""
+
+    def unordered(local, group):
+        return context_parallel.gather_from_sequence_parallel_region(local, group=group)
+
+    context_parallel.gather_sequence = unordered
+
+
+def every_context_rank_rotates_like_the_first() -> None:
+    """The rotary tables are those of the sequence's beginning on every context rank."""
+
+    def beginning(sequence_length, rank, size):
+        return torch.arange(sequence_length // size)
+
+    gpt.context_positions = beginning
+
+
+def each_context_rank_reports_its_own_mean() -> None:
+    """The shares of the context ranks are added up as if each were the whole mean."""
+    right = step._forward
+
+    def whole(groups, iterator, model):
+        loss_BS, mean_loss = right(groups, iterator, model)
+
+        def reported(loss_BS):
+            loss, report = mean_loss(loss_BS)
+            return loss, {"loss": report["loss"] * groups.context_size}
+
+        return loss_BS, reported
+
+    step._forward = whole

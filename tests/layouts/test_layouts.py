@@ -20,6 +20,7 @@ LAYOUTS = {
     "pp2-vp2": (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}),
     "dp2": (2, {}),
     "dp2-sharded": (2, {"parallel.distributed_optimizer": True}),
+    "cp2": (2, {"parallel.context": 2}),
     "tp2-pp2": (4, {"parallel.tensor": 2, "parallel.pipeline": 2}),
     "tp2-sp-dp2-sharded": (
         4,
@@ -29,6 +30,9 @@ LAYOUTS = {
         4,
         {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2, "parallel.distributed_optimizer": True},
     ),
+    "cp4": (4, {"parallel.context": 4}),
+    "tp2-sp-cp2": (4, {"parallel.tensor": 2, "parallel.sequence": True, "parallel.context": 2}),
+    "pp2-cp2-sharded": (4, {"parallel.pipeline": 2, "parallel.context": 2, "parallel.distributed_optimizer": True}),
 }
 FIRST_LOSS, LATER_LOSSES, GRADIENT_NORMS, GRADIENTS = 1e-6, 1e-5, 1e-4, 1e-5
 # bfloat16 keeps 8 bits: two orders of summation differ by some 2^-9 in an activation, and the mean over 256 positions
@@ -93,13 +97,15 @@ def test_training_is_repeatable_to_the_bit(train, small_config, tmp_path):
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 @pytest.mark.parametrize(
-    ("ranks", "settings"), [(1, {}), (2, {"parallel.tensor": 2, "parallel.sequence": True})], ids=["one", "tp2-sp"]
+    ("ranks", "settings"),
+    [(1, ONE_PROCESS), LAYOUTS["tp2-sp"], LAYOUTS["cp2"]],
+    ids=["one", "tp2-sp", "cp2"],
 )
 def test_recomputed_activations_are_the_same_to_the_bit(train, ranks, settings, recompute):
     assert train(ranks, {**settings, "train.recompute": recompute}).training == train(ranks, settings).training
 
 
-@pytest.mark.parametrize("layout", ["tp2-sp", "pp2-vp2", "dp2-sharded", "tp2-pp2"])
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2-vp2", "dp2-sharded", "cp2", "tp2-pp2"])
 def test_bfloat16_stays_within_its_rounding_of_one_process(train, layout):
     ranks, settings = LAYOUTS[layout]
     expected = train(1, {"train.precision": "bfloat16"}).training
@@ -114,7 +120,7 @@ def test_bfloat16_is_near_float32(train):
     assert found.losses != expected.losses
 
 
-@pytest.mark.parametrize("layout", ["tp2-sp", "tp2-pp2"])
+@pytest.mark.parametrize("layout", ["tp2-sp", "cp2", "tp2-pp2"])
 def test_grouped_query_attention_divides_over_tensor_ranks(train, layout):
     ranks, settings = LAYOUTS[layout]
     grouped = {"model.kv_heads": 2}
@@ -150,6 +156,9 @@ FAULTS = [
     (layout_faults.batched_messages_between_two_interleaved_stages, "pp2-vp2", {"losses", "gradients"}),
     (layout_faults.replicas_read_the_same_samples, "dp2", {"losses", "gradients"}),
     (layout_faults.one_micro_batch_left_out, "pp2", {"losses", "gradients"}),
+    (layout_faults.keys_in_the_order_of_the_context_ranks, "cp2", {"losses", "gradients"}),
+    (layout_faults.every_context_rank_rotates_like_the_first, "cp2", {"losses", "gradients"}),
+    (layout_faults.each_context_rank_reports_its_own_mean, "cp2", {"losses"}),
 ]
 
 
