@@ -42,6 +42,7 @@ from k2_megatron.train.checkpoint_state import layout_name
 from k2_megatron.train.journal import Journal
 from k2_megatron.train.not_finite import count_as_update, ranks_not_finite
 from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
+from k2_megatron.train.replicas import compare_replicas, stop_when_different
 from k2_megatron.train.run_data import open_run_data
 from k2_megatron.train.run_folder import check_run_folder, hold_run_folder, provenance, write_config
 from k2_megatron.train.schedule import learning_rate_at
@@ -161,6 +162,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
             "tokens_per_second": tokens_per_second,
             "model_flops_utilization": flops_per_second / peak if peak else None,
         }
+        stop_when_different(result.difference, step, saved_step, journal)
         if result.updated:
             passed_over = 0
             journal.write("step", **event)
@@ -206,6 +208,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
         if step % config.checkpoint.every_steps == 0 or last or leaving:
             watchdog.at("checkpoint", step)
             saved_step = tell_of_save(saver.wait(), config, journal, checkpoints, spikes) or saved_step
+            stop_when_different(compare_replicas(chunks, optimizer, groups), step, saved_step, journal)
             data.record_position(step, consumed)
             facts = {**data.position(), **spikes.position()}
             saver.save(step, config, chunks, optimizer, device.torch, facts)

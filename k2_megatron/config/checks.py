@@ -105,6 +105,13 @@ def sharded_optimizer_needs_replicas(tree: Any) -> Iterator[Problem]:
         yield Problem("parallel.distributed_optimizer", True, remedy)
 
 
+def comparing_needs_replicas(tree: Any) -> Iterator[Problem]:
+    every = tree.train.compare_replicas_every_steps
+    if every is not None and tree.parallel.data * tree.parallel.context == 1:
+        remedy = "has no effect with one data-parallel rank, which has no replica to compare with: remove it"
+        yield Problem("train.compare_replicas_every_steps", every, remedy)
+
+
 def sequence_length_splits(tree: Any) -> Iterator[Problem]:
     # Context parallelism gives each rank two pieces, one from either end, to even out causal attention's work.
     length, parallel = tree.model.sequence_length, tree.parallel
@@ -251,6 +258,7 @@ CHECKS: tuple[Callable[[Any], Iterator[Problem]], ...] = (
     virtual_pipeline_needs_stages,
     sequence_needs_tensor,
     sharded_optimizer_needs_replicas,
+    comparing_needs_replicas,
     sequence_length_splits,
     batches_divide,
     interleaved_micro_batches,

@@ -161,6 +161,9 @@ class Train(Section):
     little here because ours keeps no scores; or "full", each whole layer from its input."""
     deterministic: bool = False
     """Ask every library for bitwise repeatable algorithms, at some cost in speed."""
+    compare_replicas_every_steps: PositiveInt | None = None
+    """Compare the weights (and moments, unless sharded) of data-parallel replicas, to the bit, before the update of
+    every so many steps; left out: before each save alone."""
     evaluate_every_steps: PositiveInt | None = None
     """Evaluate on data.held_out after every so many steps, and after the last; left out: never."""
     evaluate_batches: PositiveInt | None = None

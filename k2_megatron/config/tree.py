@@ -28,6 +28,7 @@ FREE_KEYS = (
     "train.micro_batch",
     "train.recompute",
     "train.deterministic",
+    "train.compare_replicas_every_steps",
     "train.evaluate_every_steps",
     "train.evaluate_batches",
 )

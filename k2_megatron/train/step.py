@@ -22,18 +22,20 @@ from k2_megatron.data.feed import Feed
 from k2_megatron.model.context_parallel import context_positions
 from k2_megatron.runtime.groups import Groups
 from k2_megatron.train.optimizer import gradient_norm, update
+from k2_megatron.train.replicas import Difference, compare_replicas
 
 
 @dataclass(frozen=True)
 class StepResult:
     """`loss` is the mean over the global batch in nats a token; `grad_norm` is before clipping; `updated` is False
-    when loss or gradient was not finite and the update was therefore not applied; `data_seconds` is what this rank
-    waited for rows."""
+    when loss or gradient was not finite, or replicas differed, and the update was therefore not applied;
+    `data_seconds` is what this rank waited for rows; `difference` is what comparing the replicas found."""
 
     loss: float
     grad_norm: float
     updated: bool
     data_seconds: float
+    difference: Difference | None = None
 
 
 def micro_batches(
@@ -119,7 +121,8 @@ def train_step(
     step: int,
     device: torch.device,
 ) -> StepResult:
-    """Gradients over the step's global batch, clipped; then the update, unless something was not finite."""
+    """Gradients over the step's global batch, clipped; then the update, unless something was not finite or replicas
+    differed. Before the update, because a sharded optimizer's writes all replicas anew and hides a flipped bit."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -129,9 +132,13 @@ def train_step(
 
     norm = gradient_norm(optimizer, device)
     finite = math.isfinite(loss) and math.isfinite(norm.item())
-    if finite:
+    every, difference = config.train.compare_replicas_every_steps, None
+    if every and (step + 1) % every == 0:
+        difference = compare_replicas(chunks, optimizer, groups)
+    updated = finite and difference is None
+    if updated:
         update(optimizer, norm, config.optimizer.clip_grad_norm)
-    return StepResult(loss, norm.item(), updated=finite, data_seconds=feed.seconds_waited - waited)
+    return StepResult(loss, norm.item(), updated, feed.seconds_waited - waited, difference)
 
 
 def evaluate(config: Config, groups: Groups, chunks: Sequence, feed: Feed, device: torch.device) -> float:

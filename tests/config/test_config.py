@@ -93,6 +93,7 @@ EDGES = [
     ["parallel.pipeline=1", "parallel.tensor=1", "parallel.sequence=false"],
     ["parallel.virtual_pipeline=2"],
     ["parallel.data=2", "parallel.distributed_optimizer=true"],
+    ["parallel.data=2", "train.compare_replicas_every_steps=1"],
     ["model.sequence_length=255", "parallel.sequence=false"],
     [
         *("model.implementation=transformer_engine", "model.kernels.adamw=torch", "parallel.context=4"),

@@ -94,6 +94,11 @@ MISTAKES = [
         "parallel.distributed_optimizer = true: has no effect with one data-parallel rank",
     ),
     (
+        "comparing_needs_replicas",
+        ["train.compare_replicas_every_steps=5"],
+        "train.compare_replicas_every_steps = 5: has no effect with one data-parallel rank",
+    ),
+    (
         "sequence_length_splits",
         ["model.sequence_length=255"],
         "model.sequence_length = 255: must be a multiple of parallel.tensor = 2; nearest are 254 and 256",

@@ -1,0 +1,115 @@
+"""Data-parallel replicas hold the same bits: compared, so that a bit which flipped in one of them does not pass unseen.
+
+In:  the model, the optimizer and the groups of a rank. Out: None, or a `Difference`, the same on every rank.
+
+Each tensor is reduced to the wrapping int64 sum of its bits seen as integers: one read of it, and a flipped bit always
+changes the sum. The sums are gathered over the ranks that hold replicas; with three or more the majority says which
+rank is wrong. A sharded optimizer has no replicas of its state, and each update writes the weights of every replica
+anew: there a flip lives no longer than a step, and only comparing in that step finds it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as distributed
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from k2_megatron.runtime.groups import Groups
+from k2_megatron.runtime.mistakes import StopRun
+from k2_megatron.train.checkpoint_state import unwrapped
+from k2_megatron.train.journal import Journal
+
+NAMED = 4  # tensors named a rank
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an element
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`ranks`: {rank in words: its first tensors that differ}; `told_apart` is False when no majority says which of
+    the ranks are wrong, and all that differ are named."""
+
+    ranks: dict[str, list[str]]
+    told_apart: bool
+
+    def __str__(self) -> str:
+        named = "; ".join(f"{rank} in {', '.join(tensors)}" for rank, tensors in self.ranks.items())
+        return named if self.told_apart else f"{named} (which of them is right cannot be told)"
+
+
+def compare_replicas(chunks: Sequence, optimizer: MegatronOptimizer, groups: Groups) -> Difference | None:
+    """Compare weights, and main parameters and moments where they are not sharded, to the bit; None when all agree."""
+    group = groups.collection.dp_cp
+    replicas = group.size()
+    if replicas == 1:
+        return None
+    named = list(replicated_tensors(chunks, optimizer))
+    mine = torch.stack([_sum_of_bits(tensor) for _, tensor in named])
+    gathered = [torch.empty_like(mine) for _ in range(replicas)]
+    distributed.all_gather(gathered, mine, group=group)
+    sums = torch.stack(gathered)  # [replicas, tensors]
+    found = (sums != sums[0]).any().to(torch.int32).reshape(1)
+    distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
+    if not found.item():
+        return None
+    majority, told_apart = majority_of(sums)
+    wrong = (mine != majority) if told_apart else (sums != sums[0]).any(dim=0)
+    names = [name for (name, _), differs in zip(named, wrong.tolist(), strict=True) if differs]
+    everywhere: list = [None] * groups.world_size
+    distributed.all_gather_object(everywhere, (groups.name, names[:NAMED], told_apart))
+    return Difference(
+        ranks={rank: tensors for rank, tensors, _ in everywhere if tensors},
+        told_apart=all(told for _, _, told in everywhere),
+    )
+
+
+def stop_when_different(difference: Difference | None, step: int, saved_step: int, journal: Journal) -> None:
+    """StopRun, after an incident in the journal, when there is a difference: what goes on from it is not the run."""
+    if difference is None:
+        return
+    journal.write(
+        "incident",
+        kind="replicas differ",
+        step=step,
+        ranks=difference.ranks,
+        told_apart=difference.told_apart,
+        saved_step=saved_step,
+    )
+    raise StopRun(
+        f"step {step}: data-parallel replicas differ, which no computation of ours does: {difference}. Nothing of this "
+        f"was saved; the last save was step {saved_step}. Exclude the host of the rank that is wrong, and start again"
+    )
+
+
+def majority_of(sums: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """(the values [tensors] that more than half of the replicas hold, whether there is one for every tensor), of
+    sums [replicas, tensors]."""
+    majority, _ = sums.median(dim=0)  # what more than half hold is also the middle one
+    holders = (sums == majority).sum(dim=0)
+    return majority, bool((2 * holders > len(sums)).all())
+
+
+def replicated_tensors(chunks: Sequence, optimizer: MegatronOptimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of all that is equal on the ranks that differ in their data alone, in the same order on each."""
+    names: dict[torch.Tensor, str] = {}
+    told: set[torch.Tensor] = set()
+    for number, chunk in enumerate(chunks):
+        for name, parameter in unwrapped(chunk).named_parameters():
+            name = name if len(chunks) == 1 else f"chunk {number}: {name}"
+            names[getattr(parameter, "main_param", parameter)] = name
+            told.add(parameter)
+            yield name, parameter.detach()
+    for part in optimizer.chained_optimizers:
+        if part.is_stub_optimizer or isinstance(part, DistributedOptimizer):
+            continue
+        for group in part.optimizer.param_groups:
+            for main in group["params"]:
+                if main not in told:  # a float32 parameter is its own main parameter
+                    yield f"main parameter of {names[main]}", main.detach()
+                for moment, value in sorted(part.optimizer.state[main].items()):
+                    yield f"{moment} of {names[main]}", value
+
+
+def _sum_of_bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)

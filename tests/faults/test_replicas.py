@@ -1,0 +1,134 @@
+"""A bit that flips in one data-parallel replica is found by comparing replicas, named, and never saved."""
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rank_processes import pretrain, results_of, run_ranks
+from run_results import events_of, steps_of, stored_state
+
+from k2_megatron.config import load_config
+from k2_megatron.kernels.dispatch import OPS, choose_backend
+from k2_megatron.model import build_model
+from k2_megatron.runtime.cpu_stand_in import cpu_stands_in_for_cuda
+from k2_megatron.runtime.devices import find_device
+from k2_megatron.runtime.groups import build_groups, connect, disconnect
+from k2_megatron.runtime.launch import read_environment
+from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
+from k2_megatron.train.replicas import compare_replicas, majority_of, replicated_tensors
+from k2_megatron.train.run_data import open_run_data
+from k2_megatron.train.step import train_step
+
+CASES = 100
+STEPS = 5
+# Five steps of three replicas, saved after 2, 4 and 5
+SETTINGS = ["parallel.data=3", "train.global_batch=6", f"train.steps={STEPS}", "checkpoint.every_steps=2"]
+NO_EVALUATION = ["train.evaluate_every_steps=", "train.evaluate_batches=", "data.held_out="]
+
+
+def flip_bit(tensor: torch.Tensor, element: int, bit: int) -> None:
+    """Flip one bit of one element, in place."""
+    integer = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
+    flipped = 1 << bit if bit < 8 * tensor.element_size() - 1 else -(1 << bit)
+    tensor.detach().view(integer).view(-1)[element] ^= flipped
+
+
+def _flip_and_compare(config_path: Path, settings: list[str]) -> list[tuple[str, str, str]]:
+    """In each case flip a random bit of a random tensor on a random rank; (rank, tensor, what comparing said)."""
+    environment = read_environment()
+    config = load_config(config_path, settings, world_size=environment.world_size)
+    device = find_device(environment.local_rank)
+    with cpu_stands_in_for_cuda(device.type):
+        connect(environment, device, 120.0)
+        groups = build_groups(config.parallel)
+        data = open_run_data(config)
+        kernels = {op: choose_backend(op, config.model.kernels.backend(op), device.type).backend for op in OPS}
+        chunks = wrap_model(config, build_model(config, kernels, groups.collection), groups.collection)
+        optimizer = build_optimizer(config, chunks, kernels, groups.collection)
+        set_learning_rate(optimizer, 1e-3, 0.1)
+        train_step(config, groups, chunks, optimizer, data.train, 0, device.torch)
+        tensors = list(replicated_tensors(chunks, optimizer))
+        chance, said = random.Random(5), [("none", "none", str(compare_replicas(chunks, optimizer, groups)))]
+        for _ in range(CASES):
+            victim, (name, tensor) = chance.randrange(groups.world_size), chance.choice(tensors)
+            element, bit = chance.randrange(tensor.numel()), chance.randrange(8 * tensor.element_size())
+            if groups.rank == victim:
+                flip_bit(tensor, element, bit)
+            difference = compare_replicas(chunks, optimizer, groups)
+            if groups.rank == victim:
+                flip_bit(tensor, element, bit)
+            said.append((f"data {victim})", name, str(difference)))
+        said.append(("none", "none", str(compare_replicas(chunks, optimizer, groups))))
+        disconnect()
+    return said
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_every_flipped_bit_is_found_and_its_rank_and_tensor_named(small_config, tmp_path, precision):
+    settings = [*SETTINGS, *NO_EVALUATION, f"train.precision={precision}"]
+    said = results_of(run_ranks(_flip_and_compare, 3, (small_config, settings), tmp_path))
+    assert said[0] == said[1] == said[2], "every rank hears the same"
+    assert said[0][0][2] == said[0][-1][2] == "None"
+    cases = said[0][1:-1]
+    assert [case for case in cases if not case[2].endswith(f"{case[0]} in {case[1]}")] == []
+    kinds = {name.split(" of ")[0] for _, name, _ in cases if " of " in name}
+    assert kinds == {"exp_avg", "exp_avg_sq", *(["main parameter"] if precision == "bfloat16" else [])}
+
+
+def test_majority_of_two_is_nobody():
+    two, three = torch.tensor([[1, 5], [1, 7]]), torch.tensor([[1, 5], [1, 7], [1, 7]])
+    assert majority_of(two)[1] is False
+    assert majority_of(three)[0].tolist() == [1, 7] and majority_of(three)[1] is True
+    assert majority_of(torch.tensor([[1], [2], [3]]))[1] is False
+
+
+def _flip_on_rank_1_in_step_3() -> None:
+    """After the backward pass of step 3, before its update: the weights that the step computed with have changed."""
+    import k2_megatron.train.step as step
+    from k2_megatron.train.checkpoint_state import unwrapped
+
+    run, calls = step._run_schedule, []
+
+    def run_and_flip(config, groups, chunks, *rest, **keywords):
+        loss = run(config, groups, chunks, *rest, **keywords)
+        calls.append(1)
+        if len(calls) == 3 and os.environ["RANK"] == "1":
+            flip_bit(unwrapped(chunks[0]).decoder.layers[2].mlp.linear_fc1.weight, 77, 13)
+        return loss
+
+    step._run_schedule = run_and_flip
+
+
+def ends(small_config: Path, folder: Path, fault: Callable[[], None] | None, *more: str) -> list:
+    settings = [*SETTINGS, *NO_EVALUATION, f"run.folder={folder}", *more]
+    return pretrain(3, small_config, settings, folder.with_name(f"{folder.name}_output_{len(more)}"), fault=fault)
+
+
+def test_flipped_bit_stops_the_run_before_it_is_saved(small_config, tmp_path):
+    folder = tmp_path / "run"
+    outcomes = ends(small_config, folder, _flip_on_rank_1_in_step_3)
+    assert [outcome.exit_code for outcome in outcomes] == [3, 3, 3]
+    said = "".join(outcome.stderr for outcome in outcomes)
+    place = "rank 1 (tensor 0, pipeline 0, context 0, data 1) in decoder.layers.2.mlp.linear_fc1.weight"
+    # Unasked it is compared before a save; by then the moments have followed the weights.
+    assert said.startswith("step 4: data-parallel replicas differ") and place.split(" in ")[0] in said
+    (incident,) = events_of(folder, "incident")
+    assert (incident["kind"], incident["step"], incident["saved_step"]) == ("replicas differ", 4, 2)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["latest", "step_00000002"]
+
+    # Compared in every step it is found in the step that it happened in, with nothing but the flipped tensor wrong:
+    # also where the sharded optimizer writes every replica's weights anew at each update.
+    every, asked = "train.compare_replicas_every_steps=1", tmp_path / "asked"
+    outcomes = ends(small_config, asked, _flip_on_rank_1_in_step_3, every, "parallel.distributed_optimizer=true")
+    said = "".join(outcome.stderr for outcome in outcomes)
+    assert f"step 3: data-parallel replicas differ, which no computation of ours does: {place}." in said
+    assert max(steps_of(asked)) == 2
+
+    # Started again on a sound machine it is the run in which nothing happened.
+    results_of(ends(small_config, folder, None, every))
+    results_of(ends(small_config, tmp_path / "whole", None))
+    assert steps_of(folder) == steps_of(tmp_path / "whole")
+    assert stored_state(folder, STEPS) == stored_state(tmp_path / "whole", STEPS)
