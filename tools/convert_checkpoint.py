@@ -55,7 +55,7 @@ def run_from_hf(options: argparse.Namespace) -> int:
 def run_from_k2_legacy(options: argparse.Namespace) -> int:
     from k2_megatron.convert.import_legacy import import_legacy
 
-    print(import_legacy(_import_options(options, None, False), optimizer=options.optimizer))
+    print(import_legacy(_import_options(options, None, options.proof), optimizer=options.optimizer))
     return 0
 
 
@@ -152,6 +152,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     old.add_argument(
         "--no-optimizer", dest="optimizer", action="store_false", help="weights alone; moments start at zero"
     )
+    proof(old)
     layout(old)
 
     layout(command("reshard", run_reshard, "the same checkpoint with chunks cut for another layout"))

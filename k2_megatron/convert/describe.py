@@ -80,10 +80,11 @@ def _legacy(folder: Path) -> str:
 
     source = LegacyK2Source(folder)
     held = ", ".join(f"{kind} ({dtype})" for kind, dtype in source.dtypes.items())
+    interleaved = f" x VP {source.virtual_pipeline}" if source.virtual_pipeline > 1 else ""
     return "\n".join(
         [
             f"{folder}: old K2 checkpoint of iteration {source.iteration:,}, TP {source.tensor_parallel} x PP "
-            f"{source.pipeline_parallel}, holds {held}",
+            f"{source.pipeline_parallel}{interleaved}, holds {held}",
             f"  consumed     {getattr(source.arguments, 'consumed_train_samples', None)} samples",
             *_shape_lines(source.shape),
         ]

@@ -18,6 +18,7 @@ from k2_megatron.convert.safetensors_file import INDEX
 from k2_megatron.convert.source import Kind
 from k2_megatron.convert.to_hugging_face import HuggingFaceJob, tied_rows_equal
 from k2_megatron.convert.torch_dist import TorchDistSource, checkpoint_folder, read_manifest
+from k2_megatron.convert.transformers_model import TransformersModel
 from k2_megatron.convert.work import JOURNAL, estimate_text, hash_file, require_space, run_units
 
 MANIFEST = "k2_conversion.json"
@@ -79,7 +80,8 @@ def export_hugging_face(options: ExportOptions) -> Path:
     _write_companions(options, aside, manifest, record, facts, dtype)
     proof = None
     if options.proof:
-        proof = prove(HuggingFaceSource(aside, facts), source, facts, Bound.for_rounding(rounding))
+        HuggingFaceSource(aside, facts)  # what was written has the tensors of its config.json
+        proof = prove(TransformersModel(aside), source, facts, Bound.for_weights(equal=not rounding.values), kind)
         print(proof)
     (aside / JOURNAL).unlink()
     (aside / MANIFEST).write_text(

@@ -7,6 +7,8 @@ from typing import Any
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.import_model import ImportOptions, training_config
 from k2_megatron.convert.legacy_k2 import LegacyK2Source
+from k2_megatron.convert.legacy_model import LegacyModel
+from k2_megatron.convert.logits import Bound, prove
 from k2_megatron.convert.names import places
 from k2_megatron.convert.record import versions
 from k2_megatron.convert.to_torch_dist import TorchDistJob, empty_extra_state
@@ -38,9 +40,7 @@ class LegacyCheck:
 
 def import_legacy(options: ImportOptions, *, optimizer: bool) -> Path:
     """Check, convert, compare, publish; returns the checkpoint. ConversionError names what stands against it."""
-    source = LegacyK2Source(options.load)
-    if not optimizer:
-        source.dtypes = {"weights": source.dtypes["weights"]}
+    source = LegacyK2Source(options.load, optimizer=optimizer)
     step = source.iteration
     require_new(options.save, step)
     config = training_config(options, source.facts, source.dtypes["weights"])
@@ -78,5 +78,8 @@ def import_legacy(options: ImportOptions, *, optimizer: bool) -> Path:
             "precision": job.precision, "tensor": options.tensor, "pipeline": options.pipeline}  # fmt: skip
     product = write_checkpoint(job, config, beginning, plan, options.workers)
     print(product.totals.text())
-    seal(product, job, options.workers)
+    written = seal(product, job, options.workers)
+    if options.proof:
+        equal = job.source_kind("weights") == "weights" and not product.rounding.values
+        print(prove(LegacyModel(options.load), written, source.facts, Bound.for_weights(equal=equal)))
     return product.publish()

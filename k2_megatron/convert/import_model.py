@@ -20,6 +20,7 @@ from k2_megatron.convert.training_side import (
     seal,
     write_checkpoint,
 )
+from k2_megatron.convert.transformers_model import TransformersModel
 from k2_megatron.train.checkpoint_files import write_file
 
 
@@ -80,7 +81,9 @@ def import_hugging_face(options: ImportOptions) -> Path:
     _tell_rounding(product, source)
     written = seal(product, job, options.workers)
     if options.proof:
-        print(prove(source, written, facts, Bound.for_rounding(product.rounding)))
+        print(
+            prove(TransformersModel(options.load), written, facts, Bound.for_weights(equal=not product.rounding.values))
+        )
     options.save.mkdir(parents=True, exist_ok=True)
     copy_tokenizer(options.load, options.save / TOKENIZER)
     write_file(options.save / RECORD, json.dumps(record.as_json(), indent=1) + "\n")

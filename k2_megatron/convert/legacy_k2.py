@@ -1,117 +1,134 @@
 """The old K2 training code's checkpoints as a source: iter_*/mp_rank_TT_PPP/model_optim_rng.pt, weights and Adam state.
 
-That code is Megatron-LM of August 2023: one file a (tensor, pipeline) rank with its part of every tensor of its stage.
-QKV rows are already grouped by head as ours are; a rank's first MLP matrix is its gate rows over its up rows. Adam's
-state has numbers for names: megatron's two parameter groups (matrices, then norms) in the model's order. The order is
-proved, not assumed: the fp32 parameters must round to the model's weights, bit by bit.
-
-Files are pickles. They are read with torch's weights_only loader, mapped, and with the few names below allowed.
+That code is Megatron-LM of August 2023: one file a (tensor, pipeline) rank with its part of every tensor of its stage;
+with interleaved stages a file holds several model chunks, of which chunk v of stage p has the layers after those of
+chunk v of stage p - 1. QKV rows are already grouped by head as ours are; a rank's first MLP matrix is its gate rows
+over its up rows. Adam's state has numbers for names: megatron's two parameter groups (matrices, then norms) in the
+model's order. The order is proved, not assumed: the fp32 parameters must round to the model's weights, bit by bit.
 """
 
 import argparse
-import collections
-import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 
 from k2_megatron.convert.errors import ConversionError
+from k2_megatron.convert.files import OpenFiles
 from k2_megatron.convert.model_facts import ModelFacts
 from k2_megatron.convert.names import Entry, Place, Shape, places
 from k2_megatron.convert.numbers import BITS, Rounding, change_dtype
+from k2_megatron.convert.safetensors_file import StoredTensor, read_exactly
 from k2_megatron.convert.source import OPTIMIZER_KINDS, Kind
 
-_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
-_FILE = "model_optim_rng.pt"
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+if TYPE_CHECKING:
+    from k2_megatron.convert.legacy_file import RankFile
+
 _ROPE_BASE = 10000.0  # a constant in that code
 _FEATURES = {"swiglu": True, "untie_embeddings_and_output_weights": True, "add_bias_linear": False}
+_BLOCK_BYTES = 32 << 20
 
 
-class _EnumValue(int):
-    """A member of one of the training code's enumerations, as its number."""
+class Home(NamedTuple):
+    """Where a tensor lives in the old code: pipeline stage, model chunk of that stage, and its name there."""
 
-
-def _allowed() -> list:
-    reconstruct = np.array([]).__reduce__()[0]
-    uint32 = type(np.dtype(np.uint32))
-    enumerations = ("megatron.core.enums.ModelType", "megatron.model.enums.ModelType")
-    return [
-        argparse.Namespace,
-        np.ndarray,
-        np.dtype,
-        uint32,
-        (reconstruct, "numpy.core.multiarray._reconstruct"),
-        (reconstruct, "numpy._core.multiarray._reconstruct"),
-        *((_EnumValue, name) for name in enumerations),
-    ]
+    stage: int
+    chunk: int
+    name: str
 
 
 class LegacyK2Source:
-    """Reads our rows out of the rank files of one iteration. ConversionError when files are missing or do not fit."""
+    """Reads our rows out of the rank files of one iteration. ConversionError when files are missing or do not fit.
 
-    def __init__(self, folder: Path) -> None:
+    `optimizer` False leaves Adam's state alone, whatever it looks like.
+    """
+
+    def __init__(self, folder: Path, *, optimizer: bool = True) -> None:
+        from k2_megatron.convert.legacy_file import rank_files, read_rank_file  # imports torch; reading rows does not
+
         self.folder = folder
-        self._files = _rank_files(folder)
-        self.tensor_parallel = 1 + max(tensor for tensor, _stage in self._files)
-        self.pipeline_parallel = 1 + max(stage for _tensor, stage in self._files)
-        whole = {(t, p) for t in range(self.tensor_parallel) for p in range(self.pipeline_parallel)}
-        if set(self._files) != whole:
-            tensor, stage = sorted(whole - set(self._files))[0]
-            raise ConversionError(f"{folder} lacks the file of tensor rank {tensor}, pipeline rank {stage}")
-        first = self._load(0, 0)
-        self.arguments: argparse.Namespace = first.get("args", argparse.Namespace())
-        self.iteration: int = first.get("iteration", 0)
-        self.facts = _facts(self._files[0, 0], self.arguments)
+        paths = rank_files(folder)
+        self.tensor_parallel, self.pipeline_parallel = (1 + max(numbers) for numbers in zip(*paths, strict=True))
+        first = read_rank_file(folder, paths[0, 0], optimizer=optimizer)
+        self.arguments: argparse.Namespace = first.arguments
+        self.iteration = first.iteration
+        self.virtual_pipeline = len(first.weights)
+        self.facts = _facts(first.path, first.arguments)
         self.shape: Shape = self.facts.shape
-        self.dtypes: dict[Kind, str] = {"weights": _weight_dtype(first, self._files[0, 0])}
-        if "optimizer" in first:
+        self.dtypes: dict[Kind, str] = {"weights": first.dtype}
+        if first.optimizer is not None:
             self.dtypes.update(dict.fromkeys(OPTIMIZER_KINDS, "float32"))
-        self._numbers: dict[int, dict[str, tuple[int, int, int]]] = {}
-        for (tensor, stage), path in self._files.items():
-            self._check(tensor, stage, path)
+        self._require_even(first.path)
+        self._files = OpenFiles(folder)
+        self._stored: dict[tuple[int, int], dict[tuple[Kind, Home], StoredTensor]] = {}
+        for (tensor, stage), path in paths.items():
+            file = first if path == first.path else read_rank_file(folder, path, optimizer=optimizer)
+            self._check_rank(tensor, stage, file)
+            self._stored[tensor, stage] = self._checked_tensors(stage, file)
 
     def read(self, kind: Kind, place: Place, first_row: int, last_row: int) -> np.ndarray:
-        stage, name = self._where(place)
+        home = self.home(place)
         rows, columns = place.entry.size(self.shape)
         output = np.empty((last_row - first_row, columns), BITS[self.dtypes[kind]])
         for tensor, our_row, local_row, count, column, width in self._pieces(place.entry, rows, columns):
             first, last = max(first_row, our_row), min(last_row, our_row + count)
             if first < last:
                 start = local_row + first - our_row
-                part = self._tensor(kind, tensor, stage, name)[start : start + last - first]
-                piece = output[first - first_row : last - first_row, column : column + width]
-                piece[...] = _bits(part).reshape(piece.shape)
+                part = self._read_local(kind, tensor, home, start, start + last - first)
+                output[first - first_row : last - first_row, column : column + width] = part
         return output
 
     def read_bytes_total(self, kinds: tuple[Kind, ...]) -> int:
         return sum(self.shape.parameters * BITS[self.dtypes[kind]].itemsize for kind in kinds)
 
+    def home(self, place: Place) -> Home:
+        """Layers are counted from 0 in every chunk of every stage."""
+        if place.layer is None:
+            if place.entry.legacy.startswith("embedding."):
+                return Home(0, 0, place.entry.legacy)
+            return Home(self.pipeline_parallel - 1, self.virtual_pipeline - 1, place.entry.legacy)
+        part, layer = divmod(place.layer, self.shape.layers // (self.pipeline_parallel * self.virtual_pipeline))
+        chunk, stage = divmod(part, self.pipeline_parallel)
+        return Home(stage, chunk, place.entry.legacy.format(layer=layer))
+
     def check_replicas(self, place: Place) -> None:
         """ConversionError unless every tensor rank has the same copy of a weight that is not cut."""
-        stage, name = self._where(place)
-        first = self._tensor("weights", 0, stage, name)
+        home, rows = self.home(place), place.entry.size(self.shape)[0]
+        first = self._read_local("weights", 0, home, 0, rows)
         for tensor in range(1, self.tensor_parallel):
-            if not torch.equal(first, self._tensor("weights", tensor, stage, name)):
+            if not np.array_equal(first, self._read_local("weights", tensor, home, 0, rows)):
                 raise ConversionError(
-                    f"{self.folder}: {name} differs between tensor ranks 0 and {tensor} of stage {stage}: files of "
-                    "several runs or iterations were mixed"
+                    f"{self.folder}: {home.name} differs between tensor ranks 0 and {tensor} of stage {home.stage}: "
+                    "files of several runs or iterations were mixed"
                 )
 
     def check_optimizer(self, tensor: int, stage: int) -> None:
         """ConversionError unless every fp32 parameter of a rank rounds to its weight: the numbers mean these names."""
-        for name in self._stage_names(stage):
-            weight = _bits(self._tensor("weights", tensor, stage, name))
-            main = _bits(self._tensor("main", tensor, stage, name))
-            if not np.array_equal(change_dtype(main, "float32", self.dtypes["weights"], Rounding()), weight):
-                raise ConversionError(
-                    f"{self._files[tensor, stage]}: the optimizer's fp32 copy of {name} does not round to the weight, "
-                    "so its state cannot be told apart; convert without it (--no-optimizer)"
-                )
+        for (kind, home), stored in self._stored[tensor, stage].items():
+            if kind != "main":
+                continue
+            step = max(1, _BLOCK_BYTES // (4 * (stored.shape[1] if len(stored.shape) > 1 else 1)))
+            for first in range(0, stored.shape[0], step):
+                last = min(first + step, stored.shape[0])
+                main = self._read_local("main", tensor, home, first, last)
+                weight = self._read_local("weights", tensor, home, first, last)
+                if not np.array_equal(change_dtype(main, "float32", self.dtypes["weights"], Rounding()), weight):
+                    raise ConversionError(
+                        f"{self.folder / stored.file}: the optimizer's fp32 copy of {home.name} does not round to the "
+                        "weight, so its state cannot be told apart; convert without it (--no-optimizer)"
+                    )
 
-    def _pieces(self, entry: Entry, rows: int, columns: int):
+    def _read_local(self, kind: Kind, tensor: int, home: Home, first_row: int, last_row: int) -> np.ndarray:
+        """Rows of a rank's own part, as bits [rows, its columns]."""
+        stored = self._stored[tensor, home.stage][kind, home]
+        columns = stored.shape[1] if len(stored.shape) > 1 else 1
+        rows = np.empty((last_row - first_row, columns), BITS[stored.dtype])
+        position = stored.position + first_row * columns * rows.itemsize
+        read_exactly(self._files.descriptor(stored.file), rows, position, self.folder / stored.file)
+        return rows
+
+    def _pieces(self, entry: Entry, rows: int, columns: int) -> Iterator[tuple[int, int, int, int, int, int]]:
         """(tensor rank, our first row, its first row, rows, our first column, columns) of every part."""
         ranks = self.tensor_parallel
         if entry.cut == "columns":
@@ -126,54 +143,61 @@ class LegacyK2Source:
                 for tensor in range(ranks):
                     yield tensor, (half * ranks + tensor) * part, half * part, part, 0, columns
 
-    def _where(self, place: Place) -> tuple[int, str]:
-        """(pipeline stage, name in its files): layers are counted from 0 in every stage."""
-        if place.layer is None:
-            return 0 if place.entry.legacy.startswith("embedding.") else self.pipeline_parallel - 1, place.entry.legacy
-        stage, layer = divmod(place.layer, self.shape.layers // self.pipeline_parallel)
-        return stage, place.entry.legacy.format(layer=layer)
+    def _require_even(self, path: Path) -> None:
+        parts = self.pipeline_parallel * self.virtual_pipeline
+        if self.shape.layers % parts:
+            raise ConversionError(f"{path}: {self.shape.layers} layers cannot be shared by {parts} model chunks")
 
-    def _stage_names(self, stage: int) -> list[str]:
-        return [name for at, name in map(self._where, places(self.shape)) if at == stage]
-
-    def _load(self, tensor: int, stage: int) -> dict[str, Any]:
-        path = self._files[tensor, stage]
-        try:
-            with torch.serialization.safe_globals(_allowed()):
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # the loader raises pickle, runtime and key errors alike for a bad file
-            raise ConversionError(f"{path} cannot be read safely: {str(error).splitlines()[0]}") from None
-
-    def _tensor(self, kind: Kind, tensor: int, stage: int, name: str) -> torch.Tensor:
-        """A mapped tensor; the mapping goes when the tensor does, so that resident memory stays small."""
-        state = self._load(tensor, stage)
-        if kind == "weights":
-            return _model_tensors(state, self._files[tensor, stage])[name]
-        number, group, index = self._numbers[stage][name]
-        optimizer = state["optimizer"]
-        if kind == "main":
-            return optimizer["fp32_from_fp16_params"][group][index]
-        return optimizer["optimizer"]["state"][number][kind]
-
-    def _check(self, tensor: int, stage: int, path: Path) -> None:
-        state = self._load(tensor, stage)
-        if state.get("iteration") != self.iteration:
-            raise ConversionError(f"{path} is of iteration {state.get('iteration')}, others of {self.iteration}")
-        found = _model_tensors(state, path)
-        wanted = self._stage_names(stage)
-        unused, missing = sorted(set(found) - set(wanted)), sorted(set(wanted) - set(found))
-        if unused or missing:
-            text = f"lacks {missing[0]}" if missing else f"holds {unused[0]}, which the name table does not know"
-            raise ConversionError(f"{path} {text}")
-        for place in places(self.shape):
-            at, name = self._where(place)
-            if at == stage and tuple(found[name].shape) != self._local_shape(place.entry):
+    def _check_rank(self, tensor: int, stage: int, file: "RankFile") -> None:
+        """ConversionError unless a file is of this iteration and of the rank that its folder's name says."""
+        if file.iteration != self.iteration:
+            raise ConversionError(f"{file.path} is of iteration {file.iteration}, others of {self.iteration}")
+        known = vars(file.arguments)
+        sizes = {
+            "tensor_model_parallel_size": self.tensor_parallel,
+            "pipeline_model_parallel_size": self.pipeline_parallel,
+            "virtual_pipeline_model_parallel_size": self.virtual_pipeline,
+        }
+        for key, found in sizes.items():
+            if (known.get(key) or found) != found:
+                raise ConversionError(f"{file.path}: its run had {key} {known[key]}, and {found} are here")
+        rank, ranks = known.get("rank"), known.get("world_size")
+        if isinstance(rank, int) and isinstance(ranks, int) and ranks >= self.tensor_parallel * self.pipeline_parallel:
+            # Ranks count tensor ranks first, then data, then stages; the first data rank writes.
+            wrote = rank % self.tensor_parallel, rank // (ranks // self.pipeline_parallel)
+            if wrote != (tensor, stage):
                 raise ConversionError(
-                    f"{path}: {name} is {list(found[name].shape)}, the arguments stored beside say "
+                    f"{file.path} was written by tensor rank {wrote[0]} of stage {wrote[1]} (rank {rank} of {ranks}): "
+                    "files were mixed up"
+                )
+
+    def _checked_tensors(self, stage: int, file: "RankFile") -> dict[tuple[Kind, Home], StoredTensor]:
+        """The tensors of a file by kind and home. ConversionError unless they are those of its stage, shaped so."""
+        homes = {home: place for place in places(self.shape) if (home := self.home(place)).stage == stage}
+        found = {Home(stage, chunk, name): t for chunk, named in enumerate(file.weights) for name, t in named.items()}
+        unused, missing = sorted(set(found) - set(homes)), sorted(set(homes) - set(found))
+        if unused or missing:
+            chunk = f" in model{(missing or unused)[0].chunk}" if self.virtual_pipeline > 1 else ""
+            text = (
+                f"lacks {missing[0].name}{chunk}"
+                if missing
+                else f"holds {unused[0].name}{chunk}, which the name table does not know"
+            )
+            raise ConversionError(f"{file.path} {text}")
+        for home, place in homes.items():
+            if found[home].shape != self._local_shape(place.entry):
+                raise ConversionError(
+                    f"{file.path}: {home.name} is {list(found[home].shape)}, the arguments stored beside say "
                     f"{list(self._local_shape(place.entry))}"
                 )
-        if "main" in self.dtypes:
-            self._numbers[stage] = _adam_numbers(state["optimizer"], found, wanted, path)
+        if file.dtype != self.dtypes["weights"]:
+            raise ConversionError(f"{file.path} holds {file.dtype} weights, other ranks {self.dtypes['weights']}")
+        if ("main" in self.dtypes) != (file.optimizer is not None):
+            raise ConversionError(f"{self.folder}: some files hold Adam's state, others not (--no-optimizer leaves it)")
+        stored: dict[tuple[Kind, Home], StoredTensor] = {("weights", home): found[home] for home in homes}
+        if file.optimizer is not None:
+            stored.update(_adam_tensors(file, {home: found[home] for home in homes}))
+        return stored
 
     def _local_shape(self, entry: Entry) -> tuple[int, ...]:
         rows, columns = entry.size(self.shape)
@@ -182,17 +206,6 @@ class LegacyK2Source:
         return (
             (rows // self.tensor_parallel, columns) if entry.cut == "rows" else (rows, columns // self.tensor_parallel)
         )
-
-
-def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
-    found = {}
-    for path in sorted(folder.glob(f"mp_rank_*/{_FILE}")):
-        match = _RANK.fullmatch(path.parent.name)
-        if match:
-            found[int(match.group(1)), int(match.group(2) or 0)] = path
-    if not found:
-        raise ConversionError(f"{folder} holds no mp_rank_TT_PPP/{_FILE}; give one iteration, such as iter_0000941")
-    return found
 
 
 def _facts(path: Path, arguments: argparse.Namespace) -> ModelFacts:
@@ -220,61 +233,29 @@ def _facts(path: Path, arguments: argparse.Namespace) -> ModelFacts:
     return ModelFacts(shape, known["seq_length"], _ROPE_BASE, epsilon)
 
 
-def _model_tensors(state: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
-    """The nested dictionaries of a file's language model as dotted names."""
-    try:
-        language_model = state["model"]["language_model"]
-    except (KeyError, TypeError):
-        raise ConversionError(f"{path} has no model.language_model (interleaved stages are not read)") from None
-    found: dict[str, torch.Tensor] = {}
-
-    def walk(prefix: str, node) -> None:
-        for key, value in node.items():
-            if isinstance(value, dict | collections.OrderedDict):
-                walk(f"{prefix}{key}.", value)
-            elif isinstance(value, torch.Tensor) and not key.endswith("inv_freq"):
-                found[f"{prefix}{key}"] = value
-
-    walk("", language_model)
-    return found
-
-
-def _weight_dtype(state: dict[str, Any], path: Path) -> str:
-    dtypes = {tensor.dtype for tensor in _model_tensors(state, path).values()}
-    if len(dtypes) != 1 or not dtypes <= _DTYPES.keys():
-        raise ConversionError(f"{path} holds weights of {sorted(map(str, dtypes))}; one float dtype is read")
-    return _DTYPES[dtypes.pop()]
-
-
-def _adam_numbers(
-    optimizer: dict[str, Any], weights: dict[str, torch.Tensor], names: list[str], path: Path
-) -> dict[str, tuple[int, int, int]]:
-    """{name: (number of Adam's state, parameter group, index in the group)}. ConversionError when shapes disagree."""
-    try:
-        groups = optimizer["optimizer"]["param_groups"]
-        mains = optimizer["fp32_from_fp16_params"]
-        states = optimizer["optimizer"]["state"]
-    except (KeyError, TypeError):
+def _adam_tensors(file: "RankFile", weights: dict[Home, StoredTensor]) -> dict[tuple[Kind, Home], StoredTensor]:
+    """Adam's tensors under the names that their order gives them. ConversionError when numbers or shapes disagree."""
+    adam: dict[str, Any] = file.optimizer or {}
+    found: dict[tuple[Kind, Home], StoredTensor] = {}
+    if len(adam["groups"]) != len(adam["main"]):
         raise ConversionError(
-            f"{path}: its optimizer is not the fp32-parameters optimizer that K2 used (a distributed one?); convert "
-            "without it (--no-optimizer)"
-        ) from None
-    found: dict[str, tuple[int, int, int]] = {}
-    for group, (settings, tensors) in enumerate(zip(groups, mains, strict=True)):
-        dimensions = {tensor.dim() for tensor in tensors}
-        mine = [name for name in names if {weights[name].dim()} == dimensions]
-        if len(mine) != len(tensors):
-            raise ConversionError(f"{path}: parameter group {group} has {len(tensors)} tensors, the model {len(mine)}")
-        for index, (name, tensor, number) in enumerate(zip(mine, tensors, settings["params"], strict=True)):
-            shapes = {tensor.shape, weights[name].shape, states[number]["exp_avg"].shape}
-            if len(shapes) != 1:
-                raise ConversionError(f"{path}: Adam's state {number} should be that of {name}, and its shape differs")
-            found[name] = (number, group, index)
+            f"{file.path}: {len(adam['groups'])} parameter groups, {len(adam['main'])} of fp32 copies"
+        )
+    for group, (numbers, mains) in enumerate(zip(adam["groups"], adam["main"], strict=True)):
+        dimensions = {len(main.shape) for main in mains}
+        mine = [home for home, weight in weights.items() if {len(weight.shape)} == dimensions]
+        if not len(mine) == len(mains) == len(numbers):
+            raise ConversionError(
+                f"{file.path}: parameter group {group} has {len(mains)} tensors, the model {len(mine)}"
+            )
+        for home, main, number in zip(mine, mains, numbers, strict=True):
+            tensors: dict[Kind, StoredTensor] = {"main": main, **adam["state"].get(number, {})}
+            shapes = {(tensor.shape, tensor.dtype) for tensor in tensors.values()}
+            if len(tensors) != 3 or shapes != {(weights[home].shape, "float32")}:
+                raise ConversionError(
+                    f"{file.path}: Adam's state {number} should be that of {home.name}, and its shape differs"
+                )
+            found.update({(kind, home): tensor for kind, tensor in tensors.items()})
+    if len(found) != 3 * len(weights):
+        raise ConversionError(f"{file.path}: Adam's groups cover {len(found) // 3} of {len(weights)} tensors")
     return found
-
-
-def _bits(tensor: torch.Tensor) -> np.ndarray:
-    """A tensor's bits, copied out of its mapping; [rows, columns], or [rows, 1] of a vector."""
-    plain = tensor.detach().contiguous().clone()
-    integer = {2: torch.int16, 4: torch.int32}[plain.element_size()]
-    return plain.view(integer).numpy().view(BITS[_DTYPES[tensor.dtype]])

@@ -37,6 +37,7 @@ class Product:
     rounding: Rounding
 
     def publish(self) -> Path:
+        (self.folder / JOURNAL).unlink()
         return publish(self.folder, self.manifest)
 
 
@@ -78,12 +79,11 @@ def _write_common(folder: Path) -> None:
 
 
 def seal(product: Product, job: TorchDistJob, workers: int) -> TorchDistSource:
-    """Read the result back, compare it with the source to the bit, and drop the journal: it is ready to publish."""
+    """Read the result back and compare it with the source, to the bit; the result as a source."""
     written = TorchDistSource(product.folder, product.manifest)
     check = CompareCheck(job, written)
     _results, totals = run_checks(check, check.units(), workers)
     print(f"read back and equal to the bit: {totals.bytes / 1e9:.2f} GB in {totals.seconds:.1f} s")
-    (product.folder / JOURNAL).unlink()
     return written
 
 

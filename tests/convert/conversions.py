@@ -16,7 +16,14 @@ ROPE_BASE = 50000.0
 
 
 def write_llama(
-    folder: Path, *, kv_heads: int = 4, tied: bool = False, vocabulary: int = 128, dtype: torch.dtype = torch.float32
+    folder: Path,
+    *,
+    kv_heads: int = 4,
+    tied: bool = False,
+    vocabulary: int = 128,
+    dtype: torch.dtype = torch.float32,
+    layers: int = LAYERS,
+    rope_base: float = ROPE_BASE,
 ) -> LlamaForCausalLM:
     """A seeded random model, saved by transformers in several shards."""
     torch.manual_seed(kv_heads + vocabulary)
@@ -24,12 +31,12 @@ def write_llama(
         vocab_size=vocabulary,
         hidden_size=64,
         intermediate_size=172,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=kv_heads,
         max_position_embeddings=256,
         rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
+        rope_parameters={"rope_type": "default", "rope_theta": rope_base},
         tie_word_embeddings=tied,
         initializer_range=0.1,  # so that logits, and with them a wrong row, are large
         bos_token_id=1,

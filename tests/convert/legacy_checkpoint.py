@@ -3,6 +3,7 @@
 mp_rank_TT_PPP/model_optim_rng.pt, one file a rank: dim 0 of QKV, gate-and-up and vocabulary is cut over tensor ranks,
 dim 1 of the two output projections; a rank's first MLP matrix is its gate over its up; QKV is grouped by head. The
 optimizer holds fp32 copies and moments in two groups: weight decay (matrices), none (norms), in the model's order.
+With interleaved stages ("model0", "model1", ...) 8 layers on 2 stages of 2 chunks are [0, 1] [4, 5] and [2, 3] [6, 7].
 """
 
 import argparse
@@ -31,6 +32,7 @@ def write_legacy(
     moments: dict[str, dict[str, torch.Tensor]],
     tensor: int,
     pipeline: int,
+    virtual: int = 1,
 ) -> None:
     """`weights` are fp32 by Hugging Face's names; `moments` are exp_avg and exp_avg_sq by the same names."""
     layers = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("model.layers."))
@@ -49,19 +51,26 @@ def write_legacy(
         params_dtype=torch.bfloat16,
         consumed_train_samples=941 * 8,
         model_type=old_enumeration("encoder_or_decoder")(1),
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        world_size=2 * tensor * pipeline,  # two data-parallel ranks, of which the first saves
     )
     for stage in range(pipeline):
         for rank in range(tensor):
-            cut = {kind: _rank_tensors(named, rank, tensor, stage, pipeline, layers)
-                   for kind, named in {"main": weights, **moments}.items()}  # fmt: skip
+            cut = [{kind: _rank_tensors(named, rank, tensor, chunk * pipeline + stage, pipeline * virtual, layers)
+                    for kind, named in {"main": weights, **moments}.items()} for chunk in range(virtual)]  # fmt: skip
             path = folder / f"mp_rank_{rank:02d}_{stage:03d}"
             path.mkdir(parents=True)
+            arguments.rank = stage * 2 * tensor + rank
             torch.save(_state(arguments, cut), path / "model_optim_rng.pt")
 
 
 def _rank_tensors(
     named: dict[str, torch.Tensor], rank: int, ranks: int, stage: int, stages: int, layers: int
 ) -> dict[str, torch.Tensor]:
+    """A rank's tensors of one model chunk: the `stage`-th of `stages` consecutive parts of the model."""
+
     def rows(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.chunk(ranks, 0)[rank].clone()
 
@@ -89,35 +98,41 @@ def _rank_tensors(
     return found
 
 
-def _state(arguments: argparse.Namespace, cut: dict[str, dict[str, torch.Tensor]]) -> dict:
-    language_model: dict = {"encoder": {}}
-    for name, tensor in cut["main"].items():
+def _language_model(main: dict[str, torch.Tensor]) -> dict:
+    found: dict = {"encoder": {}}
+    for name, tensor in main.items():
         part, rest = name.split(".", 1)
         if part == "encoder":
-            language_model["encoder"][rest] = tensor.bfloat16()
+            found["encoder"][rest] = tensor.bfloat16()
         elif part == "embedding":
-            language_model["embedding"] = {"word_embeddings": {"weight": tensor.bfloat16()}}
+            found["embedding"] = {"word_embeddings": {"weight": tensor.bfloat16()}}
         else:
-            language_model["output_layer"] = {"weight": tensor.bfloat16()}
-    groups = [[name for name in cut["main"] if cut["main"][name].dim() == dimensions] for dimensions in (2, 1)]
-    numbers = {name: number for number, name in enumerate(groups[0] + groups[1])}
+            found["output_layer"] = {"weight": tensor.bfloat16()}
+    return {"language_model": found}
+
+
+def _state(arguments: argparse.Namespace, chunks: list[dict[str, dict[str, torch.Tensor]]]) -> dict:
+    keys = [(chunk, name) for chunk, cut in enumerate(chunks) for name in cut["main"]]
+    groups = [[key for key in keys if chunks[key[0]]["main"][key[1]].dim() == dimensions] for dimensions in (2, 1)]
+    numbers = {key: number for number, key in enumerate(groups[0] + groups[1])}
+    models = [_language_model(cut["main"]) for cut in chunks]
     return {
         "args": arguments,
         "checkpoint_version": 3.0,
         "iteration": 941,
-        "model": {"language_model": language_model},
+        **({"model": models[0]} if len(models) == 1 else {f"model{i}": model for i, model in enumerate(models)}),
         "optimizer": {
             "optimizer": {
                 "state": {
-                    number: {"exp_avg": cut["exp_avg"][name], "exp_avg_sq": cut["exp_avg_sq"][name]}
-                    for name, number in numbers.items()
+                    number: {kind: chunks[chunk][kind][name] for kind in ("exp_avg", "exp_avg_sq")}
+                    for (chunk, name), number in numbers.items()
                 },
                 "param_groups": [
-                    {"params": [numbers[name] for name in group], "wd_mult": decay, "lr": 1e-4, "step": 941}
+                    {"params": [numbers[key] for key in group], "wd_mult": decay, "lr": 1e-4, "step": 941}
                     for group, decay in zip(groups, (1.0, 0.0), strict=True)
                 ],
             },
-            "fp32_from_fp16_params": [[cut["main"][name] for name in group] for group in groups],
+            "fp32_from_fp16_params": [[chunks[chunk]["main"][name] for chunk, name in group] for group in groups],
         },
         "opt_param_scheduler": {"max_lr": 1.5e-4, "num_steps": 941 * 8},
         "rng_state": [

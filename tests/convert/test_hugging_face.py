@@ -24,6 +24,7 @@ from k2_megatron.convert.logits import Bound, compare_logits
 from k2_megatron.convert.model_facts import ModelFacts
 from k2_megatron.convert.names import EMBEDDING, OUTPUT, Place
 from k2_megatron.convert.numbers import Rounding, change_dtype, to_float32
+from k2_megatron.convert.transformers_model import TransformersModel
 
 SHAPES = {
     "multi-head": ({}, {}),
@@ -56,7 +57,9 @@ def test_our_model_gives_transformers_logits(tmp_path: Path, name: str) -> None:
     write_llama(tmp_path / "hf", **model)
     import_model(tmp_path / "hf", tmp_path / "run", **options)
     facts = ModelFacts.from_hugging_face(tmp_path / "hf")
-    proof = compare_logits(tmp_path / "hf", source_of(tmp_path / "run"), facts, Bound.for_rounding(Rounding()))
+    proof = compare_logits(
+        TransformersModel(tmp_path / "hf"), source_of(tmp_path / "run"), facts, Bound.for_weights(equal=True)
+    )
     assert proof.largest_logit > 1.0, "the logits are too small for the comparison to mean anything"
     assert proof.difference <= 1e-5 * max(1.0, proof.largest_logit), proof
     assert proof.divergence <= 1e-10, proof
@@ -71,7 +74,9 @@ def test_bfloat16_model_is_loaded_by_transformers_unedited_and_gives_the_same_lo
         first, second = (_logits(tmp_path / name, dtype, tokens) for name in ("hf", "back"))
         assert torch.equal(first, second), f"{dtype}: {(first - second).abs().max()}"
     facts = ModelFacts.from_hugging_face(tmp_path / "back")
-    proof = compare_logits(tmp_path / "back", source_of(tmp_path / "run"), facts, Bound.for_rounding(Rounding()))
+    proof = compare_logits(
+        TransformersModel(tmp_path / "back"), source_of(tmp_path / "run"), facts, Bound.for_weights(equal=True)
+    )
     assert proof.difference <= 1e-5 * max(1.0, proof.largest_logit), proof
 
 
@@ -106,8 +111,8 @@ def test_the_proof_sees_two_exchanged_rows(tmp_path: Path) -> None:
     rows[[3, 5]] = rows[[5, 3]]
     save_file(tensors, path)
     facts = ModelFacts.from_hugging_face(tmp_path / "hf")
-    bound = Bound.for_rounding(Rounding())
-    proof = compare_logits(tmp_path / "hf", source_of(tmp_path / "run"), facts, bound)
+    bound = Bound.for_weights(equal=True)
+    proof = compare_logits(TransformersModel(tmp_path / "hf"), source_of(tmp_path / "run"), facts, bound)
     assert proof.difference > bound.logits * max(1.0, proof.largest_logit), proof
     assert proof.divergence > bound.divergence, proof
 

@@ -1,6 +1,7 @@
 """from-k2-legacy: shards written in the old format from a known model, with its Adam state, under several layouts."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,17 @@ from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.hugging_face import HuggingFaceSource
 from k2_megatron.convert.import_legacy import import_legacy
 from k2_megatron.convert.import_model import ImportOptions
+from k2_megatron.convert.legacy_k2 import Home, LegacyK2Source
+from k2_megatron.convert.legacy_model import LegacyModel
+from k2_megatron.convert.logits import Bound, compare_logits
 from k2_megatron.convert.model_facts import ModelFacts
-from k2_megatron.convert.names import places
+from k2_megatron.convert.names import Entry, Place, places
+from k2_megatron.convert.transformers_model import TransformersModel
 
 
-def known_model(folder: Path) -> tuple[dict, dict]:
+def known_model(folder: Path, layers: int = 3) -> tuple[dict, dict]:
     """(fp32 weights, moments) by Hugging Face's names; the weights also lie in `folder`."""
-    write_llama(folder)
+    write_llama(folder, layers=layers, rope_base=10000.0)
     weights = stored_tensors(folder)
     generator = torch.Generator().manual_seed(3)
     moments = {
@@ -28,11 +33,16 @@ def known_model(folder: Path) -> tuple[dict, dict]:
     return weights, moments
 
 
-@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 3)])
-def test_weights_and_adam_state_arrive_to_the_bit(tmp_path: Path, tensor: int, pipeline: int) -> None:
-    weights, moments = known_model(tmp_path / "hf")
-    write_legacy(tmp_path / "iter_0000941", weights, moments, tensor, pipeline)
-    saved = import_legacy(ImportOptions(tmp_path / "iter_0000941", tmp_path / "run", tensor=2), optimizer=True)
+LAYOUTS = [(1, 1, 1, 3), (2, 3, 1, 3), (2, 2, 2, 8)]  # tensor, pipeline, virtual pipeline, layers
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "virtual", "layers"), LAYOUTS)
+def test_weights_and_adam_state_arrive_to_the_bit(
+    tmp_path: Path, tensor: int, pipeline: int, virtual: int, layers: int
+) -> None:
+    weights, moments = known_model(tmp_path / "hf", layers)
+    write_legacy(tmp_path / "iter_0000941", weights, moments, tensor, pipeline, virtual)
+    saved = import_legacy(options(tmp_path, tensor=2), optimizer=True)
     assert saved.name == "step_00000941"
     export_model(tmp_path / "run", tmp_path / "back")
     for name, tensor_out in stored_tensors(tmp_path / "back").items():
@@ -49,6 +59,89 @@ def test_weights_and_adam_state_arrive_to_the_bit(tmp_path: Path, tensor: int, p
         for place in places(facts.shape):
             rows = place.entry.size(facts.shape)[0]
             assert (ours.read(kind, place, 0, rows) == theirs.read("weights", place, 0, rows)).all(), (kind, place)
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "virtual", "layers"), LAYOUTS)
+def test_old_code_ours_and_transformers_give_the_same_logits(
+    tmp_path: Path, tensor: int, pipeline: int, virtual: int, layers: int
+) -> None:
+    """Three implementations on the same weights: the old layout from its shards, ours after the import, and Llama."""
+    weights, moments = known_model(tmp_path / "hf", layers)
+    folder = tmp_path / "iter_0000941"
+    write_legacy(folder, weights, moments, tensor, pipeline, virtual)
+    import_legacy(options(tmp_path, pipeline=pipeline), optimizer=True)
+    ours = source_of(tmp_path / "run")
+    facts = LegacyK2Source(folder).facts
+    export_model(tmp_path / "run", tmp_path / "back")  # the bfloat16 weights, for transformers
+    for reference in (LegacyModel(folder), TransformersModel(tmp_path / "back")):
+        proof = compare_logits(reference, ours, facts, Bound.for_weights(equal=True))
+        assert proof.largest_logit > 1.0, "the logits are too small for the comparison to mean anything"
+        assert proof.difference <= 1e-5 * max(1.0, proof.largest_logit), proof
+        assert proof.divergence <= 1e-10, proof
+
+
+def wrong_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interleaved stages read as if they were not: chunk after chunk of stage 0, then of stage 1."""
+    right = LegacyK2Source.home
+
+    def home(self: LegacyK2Source, place: Place) -> Home:
+        if place.layer is None:
+            return right(self, place)
+        part, layer = divmod(place.layer, self.shape.layers // 4)
+        return Home(*divmod(part, 2), place.entry.legacy.format(layer=layer))
+
+    monkeypatch.setattr(LegacyK2Source, "home", home)
+
+
+def wrong_gate_and_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank after rank as they lie in the files: gate and up of a rank, then gate and up of the next."""
+    right = LegacyK2Source._pieces
+
+    def pieces(self: LegacyK2Source, entry: Entry, rows: int, columns: int):
+        return right(self, replace(entry, rows="same") if entry.rows == "gate_up" else entry, rows, columns)
+
+    monkeypatch.setattr(LegacyK2Source, "_pieces", pieces)
+
+
+def wrong_query_key_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused rows taken for all queries, all keys, all values of a rank, as older versions had them."""
+    right = LegacyK2Source._read_local
+
+    def read(self: LegacyK2Source, kind, tensor, home, first_row, last_row):
+        if "query_key_value" not in home.name:
+            return right(self, kind, tensor, home, first_row, last_row)
+        heads = self.shape.heads // self.tensor_parallel
+        whole = right(self, kind, tensor, home, 0, 3 * heads * self.shape.head_dim)
+        rows = whole.reshape(3, heads, self.shape.head_dim, -1).swapaxes(0, 1).reshape(whole.shape)
+        return rows[first_row:last_row]
+
+    monkeypatch.setattr(LegacyK2Source, "_read_local", read)
+
+
+@pytest.mark.parametrize("wrong", [wrong_stages, wrong_gate_and_up, wrong_query_key_value])
+def test_the_proof_sees_a_wrong_arrangement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong) -> None:
+    """Every tensor arrives, whole and with the right shape, and the model is another one."""
+    weights, moments = known_model(tmp_path / "hf", layers=8)
+    folder = tmp_path / "iter_0000941"
+    write_legacy(folder, weights, moments, 2, 2, 2)
+    wrong(monkeypatch)
+    import_legacy(options(tmp_path), optimizer=False)
+    facts = LegacyK2Source(folder, optimizer=False).facts
+    proof = compare_logits(LegacyModel(folder), source_of(tmp_path / "run"), facts, Bound.for_weights(equal=True))
+    assert proof.difference > 100 * proof.allowed_difference, proof
+    assert not proof.holds
+
+
+def test_a_failed_proof_publishes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    legacy_folder(tmp_path)
+    wrong_gate_and_up(monkeypatch)
+    with pytest.raises(ConversionError, match="the two models disagree, so nothing was published"):
+        import_legacy(options(tmp_path, proof=True), optimizer=False)
+    assert not list((tmp_path / "run").glob("checkpoints/step_*"))
+
+
+def options(tmp_path: Path, **chosen) -> ImportOptions:
+    return ImportOptions(tmp_path / "iter_0000941", tmp_path / "run", **{"proof": False, **chosen})
 
 
 def legacy_folder(tmp_path: Path, tensor: int = 2, pipeline: int = 1) -> Path:
@@ -84,14 +177,17 @@ def swap_states(state: dict) -> None:
             "differs between tensor ranks",
         ),
         (lambda s: s["optimizer"].pop("fp32_from_fp16_params"), "a distributed one"),
+        (lambda s: s.update(checkpoint_version=1.0), "has checkpoint_version 1.0"),
+        (lambda s: s.pop("model"), "holds neither model nor model0"),
+        (lambda s: s.pop("args"), "lacks the arguments"),
     ],
-    ids=["order", "iteration", "missing", "unknown", "mixed", "optimizer"],
+    ids=["order", "iteration", "missing", "unknown", "mixed", "optimizer", "version", "no-model", "no-arguments"],
 )
 def test_shards_that_do_not_belong_together_are_refused(tmp_path: Path, edit, text: str) -> None:
     folder = legacy_folder(tmp_path)
     change(folder / "mp_rank_01_000" / "model_optim_rng.pt", edit)
     with pytest.raises(ConversionError, match=text):
-        import_legacy(ImportOptions(folder, tmp_path / "run"), optimizer=True)
+        import_legacy(options(tmp_path), optimizer=True)
     assert not list((tmp_path / "run").glob("checkpoints/step_*"))
 
 
@@ -99,7 +195,26 @@ def test_missing_rank_is_named(tmp_path: Path) -> None:
     folder = legacy_folder(tmp_path, 2, 3)
     (folder / "mp_rank_01_001" / "model_optim_rng.pt").unlink()
     with pytest.raises(ConversionError, match="tensor rank 1, pipeline rank 1"):
-        import_legacy(ImportOptions(folder, tmp_path / "run"), optimizer=True)
+        import_legacy(options(tmp_path), optimizer=True)
+
+
+def test_files_of_two_stages_that_changed_places_are_told_apart(tmp_path: Path) -> None:
+    """Middle stages have the same names and shapes: only the rank that wrote them tells one from the other."""
+    weights, moments = known_model(tmp_path / "hf", layers=8)
+    folder = tmp_path / "iter_0000941"
+    write_legacy(folder, weights, moments, 1, 4)
+    (folder / "mp_rank_00_001").rename(folder / "aside")
+    (folder / "mp_rank_00_002").rename(folder / "mp_rank_00_001")
+    (folder / "aside").rename(folder / "mp_rank_00_002")
+    with pytest.raises(ConversionError, match="was written by tensor rank 0 of stage 2"):
+        import_legacy(options(tmp_path), optimizer=True)
+
+
+def test_without_adams_state_any_optimizer_is_read_over(tmp_path: Path) -> None:
+    folder = legacy_folder(tmp_path)
+    for path in folder.glob("*/*.pt"):
+        change(path, lambda s: s["optimizer"].pop("fp32_from_fp16_params"))
+    assert import_legacy(options(tmp_path), optimizer=False).name == "step_00000941"
 
 
 class RunsACommand:
@@ -114,5 +229,5 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path) -> 
     folder = legacy_folder(tmp_path)
     change(folder / "mp_rank_00_000" / "model_optim_rng.pt", lambda s: s.update(args=RunsACommand(tmp_path / "evil")))
     with pytest.raises(ConversionError, match="cannot be read safely"):
-        import_legacy(ImportOptions(folder, tmp_path / "run"), optimizer=True)
+        import_legacy(options(tmp_path), optimizer=True)
     assert not (tmp_path / "evil").exists()

@@ -9,7 +9,7 @@ from run_results import events_of, steps_of
 
 from k2_megatron.convert.logits import Bound, compare_logits
 from k2_megatron.convert.model_facts import ModelFacts
-from k2_megatron.convert.numbers import Rounding
+from k2_megatron.convert.transformers_model import TransformersModel
 from k2_megatron.convert.verify import verify_training
 
 CONFIG = """
@@ -75,5 +75,5 @@ def test_training_starts_from_a_converted_model_and_its_checkpoint_comes_out(
     facts = ModelFacts.from_hugging_face(tmp_path / "out")
     assert facts.shape.used_vocabulary == 250
     assert facts.rope_base == 50000.0
-    proof = compare_logits(tmp_path / "out", trained, facts, Bound.for_rounding(Rounding()))
+    proof = compare_logits(TransformersModel(tmp_path / "out"), trained, facts, Bound.for_weights(equal=True))
     assert proof.difference <= 1e-5 * max(1.0, proof.largest_logit), proof
