@@ -55,4 +55,5 @@ PYBIND11_MODULE(_cpu, module) {
 #define K2_BIND(NAME) k2::bind(module, #NAME, &k2::cpu::portable::NAME);
 #endif
   K2_BIND_ALL(K2_BIND)
+  K2_BIND_CPU(K2_BIND)
 }

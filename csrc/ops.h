@@ -115,6 +115,14 @@ enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
   int64_t squared_norm_workspace(const int64_t* sizes, int64_t count);                                                 \
   RESULT scale(const int64_t* tensors, const int64_t* sizes, int64_t count, const float* factor, DType dtype, WHERE);
 
+// Of the CPU alone (on a GPU torch takes it): the fingerprint of rows of a tensor, added to *sum modulo 2^64:
+//   sum over all elements of mix(mix(index, key) xor bits, 0),  mix(x, key) = splitmix64's output at (x + 1) * g + key
+//   values: rows x columns of itemsize 2, 4 or 8 bytes, row_stride elements from row to row; bits are sign-extended.
+//   index of element (r, c) = first_index + r * index_stride + c, its linear index in the whole tensor.
+#define K2_CPU_OPS(RESULT, WHERE)                                                                                      \
+  RESULT fingerprint(const void* values, int64_t itemsize, int64_t rows, int64_t columns, int64_t row_stride,          \
+                     int64_t first_index, int64_t index_stride, uint64_t key, uint64_t* sum, WHERE);
+
 #define K2_ALL_OPS(RESULT, WHERE) \
   K2_RMS_NORM(RESULT, WHERE)      \
   K2_ROTARY(RESULT, WHERE)        \
@@ -127,10 +135,13 @@ K2_ALL_OPS(int, void* stream)
 }
 namespace k2::cpu::portable {
 K2_ALL_OPS(void, int threads)
+K2_CPU_OPS(void, int threads)
 }
 namespace k2::cpu::avx2 {
 K2_ALL_OPS(void, int threads)
+K2_CPU_OPS(void, int threads)
 }
 namespace k2::cpu::avx512 {
 K2_ALL_OPS(void, int threads)
+K2_CPU_OPS(void, int threads)
 }

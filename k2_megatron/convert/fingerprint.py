@@ -1,13 +1,18 @@
-"""The fingerprint of a model's weights, as training takes it (train/checkpoint_state.py), over rows as they stream by.
+"""The fingerprint of a model's weights, as training takes it (model/initialize.py), over rows as they stream by.
 
     sum over all elements of mix(mix(index, key(name, layer)) xor bits, 0)   modulo 2^64
     mix(x, key) = the output function of splitmix64 at (x + 1) * golden ratio + key
 
 The sum commutes, so files can be read in any order and by any number of processes; equal fingerprints mean that every
-bit stands at its place under its name. Here in numpy, in blocks that stay in the second-level cache.
+bit stands at its place under its name. csrc/cpu/fingerprint.cpp computes it; below it in numpy, the reference, which
+also serves where the extension is not built.
 """
 
+import ctypes
 import hashlib
+import importlib
+from functools import cache
+from types import ModuleType
 
 import numpy as np
 
@@ -17,10 +22,46 @@ _MASK = (1 << 64) - 1
 
 
 def fingerprint_rows(name: str, layer: int | None, first_row: int, bits: np.ndarray) -> int:
-    """The share of rows first_row ... of tensor `name` (stacked layer `layer`), given all its columns as bits."""
+    """The share of rows first_row ... of tensor `name` (stacked layer `layer`), given all its columns [R, C] as bits.
+
+    bits: an integer array of 2, 4 or 8 bytes an element, its columns adjacent in memory.
+    """
+    compiled = _extension()
+    if compiled is None:
+        return fingerprint_rows_reference(name, layer, first_row, bits)
+    if bits.strides[1] != bits.itemsize or bits.strides[0] % bits.itemsize:
+        bits = np.ascontiguousarray(bits)
+    (rows, columns), total = bits.shape, ctypes.c_uint64(0)
+    compiled.fingerprint(
+        bits.ctypes.data,
+        bits.itemsize,
+        rows,
+        columns,
+        bits.strides[0] // bits.itemsize,
+        first_row * columns,
+        columns,
+        _key(name, layer),
+        ctypes.addressof(total),
+        1,
+    )
+    return total.value
+
+
+@cache
+def _extension() -> ModuleType | None:
+    # Not by kernels.dispatch, which imports torch: a worker that converts does without, and on one thread the
+    # extension starts no OpenMP threads that torch's would meet later.
+    try:
+        return importlib.import_module("k2_megatron._cpu")
+    except ImportError:
+        return None
+
+
+def fingerprint_rows_reference(name: str, layer: int | None, first_row: int, bits: np.ndarray) -> int:
+    """What `fingerprint_rows` computes, in numpy, in blocks that stay in the second-level cache."""
     key = _key(name, layer)
     flat = np.ascontiguousarray(bits).reshape(-1)
-    signed = flat.view({2: np.int16, 4: np.int32}[flat.itemsize])
+    signed = flat.view({2: np.int16, 4: np.int32, 8: np.int64}[flat.itemsize])
     start = first_row * bits.shape[1]
     steps = np.arange(_BLOCK, dtype=np.uint64) * np.uint64(_GOLDEN)  # (index + 1) * golden ratio, less its start
     z, shifted = np.empty(_BLOCK, np.uint64), np.empty(_BLOCK, np.uint64)

@@ -9,6 +9,7 @@ the two projections that write into the residual stream; norm weights are one.
 splitmix64: Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators" (2014).
 """
 
+import ctypes
 import hashlib
 import math
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.module import MegatronModule
+
+from k2_megatron.kernels.dispatch import extension
 
 _BLOCK = 1 << 20  # elements a block: bounds the float64 and int64 scratch to 32 MB
 
@@ -58,6 +61,29 @@ def _fill_normal(shard: ShardedTensor, seed: int, std: float) -> None:
 
 def hash_mix(shard: ShardedTensor) -> torch.Tensor:
     """int64 scalar: wrapping sum over the shard's elements of splitmix64(name, global index, bits of the element)."""
+    compiled, _ = extension("cpu")
+    if shard.data.device.type != "cpu" or compiled is None:
+        return hash_mix_reference(shard)
+    matrix = shard.data.detach().reshape(-1, shard.data.shape[-1])  # [1, columns] for a vector
+    matrix = matrix if matrix.stride(1) == 1 else matrix.contiguous()
+    columns, total = shard.global_shape[-1], ctypes.c_int64(0)
+    *first_row, first_column = shard.global_offset[shard.prepend_axis_num :]
+    compiled.fingerprint(
+        matrix.data_ptr(),
+        matrix.element_size(),
+        *matrix.shape,
+        matrix.stride(0),
+        sum(first_row) * columns + first_column,
+        columns,
+        _shard_key(shard, "fingerprint") & (1 << 64) - 1,
+        ctypes.addressof(total),
+        torch.get_num_threads(),
+    )
+    return torch.tensor(total.value)
+
+
+def hash_mix_reference(shard: ShardedTensor) -> torch.Tensor:
+    """What `hash_mix` computes, in torch, on any device."""
     total = torch.zeros((), dtype=torch.int64, device=shard.data.device)
     key = _shard_key(shard, "fingerprint")
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[shard.data.element_size()]

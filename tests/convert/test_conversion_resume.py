@@ -7,7 +7,7 @@ import pytest
 from conversions import export_model, import_model, require_same_tensors, source_of, write_llama
 
 from k2_megatron.convert.errors import ConversionError
-from k2_megatron.convert.fingerprint import fingerprint_rows
+from k2_megatron.convert.fingerprint import fingerprint_rows, fingerprint_rows_reference
 from k2_megatron.convert.names import places
 from k2_megatron.convert.reshard import reshard
 from k2_megatron.convert.source import KEY_PREFIX
@@ -132,8 +132,13 @@ def test_fingerprint_does_not_depend_on_the_cut(tmp_path: Path) -> None:
 
     rows = numpy.random.default_rng(1).integers(0, 2**16, (301, 70), dtype=numpy.uint16)
     whole = fingerprint_rows("a", 3, 0, rows)
+    assert whole == fingerprint_rows_reference("a", 3, 0, rows)
+    counted = numpy.arange(301 * 70, dtype=numpy.uint16).reshape(301, 70) * numpy.uint16(40503)
+    assert fingerprint_rows("a", 3, 0, counted) == 0x89966EE2EC9ECCB, "stored checkpoints carry fingerprints"
     parts = [fingerprint_rows("a", 3, first, rows[first : first + 43]) for first in range(0, 301, 43)]
     assert sum(parts) % 2**64 == whole
+    for view in (rows[40:, 5:], rows[::3], rows.T, rows.view(numpy.uint32), rows[:1], rows[:0]):
+        assert fingerprint_rows("a", None, 7, view) == fingerprint_rows_reference("a", None, 7, view)
     swapped = rows.copy()
     swapped[[5, 6]] = swapped[[6, 5]]
     others = [

@@ -11,7 +11,8 @@ from rank_processes import Rank
 from small_run import overrides
 
 import k2_megatron.model.initialize as initialize
-from k2_megatron.model.initialize import _fill_normal, _normal, _splitmix64, hash_mix
+from k2_megatron.kernels.dispatch import extension
+from k2_megatron.model.initialize import _fill_normal, _normal, _splitmix64, hash_mix, hash_mix_reference
 
 ROWS, COLUMNS = 48, 40
 
@@ -131,6 +132,33 @@ def test_fingerprint_of_parts_adds_up_to_that_of_the_whole():
     total = hash_mix(filled())
     assert sum(hash_mix(filled(rows=slice(first, first + 16))) for first in (0, 16, 32)) == total
     assert sum(hash_mix(filled(columns=slice(first, first + 20))) for first in (0, 20)) == total
+
+
+@pytest.mark.skipif(extension("cpu")[0] is None, reason=extension("cpu")[1] or "-")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_compiled_fingerprint_is_the_references(dtype, threads):
+    """Of whole tensors, of rows and columns cut out of them, of vectors, and of views with gaps."""
+    numbers = torch.randn(2 * 96, 1100, generator=torch.Generator().manual_seed(0)).to(dtype)
+    views = [
+        numbers,
+        numbers[::2, :700],
+        numbers[5:9].T,
+        numbers[:, :1],
+        numbers[3],
+        numbers.view(-1)[:70_001],
+        numbers[:0],
+    ]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for view in views:
+            for part in (0, 2):  # of three such parts along the last axis
+                place = (view.dim(), part, 3)
+                shard = ShardedTensor.from_rank_offsets("w", view, (0, 1, 4), place, prepend_axis_num=1)
+                assert hash_mix(shard) == hash_mix_reference(shard), (view.shape, view.stride(), part)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
