@@ -40,6 +40,7 @@ from k2_megatron.train.checkpoint_files import apply_retention, remove_unfinishe
 from k2_megatron.train.checkpoint_save import CheckpointWriter, SaveResult
 from k2_megatron.train.checkpoint_state import layout_name
 from k2_megatron.train.journal import Journal
+from k2_megatron.train.layer_norms import ActivationSquares
 from k2_megatron.train.not_finite import count_as_update, ranks_not_finite
 from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
 from k2_megatron.train.replicas import compare_replicas, stop_when_different
@@ -103,6 +104,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
     kernels = {choice.op: choice.backend for choice in choices}
     chunks = wrap_model(config, build_model(config, kernels, groups.collection), groups.collection)
     optimizer = build_optimizer(config, chunks, kernels, groups.collection)
+    activations = ActivationSquares(groups, chunks, config.model.layers, kernels["adamw"], device.torch)
     journal.write(
         "start",
         layout=layout_name(config),
@@ -143,7 +145,8 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
         watchdog.at(STEP, step)
         learning_rate = learning_rate_at(config, step)
         set_learning_rate(optimizer, learning_rate, config.optimizer.weight_decay)
-        result = train_step(config, groups, chunks, optimizer, data.train, step, device.torch)
+        measured = activations if (step + 1) % config.log.layers_every_steps == 0 else None
+        result = train_step(config, groups, chunks, optimizer, data.train, step, device.torch, measured)
         seconds = time.monotonic() - began
         first_sample, step = config.consumed_samples_at(step), step + 1
         consumed = config.consumed_samples_at(step)
@@ -162,6 +165,8 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
             "tokens_per_second": tokens_per_second,
             "model_flops_utilization": flops_per_second / peak if peak else None,
         }
+        if result.layers:
+            event["layers"] = result.layers.rounded()
         stop_when_different(result.difference, step, saved_step, journal)
         if result.updated:
             passed_over = 0

@@ -249,6 +249,9 @@ class Log(Section):
 
     every_steps: PositiveInt = 1
     """Steps between two lines on the console."""
+    layers_every_steps: PositiveInt = 1
+    """Steps between two step events that tell of each layer: the norm of its gradient, the root mean square of its
+    output. The spike detector watches them at these steps. The cost is small, the lines of the journal are long."""
     tensorboard: bool = False
     """Mirror the journal into TensorBoard files in the run folder."""
     wandb: PathText | None = None

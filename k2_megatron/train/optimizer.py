@@ -15,6 +15,7 @@ import torch
 import torch.distributed as distributed
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
@@ -23,6 +24,7 @@ from k2_megatron.config import Config
 from k2_megatron.kernels.adamw import AdamW
 from k2_megatron.kernels.gradient_norm import gradient_norm_squared
 from k2_megatron.model.transformer_config import DTYPES
+from k2_megatron.train.checkpoint_state import unwrapped
 
 
 def wrap_model(
@@ -73,6 +75,7 @@ def build_optimizer(
     for part in built.chained_optimizers:
         if isinstance(part, Float16OptimizerWithFloat16Params) and not part.is_stub_optimizer:
             _write_copies_with_the_update(part)
+    _mark_places(built, chunks, config.model.layers)
     return built
 
 
@@ -96,21 +99,46 @@ def _fill_adam_slot(backend: str) -> None:
     distributed_optimizer.USING_TE_OPTIMIZER = False
 
 
-def gradient_norm(optimizer: MegatronOptimizer, device: torch.device) -> torch.Tensor:
-    """L2 norm [] fp64 of the whole gradient, the same on every rank; one kernel for all tensors of a rank, of AdamW's
-    backend (Apex has none that adds up in a fixed order: torch's then).
+def gradient_squares(optimizer: MegatronOptimizer, layers: int, device: torch.device) -> torch.Tensor:
+    """[layers + 2] fp64: sums of squares of the gradient of each layer, of the embedding, and of the output projection
+    with the final norm; the same on every rank. Their sum is the square of the global norm.
 
-    Replicas count once: megatron-core says which gradients take part, and over which ranks their squares are summed.
+    One kernel for all tensors of a layer, of AdamW's backend (Apex has none that adds up in a fixed order: torch's
+    then). Replicas count once: megatron-core says which gradients take part, and over which ranks they are summed.
     """
     optimizer.prepare_grads()
-    squares = torch.zeros((), dtype=torch.float64, device=device)
+    squares = torch.zeros(layers + 2, dtype=torch.float64, device=device)
     for part in optimizer.chained_optimizers:
-        gradients = part.get_main_grads_for_grad_norm()
-        if gradients:
+        places = {id(main.grad): main.place for main in part.get_parameters()}
+        gradients: dict[int, list[torch.Tensor]] = {}
+        for gradient in part.get_main_grads_for_grad_norm():
+            gradients.setdefault(places[id(gradient)], []).append(gradient)
+        for place, tensors in gradients.items():
             backend = part.optimizer.backend
-            squares += gradient_norm_squared(gradients, backend="torch" if backend == "apex" else backend)
+            squares[place] += gradient_norm_squared(tensors, backend="torch" if backend == "apex" else backend)
     distributed.all_reduce(squares, group=optimizer.get_grad_stats_parallel_group())
-    return squares.sqrt()
+    return squares
+
+
+def _mark_places(optimizer: MegatronOptimizer, chunks: Sequence[DistributedDataParallel], layers: int) -> None:
+    """Write onto each main parameter where `gradient_squares` counts it: megatron-core gives them no names."""
+    places: dict[torch.Tensor, int] = {}
+    for chunk in map(unwrapped, chunks):
+        for parameter in chunk.parameters():
+            places[parameter] = layers + 1
+        if chunk.pre_process:
+            places.update(dict.fromkeys(chunk.embedding.parameters(), layers))
+        for layer in chunk.decoder.layers:
+            places.update(dict.fromkeys(layer.parameters(), layer.layer_number - 1))
+    for part in optimizer.chained_optimizers:
+        mains = {parameter: parameter for parameter in places}
+        mains.update({parameter: parameter.main_param for parameter in places if hasattr(parameter, "main_param")})
+        if isinstance(part, DistributedOptimizer):  # whose float32 parameters are cut as well
+            for models, shards in zip(part.model_fp32_groups, part.shard_fp32_groups, strict=True):
+                mains.update(zip(models, shards, strict=True))
+        for parameter, main in mains.items():
+            if main is not None:  # of another rank
+                main.place = places[parameter]  # type: ignore[attr-defined]
 
 
 def update(optimizer: MegatronOptimizer, norm: torch.Tensor, clip_grad_norm: float | None) -> None:

@@ -21,7 +21,8 @@ from k2_megatron.config import Config
 from k2_megatron.data.feed import Feed
 from k2_megatron.model.context_parallel import context_positions
 from k2_megatron.runtime.groups import Groups
-from k2_megatron.train.optimizer import gradient_norm, update
+from k2_megatron.train.layer_norms import ActivationSquares, LayerNorms, layer_norms
+from k2_megatron.train.optimizer import gradient_squares, update
 from k2_megatron.train.replicas import Difference, compare_replicas
 
 
@@ -29,12 +30,15 @@ from k2_megatron.train.replicas import Difference, compare_replicas
 class StepResult:
     """`loss` is the mean over the global batch in nats a token; `grad_norm` is before clipping; `updated` is False
     when loss or gradient was not finite, or replicas differed, and the update was therefore not applied;
-    `data_seconds` is what this rank waited for rows; `difference` is what comparing the replicas found."""
+    `data_seconds` is what this rank waited for rows; `sample_losses` are the means over each sequence, in the order of
+    the samples; `layers` is what was asked for of the layers; `difference` is what comparing the replicas found."""
 
     loss: float
     grad_norm: float
     updated: bool
     data_seconds: float
+    sample_losses: tuple[float, ...]
+    layers: LayerNorms | None = None
     difference: Difference | None = None
 
 
@@ -69,7 +73,10 @@ def _forward(groups, iterator, model):
         # gradients it averages.
         loss = loss_BS.mean() / groups.context_size
         # A copy: megatron-core divides the loss by the number of micro-batches in place.
-        return loss, {"loss": loss.detach().clone()}
+        return loss, {
+            "loss": loss.detach().clone(),
+            "sample_losses_B": loss_BS.detach().mean(dim=1) / groups.context_size,
+        }
 
     return loss_BS, mean_loss
 
@@ -83,8 +90,8 @@ def _run_schedule(
     global_batch: int,
     device: torch.device,
     forward_only: bool,
-) -> float:
-    """Forward (and backward) over one global batch; the mean loss, equal on every rank."""
+) -> tuple[float, tuple[float, ...]]:
+    """Forward (and backward) over one global batch; (the mean loss, that of each sample), equal on every rank."""
     count = global_batch // (config.train.micro_batch * groups.data_size)
     iterators = [micro_batches(config, groups, feed, first_sample, global_batch, device) for _ in chunks]
     schedule = get_forward_backward_func(
@@ -105,11 +112,14 @@ def _run_schedule(
     )
     # Each data rank's last stage holds its mean, in shares over its context ranks; of the tensor ranks, which hold the
     # same, one speaks.
-    total = torch.zeros(1, dtype=torch.float64, device=device)
+    total = torch.zeros(1 + global_batch, dtype=torch.float64, device=device)
     if groups.is_last_stage and groups.tensor_rank == 0:
-        total += torch.stack([item["loss"] for item in losses]).double().mean() / groups.data_size
+        total[0] = torch.stack([item["loss"] for item in losses]).double().mean() / groups.data_size
+        own_MB = torch.stack([item["sample_losses_B"] for item in losses])
+        total[1:].view(count, groups.data_size, config.train.micro_batch)[:, groups.data_rank] = own_MB.double()
     distributed.all_reduce(total)
-    return total.item()
+    loss, *sample_losses = total.tolist()
+    return loss, tuple(sample_losses)
 
 
 def train_step(
@@ -120,17 +130,26 @@ def train_step(
     feed: Feed,
     step: int,
     device: torch.device,
+    activations: ActivationSquares | None = None,
 ) -> StepResult:
     """Gradients over the step's global batch, clipped; then the update, unless something was not finite or replicas
-    differed. Before the update, because a sharded optimizer's writes all replicas anew and hides a flipped bit."""
+    differed. Before the update, because a sharded optimizer's writes all replicas anew and hides a flipped bit.
+
+    With `activations` the result tells of the layers.
+    """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
+    if activations:
+        activations.begin()
     first_sample, global_batch = config.consumed_samples_at(step), config.global_batch_at(step)
     waited = feed.seconds_waited
-    loss = _run_schedule(config, groups, chunks, feed, first_sample, global_batch, device, forward_only=False)
+    loss, sample_losses = _run_schedule(
+        config, groups, chunks, feed, first_sample, global_batch, device, forward_only=False
+    )
 
-    norm = gradient_norm(optimizer, device)
+    squares = gradient_squares(optimizer, config.model.layers, device)
+    norm = squares.sum().sqrt()
     finite = math.isfinite(loss) and math.isfinite(norm.item())
     every, difference = config.train.compare_replicas_every_steps, None
     if every and (step + 1) % every == 0:
@@ -138,7 +157,14 @@ def train_step(
     updated = finite and difference is None
     if updated:
         update(optimizer, norm, config.optimizer.clip_grad_norm)
-    return StepResult(loss, norm.item(), updated, feed.seconds_waited - waited, difference)
+    layers = None
+    if activations:
+        elements = global_batch * config.model.sequence_length * config.model.hidden_size
+        of_outputs = activations.collect()
+        distributed.all_reduce(of_outputs)
+        layers = layer_norms(squares.tolist(), of_outputs.tolist(), elements)
+    waited = feed.seconds_waited - waited
+    return StepResult(loss, norm.item(), updated, waited, sample_losses, layers, difference)
 
 
 def evaluate(config: Config, groups: Groups, chunks: Sequence, feed: Feed, device: torch.device) -> float:
@@ -150,7 +176,8 @@ def evaluate(config: Config, groups: Groups, chunks: Sequence, feed: Feed, devic
     losses = []
     with torch.no_grad():
         for index in range(batches):
-            losses.append(_run_schedule(config, groups, chunks, feed, index * batch, batch, device, forward_only=True))
+            loss, _ = _run_schedule(config, groups, chunks, feed, index * batch, batch, device, forward_only=True)
+            losses.append(loss)
     for chunk in chunks:
         chunk.train()
     return sum(losses) / len(losses)

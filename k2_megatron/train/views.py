@@ -27,6 +27,11 @@ class Views:
             return
         step, last = event["step"], self.config.train.steps
         scalars = {key: event[key] for key in ("loss", "grad_norm", "learning_rate", "tokens_per_second")}
+        for name, values in event.get("layers", {}).items():
+            if isinstance(values, list):
+                scalars.update({f"{name}/layer_{number:03}": value for number, value in enumerate(values, start=1)})
+            else:
+                scalars[name] = values
         self._mirror(scalars, step)
         if step % self.config.log.every_steps == 0 or step == last or step == 1:
             print(

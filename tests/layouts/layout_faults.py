@@ -7,6 +7,7 @@ import torch
 import k2_megatron.model.build as build
 import k2_megatron.model.context_parallel as context_parallel
 import k2_megatron.model.gpt as gpt
+import k2_megatron.train.layer_norms as layer_norms
 import k2_megatron.train.step as step
 from k2_megatron.model.norm import K2RMSNorm
 
@@ -95,8 +96,36 @@ def each_context_rank_reports_its_own_mean() -> None:
 
         def reported(loss_BS):
             loss, report = mean_loss(loss_BS)
-            return loss, {"loss": report["loss"] * groups.context_size}
+            return loss, {key: value * groups.context_size for key, value in report.items()}
 
         return loss_BS, reported
 
     step._forward = whole
+
+
+def copies_of_hidden_states_counted_twice() -> None:
+    """Every tensor rank adds the hidden states that all of them hold."""
+    right = layer_norms.ActivationSquares.__init__
+
+    def everywhere(self, groups, *rest):
+        right(self, dataclasses.replace(groups, tensor_rank=0), *rest)
+
+    layer_norms.ActivationSquares.__init__ = everywhere
+
+
+def samples_in_the_order_of_the_ranks() -> None:
+    """The losses of each data rank's samples stand together."""
+    right = step._run_schedule
+
+    def by_rank(config, groups, *rest, **named):
+        loss, samples = right(config, groups, *rest, **named)
+        size, stride = config.train.micro_batch, config.train.micro_batch * groups.data_size
+        ranked = [
+            samples[start + offset]
+            for rank in range(groups.data_size)
+            for start in range(rank * size, len(samples), stride)
+            for offset in range(size)
+        ]
+        return loss, tuple(ranked)
+
+    step._run_schedule = by_rank

@@ -14,6 +14,7 @@ from k2_megatron.runtime.launch import read_environment
 from k2_megatron.runtime.seeds import seed_everything
 from k2_megatron.train.checkpoint_save import CheckpointWriter
 from k2_megatron.train.checkpoint_state import weight_fingerprint
+from k2_megatron.train.layer_norms import ActivationSquares, LayerNorms
 from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
 from k2_megatron.train.run_data import open_run_data
 from k2_megatron.train.schedule import learning_rate_at
@@ -22,11 +23,14 @@ from k2_megatron.train.step import evaluate, train_step
 
 @dataclass(frozen=True)
 class Training:
-    """`losses` and `grad_norms` by step; fingerprints of the weights before the first step and after the last."""
+    """`losses`, `grad_norms`, `sample_losses` and `layers` by step; fingerprints of the weights before the first step
+    and after the last."""
 
     initial_weights: str
     losses: list[float]
     grad_norms: list[float]
+    sample_losses: list[tuple[float, ...]]
+    layers: list[LayerNorms]
     final_weights: str
     held_out_loss: float
 
@@ -49,10 +53,11 @@ def train_layout(
         chunks = wrap_model(config, build_model(config, kernels, groups.collection), groups.collection)
         optimizer = build_optimizer(config, chunks, kernels, groups.collection)
         initial_weights = weight_fingerprint(chunks, device.torch)
+        activations = ActivationSquares(groups, chunks, config.model.layers, kernels["adamw"], device.torch)
         results = []
         for step in range(config.train.steps):
             set_learning_rate(optimizer, learning_rate_at(config, step), config.optimizer.weight_decay)
-            results.append(train_step(config, groups, chunks, optimizer, data.train, step, device.torch))
+            results.append(train_step(config, groups, chunks, optimizer, data.train, step, device.torch, activations))
             if step == 0:
                 saver = CheckpointWriter(checkpoints, groups, asynchronous=False)
                 saver.save(1, config, chunks, optimizer, device.torch, data.position())
@@ -61,6 +66,8 @@ def train_layout(
             initial_weights,
             [result.loss for result in results],
             [result.grad_norm for result in results],
+            [result.sample_losses for result in results],
+            [result.layers for result in results],
             weight_fingerprint(chunks, device.torch),
             evaluate(config, groups, chunks, data.held_out, device.torch),
         )

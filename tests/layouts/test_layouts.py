@@ -2,7 +2,7 @@
 
 The first loss and the first gradients differ by the order of summation alone; afterwards Adam, which divides by the
 root of a tiny second moment, lets that rounding grow. Bounds, relative: first loss 1e-6, later losses 1e-5; gradient
-norms 1e-4.
+norms 1e-4; losses by sample and norms by layer 1e-6 in the first step, 1e-4 later.
 """
 
 import math
@@ -10,6 +10,7 @@ import math
 import layout_faults
 import pytest
 import torch
+from layout_training import Training
 from small_run import VOCABULARY
 
 ONE_PROCESS: dict[str, object] = {}
@@ -34,6 +35,7 @@ LAYOUTS = {
     "tp2-sp-cp2": (4, {"parallel.tensor": 2, "parallel.sequence": True, "parallel.context": 2}),
     "pp2-cp2-sharded": (4, {"parallel.pipeline": 2, "parallel.context": 2, "parallel.distributed_optimizer": True}),
 }
+FIRST_DETAILS, LATER_DETAILS = 1e-6, 1e-4
 FIRST_LOSS, LATER_LOSSES, GRADIENT_NORMS, GRADIENTS = 1e-6, 1e-5, 1e-4, 1e-5
 # bfloat16 keeps 8 bits: two orders of summation differ by some 2^-9 in an activation, and the mean over 256 positions
 # of a loss by less.
@@ -56,6 +58,32 @@ def differences(expected, found, first_loss=FIRST_LOSS, losses=LATER_LOSSES, gra
     return lines
 
 
+def detail_differences(expected: Training, found: Training, first: float, later: float) -> list[str]:
+    """Steps whose losses by sample or norms by layer are not those of `expected`, with the largest relative error."""
+    lines = []
+    for step, (a, b) in enumerate(zip(details(expected), details(found), strict=True), 1):
+        for name in a:
+            error = float((torch.tensor(b[name]) / torch.tensor(a[name]) - 1).abs().max())
+            if not error <= (first if step == 1 else later):
+                lines.append(f"{name} of step {step}: off by {error:.1e}")
+    return lines
+
+
+def details(training: Training) -> list[dict[str, tuple[float, ...]]]:
+    return [
+        {
+            "sample losses": losses,
+            "activation_rms": layers.activation_rms,
+            "gradient_norm": (
+                *layers.gradient_norm,
+                layers.embedding_gradient_norm,
+                layers.output_gradient_norm,
+            ),
+        }
+        for losses, layers in zip(training.sample_losses, training.layers, strict=True)
+    ]
+
+
 def gradient_differences(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], bound: float) -> list[str]:
     """Names whose gradients differ in norm by more than `bound` of the expected norm."""
     assert expected.keys() == found.keys()
@@ -76,6 +104,22 @@ def test_losses_and_gradient_norms_are_those_of_one_process(train, ranks, settin
     found = train(ranks, settings)
     assert differences(train(1, ONE_PROCESS).training, found.training) == []
     assert found.ranks_agree, "ranks report different losses, norms or weights"
+
+
+@in_every_layout
+def test_losses_by_sample_and_norms_by_layer_are_those_of_one_process(train, ranks, settings):
+    expected, found = train(1, ONE_PROCESS).training, train(ranks, settings).training
+    assert detail_differences(expected, found, FIRST_DETAILS, LATER_DETAILS) == []
+
+
+def test_details_add_up_to_the_whole(train):
+    training = train(1, ONE_PROCESS).training
+    for loss, norm, samples, layers in zip(
+        training.losses, training.grad_norms, training.sample_losses, training.layers, strict=True
+    ):
+        assert sum(samples) / len(samples) == pytest.approx(loss, rel=1e-6)
+        parts = (*layers.gradient_norm, layers.embedding_gradient_norm, layers.output_gradient_norm)
+        assert math.hypot(*parts) == pytest.approx(norm, rel=1e-9)
 
 
 @in_every_layout
@@ -148,17 +192,20 @@ def test_kernels_do_not_change_the_result(train):
     assert gradient_differences(expected.gradients, found.gradients, GRADIENTS) == []
 
 
-# Which part of the comparison must see a fault: the weights at the start, losses and norms, or gradients by name.
+# Which part of the comparison must see a fault: the weights at the start, losses and norms, what is told of samples
+# and layers, or gradients by name.
 FAULTS = [
-    (layout_faults.weights_drawn_from_the_generator_of_the_rank, "pp2", {"weights", "losses", "gradients"}),
-    (layout_faults.tensor_parallel_weights_unmarked, "tp2", {"losses", "gradients"}),
-    (layout_faults.norms_unmarked_for_sequence_parallelism, "tp2-sp", {"losses", "gradients"}),
-    (layout_faults.batched_messages_between_two_interleaved_stages, "pp2-vp2", {"losses", "gradients"}),
-    (layout_faults.replicas_read_the_same_samples, "dp2", {"losses", "gradients"}),
-    (layout_faults.one_micro_batch_left_out, "pp2", {"losses", "gradients"}),
-    (layout_faults.keys_in_the_order_of_the_context_ranks, "cp2", {"losses", "gradients"}),
-    (layout_faults.every_context_rank_rotates_like_the_first, "cp2", {"losses", "gradients"}),
-    (layout_faults.each_context_rank_reports_its_own_mean, "cp2", {"losses"}),
+    (layout_faults.weights_drawn_from_the_generator_of_the_rank, "pp2", {"weights", "losses", "details", "gradients"}),
+    (layout_faults.tensor_parallel_weights_unmarked, "tp2", {"losses", "details", "gradients"}),
+    (layout_faults.norms_unmarked_for_sequence_parallelism, "tp2-sp", {"losses", "details", "gradients"}),
+    (layout_faults.batched_messages_between_two_interleaved_stages, "pp2-vp2", {"losses", "details", "gradients"}),
+    (layout_faults.replicas_read_the_same_samples, "dp2", {"losses", "details", "gradients"}),
+    (layout_faults.one_micro_batch_left_out, "pp2", {"losses", "details", "gradients"}),
+    (layout_faults.keys_in_the_order_of_the_context_ranks, "cp2", {"losses", "details", "gradients"}),
+    (layout_faults.every_context_rank_rotates_like_the_first, "cp2", {"losses", "details", "gradients"}),
+    (layout_faults.each_context_rank_reports_its_own_mean, "cp2", {"losses", "details"}),
+    (layout_faults.copies_of_hidden_states_counted_twice, "tp2", {"details"}),
+    (layout_faults.samples_in_the_order_of_the_ranks, "dp2", {"details"}),
 ]
 
 
@@ -169,6 +216,7 @@ def test_comparison_sees_a_fault(train, fault, layout, seen):
     disagreements = {
         "weights": expected.training.initial_weights != found.training.initial_weights,
         "losses": bool(differences(expected.training, found.training)),
+        "details": bool(detail_differences(expected.training, found.training, FIRST_DETAILS, LATER_DETAILS)),
         "gradients": bool(gradient_differences(expected.gradients, found.gradients, GRADIENTS)),
     }
     assert {name for name, differs in disagreements.items() if differs} == seen

@@ -9,6 +9,7 @@ from one_rank_model import llama_with_weights_of, one_rank
 
 import k2_megatron.train.optimizer as optimizer_module
 import k2_megatron.train.step as step_module
+from k2_megatron.train.layer_norms import ActivationSquares, LayerNorms
 from k2_megatron.train.optimizer import build_optimizer, wrap_model
 from k2_megatron.train.run_data import open_run_data
 from k2_megatron.train.schedule import learning_rate_at
@@ -21,6 +22,8 @@ STEPS, PEAK, FLOOR, WARMUP, BATCH = 5, 3e-3, 3e-4, 2, 8
 class Steps:
     losses: list[float]
     grad_norms: list[float]
+    sample_losses: list[list[float]]
+    layers: list[LayerNorms]
 
 
 def ours_and_plain(config_path: Path, settings: list[str], fault) -> tuple[Steps, Steps]:
@@ -31,13 +34,20 @@ def ours_and_plain(config_path: Path, settings: list[str], fault) -> tuple[Steps
         plain = _plain(llama_with_weights_of(model, config), open_run_data(config).train)
         chunks = wrap_model(config, [model], groups.collection)
         optimizer = build_optimizer(config, chunks, kernels, groups.collection)
-        losses, grad_norms = [], []
+        activations = ActivationSquares(groups, chunks, config.model.layers, kernels["adamw"], torch.device("cpu"))
+        results = []
         for step in range(STEPS):
             optimizer_module.set_learning_rate(optimizer, learning_rate_at(config, step), config.optimizer.weight_decay)
-            result = train_step(config, groups, chunks, optimizer, data.train, step, torch.device("cpu"))
-            losses.append(result.loss)
-            grad_norms.append(result.grad_norm)
-        return Steps(losses, grad_norms), plain
+            results.append(
+                train_step(config, groups, chunks, optimizer, data.train, step, torch.device("cpu"), activations)
+            )
+        ours = Steps(
+            [result.loss for result in results],
+            [result.grad_norm for result in results],
+            [list(result.sample_losses) for result in results],
+            [result.layers for result in results],
+        )
+        return ours, plain
 
 
 def _plain(llama: torch.nn.Module, feed) -> Steps:
@@ -45,20 +55,44 @@ def _plain(llama: torch.nn.Module, feed) -> Steps:
     norms = [parameter for parameter in llama.parameters() if parameter.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
     adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
-    losses, grad_norms = [], []
+    steps = Steps([], [], [], [])
     for step in range(STEPS):
         cosine = 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - 1 - WARMUP)))
         for group in adam.param_groups:
             group["lr"] = PEAK * (step + 1) / WARMUP if step < WARMUP else FLOOR + (PEAK - FLOOR) * cosine
         rows = torch.from_numpy(feed.tokens(step * BATCH, BATCH).astype("int64"))
+        outputs: list[torch.Tensor] = []
+        hooks = [
+            layer.register_forward_hook(lambda _layer, _given, output, outputs=outputs: outputs.append(output))
+            for layer in llama.model.layers
+        ]
         logits = llama(rows[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        for hook in hooks:
+            hook.remove()
+        losses_BS = torch.nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
+        loss = losses_BS.mean()
         adam.zero_grad()
         loss.backward()
-        grad_norms.append(torch.nn.utils.clip_grad_norm_(llama.parameters(), 1.0).item())
+        steps.layers.append(_plain_layers(llama, outputs))
+        steps.sample_losses.append(losses_BS.mean(dim=1).tolist())
+        steps.grad_norms.append(torch.nn.utils.clip_grad_norm_(llama.parameters(), 1.0).item())
+        steps.losses.append(loss.item())
         adam.step()
-        losses.append(loss.item())
-    return Steps(losses, grad_norms)
+    return steps
+
+
+def _plain_layers(llama: torch.nn.Module, outputs: list[torch.Tensor]) -> LayerNorms:
+    def norm(*modules: torch.nn.Module) -> float:
+        gradients = [parameter.grad.flatten() for module in modules for parameter in module.parameters()]
+        return torch.cat(gradients).norm().item()
+
+    model = llama.model
+    return LayerNorms(
+        tuple(norm(layer) for layer in model.layers),
+        tuple(output.square().mean().sqrt().item() for output in outputs),
+        norm(model.embed_tokens),
+        norm(model.norm, llama.lm_head),
+    )
 
 
 # Faults that equality between layouts cannot see, since every layout has them
@@ -73,7 +107,8 @@ def loss_a_quarter() -> None:
     right = step_module._run_schedule
 
     def quarter(*given, **named):
-        return right(*given, **named) / 4
+        loss, sample_losses = right(*given, **named)
+        return loss / 4, sample_losses
 
     step_module._run_schedule = quarter
 

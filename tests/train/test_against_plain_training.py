@@ -20,6 +20,16 @@ def test_losses_and_gradient_norms_are_those_of_plain_training(small_config, tmp
     ours, plain = both(small_config, tmp_path, settings)
     assert ours.losses == pytest.approx(plain.losses, rel=LOSSES)
     assert ours.grad_norms == pytest.approx(plain.grad_norms, rel=GRADIENT_NORMS)
+    for of_step, expected in zip(ours.sample_losses, plain.sample_losses, strict=True):
+        assert of_step == pytest.approx(expected, rel=LOSSES)
+    for layers, expected in zip(ours.layers, plain.layers, strict=True):
+        for name, bound in (
+            ("gradient_norm", GRADIENT_NORMS),
+            ("activation_rms", LOSSES),
+            ("embedding_gradient_norm", GRADIENT_NORMS),
+            ("output_gradient_norm", GRADIENT_NORMS),
+        ):
+            assert getattr(layers, name) == pytest.approx(getattr(expected, name), rel=bound), name
 
 
 @pytest.mark.parametrize(

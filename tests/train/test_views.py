@@ -64,8 +64,9 @@ def test_tensorboard_holds_every_step(views, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     shown = views(**{"log.tensorboard": True})
+    layers = {"gradient_norm": [0.5, 0.25], "activation_rms": [1.0, 2.0], "embedding_gradient_norm": 0.125}
     for step in (1, 2, 3):
-        shown.step(step_event(step))
+        shown.step({**step_event(step), **({"layers": layers} if step == 2 else {})})
     shown.evaluation(3, 2.5)
     shown.close()
     read = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -74,3 +75,5 @@ def test_tensorboard_holds_every_step(views, tmp_path):
         (step, pytest.approx(5.0 / step)) for step in (1, 2, 3)
     ]
     assert [scalar.value for scalar in read.Scalars("held_out_loss")] == [2.5]
+    assert [(scalar.step, scalar.value) for scalar in read.Scalars("activation_rms/layer_002")] == [(2, 2.0)]
+    assert [(scalar.step, scalar.value) for scalar in read.Scalars("embedding_gradient_norm")] == [(2, 0.125)]

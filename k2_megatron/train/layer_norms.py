@@ -1,0 +1,82 @@
+"""The size of each layer's gradient and output, step by step: what the journal tells of the layers of a run.
+
+In:  the hidden states that the layers hand on in the forward passes of a step, and the squares of its gradients.
+Out: a `LayerNorms`, the same on every rank and, to rounding, in every layout.
+
+The output of a layer is what it adds to and hands on, the residual stream; its root mean square is taken over all
+tokens of the global batch. A layer that goes wrong shows here steps before it shows in the loss.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from k2_megatron.kernels.gradient_norm import gradient_norm_squared
+from k2_megatron.runtime.groups import Groups
+from k2_megatron.train.checkpoint_state import unwrapped
+
+DIGITS = 5  # significant ones in the journal: far finer than the noise from step to step
+
+
+@dataclass(frozen=True)
+class LayerNorms:
+    """By layer, from the first: the L2 norm of its gradient before clipping, and the root mean square of its output.
+    Beside them the gradient norms of the embedding, and of the output projection with the final norm."""
+
+    gradient_norm: tuple[float, ...]
+    activation_rms: tuple[float, ...]
+    embedding_gradient_norm: float
+    output_gradient_norm: float
+
+    def rounded(self) -> dict[str, list[float] | float]:
+        """As the journal has it."""
+        return {
+            "gradient_norm": [_rounded(value) for value in self.gradient_norm],
+            "activation_rms": [_rounded(value) for value in self.activation_rms],
+            "embedding_gradient_norm": _rounded(self.embedding_gradient_norm),
+            "output_gradient_norm": _rounded(self.output_gradient_norm),
+        }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
+
+
+def layer_norms(gradient_squares: Sequence[float], activation_squares: Sequence[float], elements: int) -> LayerNorms:
+    """From sums of squares: of the gradients by layer, then embedding, then output (see `gradient_squares`); of the
+    outputs by layer, each over `elements` numbers."""
+    *layers, embedding, output = (math.sqrt(square) for square in gradient_squares)
+    rms = tuple(math.sqrt(square / elements) for square in activation_squares)
+    return LayerNorms(tuple(layers), rms, embedding, output)
+
+
+class ActivationSquares:
+    """Adds up the squares of what each layer of this rank hands on, between `begin` and `collect`."""
+
+    def __init__(self, groups: Groups, chunks: Sequence, layers: int, backend: str, device: torch.device) -> None:
+        self._layers, self._backend, self._device = layers, "torch" if backend == "apex" else backend, device
+        self._squares: torch.Tensor | None = None
+        for chunk in chunks:
+            model = unwrapped(chunk)
+            # Without sequence parallelism every tensor rank holds the same hidden states, and one of them counts.
+            if model.config.sequence_parallel or groups.tensor_rank == 0:
+                for layer in model.decoder.layers:
+                    layer.register_forward_hook(partial(self._add, layer.layer_number - 1))
+
+    def begin(self) -> None:
+        self._squares = torch.zeros(self._layers, dtype=torch.float64, device=self._device)
+
+    def collect(self) -> torch.Tensor:
+        """[layers] fp64: this rank's part of the sums; all ranks' together are those of the global batch."""
+        assert self._squares is not None, "collect follows begin"
+        squares, self._squares = self._squares, None
+        return squares
+
+    def _add(self, index: int, _layer: torch.nn.Module, _arguments: tuple, output: tuple) -> None:
+        # Full recompute runs a layer twice, the first time without gradients.
+        if self._squares is not None and torch.is_grad_enabled():
+            hidden_SBH = output[0].detach()
+            self._squares[index] += gradient_norm_squared([hidden_SBH], backend=self._backend)
