@@ -214,6 +214,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
             watchdog.at("checkpoint", step)
             saved_step = tell_of_save(saver.wait(), config, journal, checkpoints, spikes) or saved_step
             stop_when_different(compare_replicas(chunks, optimizer, groups), step, saved_step, journal)
+            journal.sync()
             data.record_position(step, consumed)
             facts = {**data.position(), **spikes.position()}
             saver.save(step, config, chunks, optimizer, device.torch, facts)

@@ -17,7 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from k2_megatron.train.checkpoint_files import complete_checkpoints, step_of, write_file
+from k2_megatron.runtime.durable import write_file
+from k2_megatron.train.checkpoint_files import complete_checkpoints, step_of
 from k2_megatron.train.journal import JOURNAL, read_events, read_steps
 from k2_megatron.train.run_folder import CONFIG
 

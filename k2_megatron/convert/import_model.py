@@ -21,7 +21,7 @@ from k2_megatron.convert.training_side import (
     write_checkpoint,
 )
 from k2_megatron.convert.transformers_model import TransformersModel
-from k2_megatron.train.checkpoint_files import write_file
+from k2_megatron.runtime.durable import write_file
 
 
 @dataclass(frozen=True)

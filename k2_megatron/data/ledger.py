@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from k2_megatron.data.schedule import DEFER, SKIP
+from k2_megatron.runtime.durable import make_folder, sync
 
 CHAIN_START = ""  # the chain of no samples
 FILE_NAME = "ledger.jsonl"
@@ -78,14 +79,17 @@ class Ledger:
         """Write one line, durably. Call on rank 0 only."""
         entry = {"event": event, "time": now(), **fields, "previous": self._last_hash}
         line = json.dumps(entry).encode()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "r+b" if self.path.is_file() else "wb") as file:
+        make_folder(self.path.parent)
+        is_new = not self.path.is_file()
+        with open(self.path, "wb" if is_new else "r+b") as file:
             self._refuse_strangers_lines(file)
             file.truncate(self._whole_bytes)
             file.seek(self._whole_bytes)
             file.write(line + b"\n")
             file.flush()
             os.fsync(file.fileno())
+        if is_new:
+            sync(self.path.parent)
         self._whole_bytes += len(line) + 1
         self._last_hash = _line_hash(line)
         self.entries.append(entry)

@@ -19,6 +19,8 @@ from pathlib import Path
 import xxhash
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 
+from k2_megatron.runtime.durable import make_folder, sync, write_file
+
 MANIFEST = "k2.json"
 MANIFEST_FORMAT = 1
 _FOLDER = re.compile(r"step_(\d{8,})")
@@ -65,6 +67,7 @@ class _HashingStream:
         self._stream.flush()
 
     def fileno(self) -> int:
+        self._stream.flush()  # torch asks for it to fsync, and does not flush: the last buffer would not be on the disk
         return self._stream.fileno()
 
     def close(self) -> None:
@@ -115,31 +118,12 @@ def hash_file(path: Path) -> dict:
     return {"bytes": size, "xxh3": digest.hexdigest()}
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write a small text file so that a reader sees the old one or the new one, never a part."""
-    aside = path.with_name(f".{path.name}.writing")
-    with aside.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(aside, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def start_writing(checkpoints: Path, step: int) -> Path:
     """The empty folder a save of `step` writes into."""
+    make_folder(checkpoints)
     aside = checkpoints / f".{folder_name(step)}.writing"
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    aside.mkdir()
     return aside
 
 
@@ -148,12 +132,13 @@ def publish(aside: Path, manifest: dict) -> Path:
     checkpoints, step = aside.parent, manifest["step"]
     for name in sorted(path.name for path in aside.iterdir() if path.name not in manifest["files"]):
         manifest["files"][name] = hash_file(aside / name)  # the few small files that megatron-core writes by itself
+        sync(aside / name)
     write_file(aside / MANIFEST, json.dumps({"format": MANIFEST_FORMAT, **manifest}, indent=1))
     final = checkpoints / folder_name(step)
     if final.exists():  # a step saved again after a rollback: the old one leaves before the new one comes
         shutil.rmtree(_set_aside(final, "replaced"), ignore_errors=True)
     os.rename(aside, final)
-    sync_folder(checkpoints)
+    sync(checkpoints)
     write_file(checkpoints / "latest", final.name + "\n")
     return final
 
@@ -162,6 +147,7 @@ def _set_aside(folder: Path, why: str) -> Path:
     hidden = folder.with_name(f".{folder.name}.{why}")
     shutil.rmtree(hidden, ignore_errors=True)
     os.rename(folder, hidden)
+    sync(folder.parent)  # before its files go: under its old name it must not come back without them
     return hidden
 
 

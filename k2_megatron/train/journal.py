@@ -1,6 +1,7 @@
 """journal.jsonl: the truth about a run, one JSON object a line; console, TensorBoard and W&B are views of it.
 
-Rank 0 writes. A line is written whole and flushed before the run goes on, so that a kill loses none that was reported.
+Rank 0 writes. A line is written whole and flushed before the run goes on, so that a kill loses none that was reported;
+a power cut loses at most steps since the last event of another kind or the last `sync`, which precedes each save.
 After a resume, the steps that a kill undid stand in the journal twice; `read_steps` keeps the last telling of each.
 """
 
@@ -11,6 +12,8 @@ import sys
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
+
+from k2_megatron.runtime.durable import sync
 
 JOURNAL = "journal.jsonl"
 
@@ -26,6 +29,7 @@ class Journal:
             folder.mkdir(parents=True, exist_ok=True)
             _end_last_line(self.path)
             self._file = self.path.open("a")
+            sync(folder)  # the name of a new journal
 
     def write(self, event: str, **fields) -> None:
         """Append one event with the time of writing (UTC)."""
@@ -35,8 +39,16 @@ class Journal:
         try:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
+            if event != "step":  # those are many, and are synced together
+                os.fsync(self._file.fileno())
         except OSError as error:  # a full disk must not end a run that can still train and save elsewhere
             print(f"journal: cannot write {self.path} ({error}); the run goes on without this line", file=sys.stderr)
+
+    def sync(self) -> None:
+        """Have all lines on the disk: a checkpoint must not survive what the journal tells of its steps."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # lines that could not be written were told of
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._file is not None:
@@ -54,8 +66,8 @@ def _end_last_line(path: Path) -> None:
 
 
 def read_events(path: Path) -> Iterator[dict]:
-    """All whole events of a journal, in order; a line that a kill cut is passed over."""
-    with path.open() as lines:
+    """All whole events of a journal, in order; a line that a kill cut, or a power cut tore, is passed over."""
+    with path.open(errors="replace") as lines:
         for line in lines:
             try:
                 event = json.loads(line)

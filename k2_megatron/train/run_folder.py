@@ -9,7 +9,7 @@ from typing import IO
 
 import k2_megatron
 from k2_megatron.config import Config, load_config
-from k2_megatron.train.checkpoint_files import write_file
+from k2_megatron.runtime.durable import make_folder, write_file
 
 CONFIG = "config.toml"
 
@@ -46,7 +46,7 @@ def hold_run_folder(config: Config) -> IO[str]:
     The kernel lets go of the lock when its holder dies, so nothing is left to clean up.
     """
     folder = Path(config.run.folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lock = (folder / ".lock").open("a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -23,7 +23,7 @@ from statistics import median
 from types import FrameType
 
 from k2_megatron.config.schema import Watchdog as Settings
-from k2_megatron.train.checkpoint_files import write_file
+from k2_megatron.runtime.durable import write_file
 from k2_megatron.train.journal import Journal
 
 HUNG = 4  # exit code

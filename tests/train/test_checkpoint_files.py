@@ -1,13 +1,17 @@
 """Checkpoint folders as files: what is complete, which is the latest, which ones go."""
 
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 
+from k2_megatron.runtime import durable
+from k2_megatron.runtime.durable import make_folder
 from k2_megatron.train.checkpoint_files import (
     CheckpointError,
+    HashingWriter,
     apply_retention,
     complete_checkpoints,
     hash_file,
@@ -143,3 +147,18 @@ def test_manifest_of_another_format_is_refused(saved):
 def test_folder_of_another_name_has_no_step(tmp_path):
     with pytest.raises(CheckpointError, match=re.escape("should look like step_00000941")):
         step_of(tmp_path / "step_12.old")
+
+
+def test_what_torch_asks_to_sync_is_out_of_the_buffer(tmp_path):
+    with HashingWriter(tmp_path).fs.create_stream(tmp_path / "file", "wb") as stream:
+        stream.write(b"short")
+        os.fsync(stream.fileno())  # as torch's writer does
+        assert (tmp_path / "file").read_bytes() == b"short"
+
+
+def test_folder_is_made_with_those_above_it_and_each_is_synced(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(durable, "sync", synced.append)
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    assert synced == [tmp_path, tmp_path / "a"]

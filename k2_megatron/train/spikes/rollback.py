@@ -11,8 +11,9 @@ from pathlib import Path
 import torch.distributed as distributed
 
 from k2_megatron.config import Config
+from k2_megatron.runtime.durable import sync, write_file
 from k2_megatron.runtime.mistakes import StopRun
-from k2_megatron.train.checkpoint_files import complete_checkpoints, folder_name, step_of, sync_folder, write_file
+from k2_megatron.train.checkpoint_files import complete_checkpoints, folder_name, step_of
 from k2_megatron.train.run_data import RunData
 from k2_megatron.train.spikes.detector import Finding
 from k2_megatron.train.spikes.policy import Decision, amendment, decide
@@ -60,7 +61,7 @@ def go_back(config: Config, finding: Finding, decision: Decision, checkpoints: P
                 aside = folder.with_name(f"spiked_{folder.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 os.rename(folder, aside)
-        sync_folder(checkpoints)
+        sync(checkpoints)
         data.ledger.amend(**fields)
     distributed.barrier()
     return fields
