@@ -34,7 +34,7 @@ from k2_megatron.runtime.launch import (
 )
 from k2_megatron.runtime.mistakes import StopRun, run_program
 from k2_megatron.runtime.seeds import require_determinism, seed_everything
-from k2_megatron.runtime.signals import StopSignals
+from k2_megatron.runtime.signals import StopSignals, end_at_once
 from k2_megatron.train.checkpoint import find_checkpoint, load_checkpoint
 from k2_megatron.train.checkpoint_files import apply_retention, remove_unfinished
 from k2_megatron.train.checkpoint_save import CheckpointWriter, SaveResult
@@ -80,6 +80,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
     if config.train.deterministic:
         require_determinism()
     stop_with_launcher(environment)
+    end_at_once()
     connect(environment, device, RENDEZVOUS_TIMEOUT_SECONDS)
     groups = build_groups(config.parallel)
     seed_everything(config.run.seed, groups)
@@ -135,12 +136,16 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
             next_sample=next_sample,
         )
         views.say(resume_report(config, manifest, newest, doubts))
-    saved_step, passed_over, leaving = step, 0, "--until"
+    saved_step = kept_step = step  # published; the same, or still being written
+    passed_over, leaving = 0, "--until"
     saver = CheckpointWriter(checkpoints, groups, asynchronous=config.checkpoint.asynchronous)
     peak = peak_bf16_flops(device)
 
     # The loop: one step, what is told of it, then the rare events
     while step < min(until, config.train.steps):
+        if step == kept_step and (signal := stop.agreed(device.torch)):  # it came during the start or a save
+            leaving = signal
+            break
         began = time.monotonic()
         watchdog.at(STEP, step)
         learning_rate = learning_rate_at(config, step)
@@ -199,17 +204,16 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
                 data.resume_at(manifest)
                 spikes.resume_at(manifest)
                 journal.write("rollback", from_step=step, step=manifest["step"], amendment=amended)
-                step = saved_step = manifest["step"]
+                step = saved_step = kept_step = manifest["step"]
                 continue
 
         last = step == config.train.steps
-        signal = stop.agreed(device.torch)
         if config.train.evaluate_every_steps and (step % config.train.evaluate_every_steps == 0 or last):
             watchdog.at("evaluation", step)
             held_out_loss = evaluate(config, groups, chunks, data.held_out, device.torch)
             journal.write("evaluation", step=step, held_out_loss=held_out_loss)
             views.evaluation(step, held_out_loss)
-        leaving = signal or ("--until" if step >= until else None)
+        leaving = stop.agreed(device.torch) or ("--until" if step >= until else None)
         if step % config.checkpoint.every_steps == 0 or last or leaving:
             watchdog.at("checkpoint", step)
             saved_step = tell_of_save(saver.wait(), config, journal, checkpoints, spikes) or saved_step
@@ -218,6 +222,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
             data.record_position(step, consumed)
             facts = {**data.position(), **spikes.position()}
             saver.save(step, config, chunks, optimizer, device.torch, facts)
+            kept_step = step
         saved_step = tell_of_save(saver.finished(), config, journal, checkpoints, spikes) or saved_step
         if leaving and not last:
             break
@@ -230,7 +235,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
     views.say(
         summary_text(config, journal.path)
         if finished
-        else f"stopped by {leaving} after step {step}; saved, start again to resume"
+        else f"stopped by {leaving} after step {step}; {'saved' if step else 'nothing to save'}, start again to resume"
     )
     views.close()
     journal.close()

@@ -16,6 +16,7 @@ import torch.distributed as distributed
 _OURS = str(Path(__file__).resolve().parents[1]) + os.sep
 MISTAKE = 2  # exit codes; 1 is Python's own for an uncaught exception
 STOPPED = 3
+INTERRUPTED = 130  # as a shell has it for SIGINT
 LOST_PEER = 1  # as an uncaught exception: start again to resume
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words
 
@@ -40,6 +41,9 @@ def run_program(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) 
             raise
         _say_once(f"error: {error}", error)
         return MISTAKE
+    except KeyboardInterrupt:
+        print("interrupted; start again to resume from the last save", file=sys.stderr, flush=True)
+        return INTERRUPTED
     except RuntimeError as error:
         if not any(words in str(error) for words in _LOST_PEER):
             raise

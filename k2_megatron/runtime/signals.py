@@ -1,4 +1,7 @@
-"""SIGINT, SIGTERM and SIGUSR1 (Slurm's warning before the time limit) ask the run to finish its step, save, leave."""
+"""SIGINT, SIGTERM and SIGUSR1 (Slurm's warning before the time limit) ask the run to finish its step, save, leave.
+
+Before the ranks have met there is nothing to save, and each of them ends the process at once.
+"""
 
 import signal
 from types import FrameType
@@ -7,6 +10,12 @@ import torch
 import torch.distributed as distributed
 
 _ASKS_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def end_at_once() -> None:
+    """Have SIGINT end the process as the others do. Python's own handler would wait until the ranks have met: a library
+    waits there, for minutes when one is missing, and no handler runs before it returns."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class StopSignals:
