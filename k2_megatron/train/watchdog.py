@@ -10,6 +10,7 @@ ends itself; one that is stopped by the system cannot, and is killed by its laun
 
 import faulthandler
 import json
+import linecache
 import os
 import platform
 import sys
@@ -30,9 +31,13 @@ HUNG = 4  # exit code
 STEP = "step"
 RECENT_STEPS = 50
 FEWEST_STEPS = 3  # before that, the first step with its compilations decides too much
+REPORT_SECONDS = 2.5  # at most, until the other ranks have said where they are
 GRACE_SECONDS = 5.0  # between the report and the end, for the other ranks to make theirs
 # If even this thread cannot run (a library holds the interpreter's lock), the interpreter's own timer ends the rank.
 BACKSTOP_SECONDS = 20.0
+_OURS = str(Path(__file__).resolve().parents[2]) + os.sep
+# In the text of a line: it waits for other ranks, or for a device whose queue holds a collective
+_WAITING = (".wait()", ".item()", ".tolist()", ".cpu()", "synchronize(")
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,14 @@ class Progress:
     phase: str
     step: int
     since: float
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a thread is, in words, and whether it waits for other ranks or for the device there."""
+
+    text: str
+    waits: bool
 
 
 def limit_seconds(settings: Settings, phase: str, recent: Sequence[float]) -> float:
@@ -92,12 +105,15 @@ class Watchdog:
                 next_heartbeat = now + self._settings.heartbeat_seconds
             limit = limit_seconds(self._settings, progress.phase, list(self._recent))
             if now - progress.since > limit and progress is self._progress:
-                self._write_heartbeat(progress, now)
-                self._report(progress, now - progress.since, limit)
-                time.sleep(GRACE_SECONDS)
+                frame = sys._current_frames().get(self._main_thread or 0)
+                self._write_heartbeat(progress, now, place_of(frame))
+                self._report(progress, now - progress.since, limit, last_collective(frame))
+                if self._stopped.wait(GRACE_SECONDS) or progress is not self._progress:
+                    print(f"rank {self._rank}: it went on after all, and so does the run", file=sys.stderr, flush=True)
+                    continue
                 os._exit(HUNG)  # the main thread waits inside a library and cannot be asked to leave
 
-    def _write_heartbeat(self, progress: Progress, now: float) -> None:
+    def _write_heartbeat(self, progress: Progress, now: float, place: Place | None = None) -> None:
         beat = {
             "rank": self._rank,
             "host": platform.node(),
@@ -106,21 +122,21 @@ class Watchdog:
             "step": progress.step,
             "seconds_in_phase": round(now - progress.since, 3),
             "time": time.time(),
+            **({"place": place.text, "waits": place.waits} if place else {}),
         }
         try:
             write_file(self._heartbeats / _file_name(self._rank, "json"), json.dumps(beat))
         except OSError as error:  # a full disk must not look like a hang
             print(f"rank {self._rank}: heartbeat cannot be written: {error}", file=sys.stderr)
 
-    def _report(self, progress: Progress, seconds: float, limit: float) -> None:
+    def _report(self, progress: Progress, seconds: float, limit: float, collective: str | None) -> None:
         """Stacks into a file; from the lowest rank alive, the incident into the journal and onto stderr."""
-        frames = sys._current_frames()
         facts = {
             "phase": progress.phase,
             "step": progress.step,
             "seconds": round(seconds, 1),
             "limit_seconds": round(limit, 1),
-            "last_collective": last_collective(frames.get(self._main_thread or 0)),
+            "last_collective": collective,
         }
         incident = self._folder / "incidents" / f"step_{progress.step:08d}"
         try:
@@ -131,15 +147,14 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError:
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        time.sleep(GRACE_SECONDS / 2)  # until the others' heartbeats say how far they came
-        # An earlier start may have had more ranks.
-        beats = [beat for beat in read_heartbeats(self._heartbeats) if beat["rank"] < self._world_size]
+        beats = self._beats_of_all()
         behind = ranks_behind(beats, self._world_size, self._settings.heartbeat_seconds, time.time())
         if self._rank == min([beat["rank"] for beat in beats if beat["rank"] not in behind] or [self._rank]):
             journal = Journal(self._folder, writer=True)
-            journal.write("incident", kind="hang", behind=behind, stacks=str(incident), **facts)
+            places = {beat["rank"]: beat["place"] for beat in beats if "place" in beat}
+            journal.write("incident", kind="hang", behind=behind, places=places, stacks=str(incident), **facts)
             journal.close()
-            named = ", ".join(f"rank {rank} ({why})" for rank, why in behind.items()) or "none: all wait in one place"
+            named = ", ".join(f"rank {rank} ({why})" for rank, why in behind.items()) or "none: all wait for each other"
             print(
                 f"no progress for {seconds:.0f} s in {progress.phase} after step {progress.step} (limit "
                 f"{limit:.0f} s); last collective {facts['last_collective']}. Behind: {named}. "
@@ -147,6 +162,36 @@ class Watchdog:
                 file=sys.stderr,
                 flush=True,
             )
+
+    def _beats_of_all(self) -> list[dict]:
+        """The heartbeats when every rank has reported where it is, or when those that can have had the time to."""
+        deadline = time.monotonic() + REPORT_SECONDS
+        while True:
+            # An earlier start may have had more ranks.
+            beats = [beat for beat in read_heartbeats(self._heartbeats) if beat["rank"] < self._world_size]
+            if sum("place" in beat for beat in beats) == self._world_size or time.monotonic() >= deadline:
+                return beats
+            time.sleep(0.1)
+
+
+def place_of(frame: FrameType | None) -> Place | None:
+    """The place of a thread's innermost frame: the collective it is in, or the line, and ours that called it."""
+    if frame is None:
+        return None
+    collective = last_collective(frame)
+    if collective:
+        return Place(f"waits in {collective}", True)
+    ours: FrameType | None = frame
+    while ours is not None and not ours.f_code.co_filename.startswith(_OURS):
+        ours = ours.f_back
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+    waits = any(word in line for word in _WAITING)
+    text = f"{'waits' if waits else 'is'} at {_line_of(frame)}"
+    return Place(text if ours in (None, frame) else f"{text}, called from {_line_of(ours)}", waits)
+
+
+def _line_of(frame: FrameType) -> str:
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
 def last_collective(frame: FrameType | None) -> str | None:
@@ -176,7 +221,8 @@ def read_heartbeats(folder: Path) -> list[dict]:
 
 
 def ranks_behind(beats: Sequence[dict], world_size: int, heartbeat_seconds: float, now: float) -> dict[int, str]:
-    """{rank: why} of the ranks that others wait for: those that give no sign, and those at an earlier step."""
+    """{rank: why} of the ranks that others wait for: those that give no sign, those at an earlier step, and those that
+    do not wait themselves while others do."""
     furthest = max((beat["step"] for beat in beats), default=0)
     behind = dict.fromkeys(set(range(world_size)) - {beat["rank"] for beat in beats}, "gave no sign since the start")
     for beat in beats:
@@ -185,6 +231,8 @@ def ranks_behind(beats: Sequence[dict], world_size: int, heartbeat_seconds: floa
             behind[beat["rank"]] = f"silent for {silent:.0f} s on {beat['host']}, last in {beat['phase']}"
         elif beat["step"] < furthest:
             behind[beat["rank"]] = f"at step {beat['step']} of {furthest}, in {beat['phase']}"
+    if not behind and any(beat.get("waits") for beat in beats):
+        behind = {beat["rank"]: beat["place"] for beat in beats if "waits" in beat and not beat["waits"]}
     return behind
 
 

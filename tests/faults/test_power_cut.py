@@ -7,13 +7,20 @@ from pathlib import Path
 from power_cut import Recorder
 from rank_processes import Rank
 
+from k2_megatron.data import ledger
 from k2_megatron.data.ledger import Ledger
 from k2_megatron.runtime.cpu_stand_in import cpu_stands_in_for_cuda
 from k2_megatron.runtime.devices import find_device
 from k2_megatron.runtime.groups import build_groups, connect, disconnect
 from k2_megatron.runtime.launch import single_rank
 from k2_megatron.train.checkpoint import find_checkpoint
-from k2_megatron.train.checkpoint_files import remove_unfinished, step_of
+from k2_megatron.train.checkpoint_files import (
+    complete_checkpoints,
+    read_manifest,
+    remove_unfinished,
+    step_of,
+    verify_files,
+)
 from k2_megatron.train.journal import read_steps
 
 # As small as a model gets: every state of its checkpoints is made and read. Kept two, so that old ones leave.
@@ -68,6 +75,10 @@ def _start_from(folder: Path, groups) -> tuple[int, str | None]:
     except ValueError as error:
         return 0, str(error)
     step = 0 if newest is None else step_of(newest)
+    for folder_of_step in complete_checkpoints(folder / "checkpoints"):  # also those that are kept for later
+        problems = verify_files(folder_of_step, read_manifest(folder_of_step))
+        if problems:
+            return step, f"{folder_of_step.name} looks complete: {problems}"
     for what, told in (("journal", steps), ("ledger", positions)):
         if not set(range(1, step + 1)) <= set(told):
             return step, f"step {step} was found, and the {what} tells of {sorted(told)}"
@@ -82,3 +93,11 @@ def test_a_power_cut_at_any_call_leaves_the_old_checkpoint_or_the_new_one(small_
     print(f"{tried} states")
     assert tried > 300
     assert wrong == []
+
+
+def test_the_name_of_a_new_ledger_is_synced(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(ledger, "sync", synced.append)
+    for number in range(2):
+        Ledger(tmp_path).record_position(number, "00")
+    assert synced == [tmp_path]

@@ -1,0 +1,137 @@
+"""A rank that hangs, in computing, reading or saving, is named with its place while the others wait; patience is given
+where it is due. The watchdog's clock is moved on by hand: no test waits for a limit, or depends on the machine."""
+
+import functools
+import importlib
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from rank_processes import pretrain
+from run_results import events_of
+
+HOURS = 10_000.0  # seconds past every limit of the watchdog
+SETTINGS = [
+    *("parallel.data=2", "train.steps=8", "checkpoint.every_steps=6", "watchdog.heartbeat_seconds=0.5"),
+    *("train.evaluate_every_steps=4", "train.evaluate_batches=1"),
+]
+
+
+class _Clock:
+    """`time` for the watchdog: `ahead` is added to what the machine says."""
+
+    time, sleep = staticmethod(time.time), staticmethod(time.sleep)
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead
+
+
+def _clock() -> _Clock:
+    from k2_megatron.train import watchdog
+
+    watchdog.time = _Clock()
+    return watchdog.time
+
+
+def _replace(place: str, call: int, what) -> None:
+    """In the `call`-th call of a function ("module:Class.name"), call `what` before it."""
+    module, _, name = place.partition(":")
+    *owners, name = name.split(".")
+    owner = functools.reduce(getattr, owners, importlib.import_module(module))
+    original, calls = getattr(owner, name), []
+
+    def called(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == call:
+            what()
+        return original(*arguments, **keywords)
+
+    setattr(owner, name, called)
+
+
+def _hang_on_one_rank(place: str, call: int, rank: str, sign: Path) -> None:
+    """The rank loops for ever in that call; when the other has come to wait for it, hours pass for both."""
+    from k2_megatron.train import watchdog
+
+    watchdog.GRACE_SECONDS = 1.5
+    clock, main = _clock(), threading.main_thread().ident
+
+    def hang_for_ever() -> None:
+        sign.touch()
+        while True:
+            time.sleep(0.05)
+
+    def waits() -> bool:
+        place = watchdog.place_of(sys._current_frames()[main])
+        return place is not None and place.waits
+
+    def let_hours_pass() -> None:
+        quiet = 0
+        while quiet < 5:
+            time.sleep(0.1)
+            quiet = quiet + 1 if sign.exists() and (os.environ["RANK"] == rank or waits()) else 0
+        clock.ahead = HOURS
+
+    threading.Thread(target=let_hours_pass, daemon=True).start()
+    if os.environ["RANK"] == rank:
+        _replace(place, call, hang_for_ever)
+
+
+@pytest.mark.parametrize(
+    ("place", "call", "rank", "phase"),
+    [
+        ("k2_megatron.train.step:_forward", 11, "1", "step"),
+        ("k2_megatron.data.feed:Feed._read", 5, "0", "step"),
+        ("k2_megatron.train.checkpoint_save:_Plan.write", 1, "1", "checkpoint"),
+    ],
+    ids=["forward pass", "data loader", "saving"],
+)
+def test_hung_rank_is_named_with_its_place(small_config, tmp_path, place, call, rank, phase):
+    folder = tmp_path / "run"
+    fault = functools.partial(_hang_on_one_rank, place, call, rank, tmp_path / "hangs")
+    began = time.monotonic()
+    outcomes = pretrain(2, small_config, [*SETTINGS, f"run.folder={folder}"], tmp_path / "output", fault)
+    print(f"{place}: {time.monotonic() - began:.1f} s in all")
+    codes = {outcome.exit_code for outcome in outcomes}
+    assert 4 in codes and codes <= {4, -9}, "the first ends by itself, the other too, or is killed as by its launcher"
+    (incident,) = events_of(folder, "incident")
+    assert (incident["kind"], incident["phase"]) == ("hang", phase)
+    assert list(incident["behind"]) == [rank], incident
+    other = str(1 - int(rank))
+    assert incident["places"][other].startswith("waits in ")
+    assert f"Behind: rank {rank} (is at " in "".join(outcome.stderr for outcome in outcomes)
+    stacks = [path.read_text() for path in sorted((folder / "incidents").glob("*/rank_*.txt"))]
+    assert "in hang_for_ever" in stacks[int(rank)] and "in hang_for_ever" not in stacks[int(other)]
+
+
+def _quarters_of_an_hour_pass() -> None:
+    """In the start, the first step, an evaluation, a save, and at last in the seventh step."""
+    clock = _clock()
+
+    def pass_on() -> None:
+        clock.ahead += 1000.0
+        time.sleep(1.2)  # the watchdog looks every half second
+
+    for place, call in (
+        ("pretrain_k2:build_model", 1),
+        ("k2_megatron.train.step:_forward", 1),
+        ("pretrain_k2:evaluate", 1),
+        ("k2_megatron.train.checkpoint_save:_Plan.write", 1),
+        ("k2_megatron.train.step:_forward", 30),  # of four a step, and four of the evaluation
+    ):
+        _replace(place, call, pass_on)
+
+
+def test_a_quarter_of_an_hour_is_a_hang_in_a_step_alone_and_forgiven_when_it_ends(small_config, tmp_path):
+    folder = tmp_path / "run"
+    settings = [*SETTINGS, "parallel.data=1", "watchdog.minimum_seconds=100.0", f"run.folder={folder}"]
+    (outcome,) = pretrain(1, small_config, settings, tmp_path / "output", _quarters_of_an_hour_pass)
+    assert outcome.exit_code == 0, outcome.stderr
+    assert [(event["phase"], event["step"]) for event in events_of(folder, "incident")] == [("step", 6)]
+    assert "it went on after all" in outcome.stderr
