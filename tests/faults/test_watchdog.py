@@ -12,7 +12,7 @@ from torch.distributed import TCPStore
 from k2_megatron.config.schema import Watchdog as Settings
 from k2_megatron.train.watchdog import HUNG, limit_seconds, ranks_behind
 
-LIMITS = ["watchdog.minimum_seconds=8.0", "watchdog.heartbeat_seconds=0.5", "watchdog.step_factor=2.0"]
+LIMITS = ["watchdog.minimum_seconds=6.0", "watchdog.heartbeat_seconds=0.5", "watchdog.step_factor=2.0"]
 
 
 def test_limit_follows_the_recent_steps():
@@ -37,6 +37,12 @@ def test_ranks_behind_are_named_with_the_reason():
     assert ranks_behind(beats[:1], 1, 10.0, 101.0) == {}
 
 
+def _end_soon() -> None:
+    from k2_megatron.train import watchdog
+
+    watchdog.GRACE_SECONDS = 1.5  # it also decides when a rank counts as silent
+
+
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_stopped_rank_ends_the_run_and_is_named(small_config, tmp_path, stopped):
     folder = tmp_path / "run"
@@ -44,7 +50,7 @@ def test_stopped_rank_ends_the_run_and_is_named(small_config, tmp_path, stopped)
     arguments = [str(small_config), *(part for setting in sets for part in ("--set", setting))]
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = [
-        Rank(run_pretrain, (arguments,), rank_environment(rank, 2, store.port), tmp_path / f"rank_{rank}")
+        Rank(run_pretrain, (arguments, _end_soon), rank_environment(rank, 2, store.port), tmp_path / f"rank_{rank}")
         for rank in range(2)
     ]
     deadline = time.monotonic() + 120
