@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from k2_megatron.convert.to_hugging_face import HuggingFaceJob, tied_rows_equal
 from k2_megatron.convert.torch_dist import TorchDistSource, checkpoint_folder, read_manifest
 from k2_megatron.convert.transformers_model import TransformersModel
 from k2_megatron.convert.work import JOURNAL, estimate_text, hash_file, require_space, run_units
+from k2_megatron.train.checkpoint_files import sync_folder, write_file
 
 MANIFEST = "k2_conversion.json"
 
@@ -83,11 +83,11 @@ def export_hugging_face(options: ExportOptions) -> Path:
         HuggingFaceSource(aside, facts)  # what was written has the tensors of its config.json
         proof = prove(TransformersModel(aside), source, facts, Bound.for_weights(equal=not rounding.values), kind)
         print(proof)
+    about = _manifest(aside, folder, manifest, results, rounding, str(proof))
+    write_file(aside / MANIFEST, json.dumps(about, indent=1))
     (aside / JOURNAL).unlink()
-    (aside / MANIFEST).write_text(
-        json.dumps(_manifest(aside, folder, manifest, results, rounding, str(proof)), indent=1)
-    )
     os.rename(aside, options.save)
+    sync_folder(options.save.resolve().parent)
     return options.save
 
 
@@ -155,6 +155,9 @@ def _manifest(
     aside: Path, folder: Path, manifest: dict, results: list[dict], rounding: Rounding, proof: str
 ) -> dict[str, Any]:
     tensors = {name: digest for result in results for name, digest in result["tensors"].items()}
+    files = {result["file"]: {"bytes": result["bytes"], "xxh3": result["xxh3"]} for result in results}
+    companions = (path for path in aside.iterdir() if path.name not in files and path.name != JOURNAL)
+    files.update((path.name, hash_file(path)) for path in companions)
     return {
         "format": 1,
         "direction": "to-hf",
@@ -165,11 +168,6 @@ def _manifest(
         "rounded": rounding.values,
         "proof": proof,
         "versions": versions(),
-        "files": {path.name: hash_file(path) for path in sorted(aside.iterdir()) if path.is_file()},
+        "files": dict(sorted(files.items())),
         "tensors": tensors,
     }
-
-
-def remove_unfinished(save: Path) -> None:
-    """Remove what an earlier, other conversion to `save` left."""
-    shutil.rmtree(save.with_name(f".{save.name}.converting"), ignore_errors=True)

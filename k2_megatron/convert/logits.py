@@ -6,8 +6,6 @@ float32. Neither side uses the other's name table, so a wrong permutation cannot
 """
 
 import math
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -17,6 +15,7 @@ from k2_megatron.convert.names import EMBEDDING, OUTPUT, TABLE, Entry, Place
 from k2_megatron.convert.numbers import to_float32
 from k2_megatron.convert.source import Kind
 from k2_megatron.convert.torch_dist import TorchDistSource
+from k2_megatron.convert.work import process_pool
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +81,7 @@ def prove(
     reference: Reference, ours: TorchDistSource, facts: ModelFacts, bound: Bound, kind: Kind = "weights"
 ) -> Proof:
     """Run both models in a process of their own, ours on its `kind`. ConversionError above the bound."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with process_pool(1) as pool:
         proof = pool.submit(compare_logits, reference, ours, facts, bound, kind).result()
     if not proof.holds:
         raise ConversionError(f"the two models disagree, so nothing was published: {proof}")

@@ -144,6 +144,9 @@ def checkpoint_folder(path: Path) -> Path:
             if _STEP.fullmatch(name) and (checkpoints / name / MANIFEST).is_file():
                 return checkpoints / name
             raise ConversionError(f"{pointer} says {name!r}, which is no complete checkpoint; give the folder itself")
+        complete = [found for found in checkpoints.glob("step_*") if (found / MANIFEST).is_file()]
+        if complete:  # a kill came between the last rename and the pointer
+            return max(complete, key=lambda found: found.name)
     raise ConversionError(f"{path} is neither a checkpoint (step_00000941) nor a run folder with checkpoints/latest")
 
 

@@ -93,10 +93,12 @@ def aside_folder(run_folder: Path, step: int) -> Path:
 
 
 def require_new(run_folder: Path, step: int) -> None:
-    """ConversionError when the step is there already."""
-    final = run_folder / "checkpoints" / folder_name(step)
-    if final.exists():
-        raise ConversionError(f"{final} exists; remove it or give another --save")
+    """ConversionError when the run folder has this step or a later one: `latest` would go backwards."""
+    found = sorted((run_folder / "checkpoints").glob("step_*"))
+    if found and found[-1].name >= folder_name(step):
+        raise ConversionError(f"{found[-1]} exists; remove it or give another --save")
+    if run_folder.exists() and not run_folder.is_dir():
+        raise ConversionError(f"{run_folder} is no folder; give another --save")
 
 
 def check_layout(job: TorchDistJob) -> None:

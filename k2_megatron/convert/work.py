@@ -1,14 +1,18 @@
 """Units of work over processes, with a journal: what a kill leaves finished stays finished.
 
-A unit writes one file of the result. When it is done its facts go into `finished.jsonl` beside the files; a second
-start with the same plan hashes what is there and does the rest. The folder has a name of its own until it is whole.
+A unit writes one file of the result, under another name until it is whole. When it is done its facts go into
+`finished.jsonl` beside the files; a second start with the same plan hashes what is there, removes what the journal does
+not vouch for and does the rest. The folder has a name of its own until it is whole.
 """
 
+import ctypes
+import fcntl
 import json
 import multiprocessing
 import os
 import resource
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import xxhash
 from rich.console import Console
@@ -27,6 +31,7 @@ from k2_megatron.convert.errors import ConversionError
 JOURNAL = "finished.jsonl"
 BYTES_PER_SECOND = 250e6  # one worker on one core, benchmarks/convert.py; only the estimate printed before rests on it
 _READ_BYTES = 1 << 22
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Unit(NamedTuple):
@@ -68,13 +73,14 @@ class Totals:
 
 
 class HashedFile:
-    """A file being written, with the xxh3 of all that goes through it."""
+    """A file being written, with the xxh3 of all that goes through it. It gets its name when it is closed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.digest = xxhash.xxh3_128()
         self.bytes = 0
-        self._stream = path.open("wb", buffering=0)
+        self._aside = path.with_name(f".{path.name}.{os.getpid()}")
+        self._stream = self._aside.open("wb", buffering=0)
 
     def write(self, data) -> None:
         view = memoryview(data).cast("B")
@@ -87,6 +93,7 @@ class HashedFile:
         """{"bytes", "xxh3"}, the content being on disk."""
         os.fsync(self._stream.fileno())
         self._stream.close()
+        os.rename(self._aside, self.path)
         return {"bytes": self.bytes, "xxh3": self.digest.hexdigest()}
 
 
@@ -123,12 +130,17 @@ def require_space(folder: Path, needed: int) -> None:
 def run_units(job: Job, units: Sequence[Unit], plan: dict[str, Any], workers: int) -> tuple[list[dict], Totals]:
     """Do every unit that the journal in job.folder does not have; returns all facts, in the order of `units`.
 
-    `plan` is what the result depends on (JSON): a folder begun with another plan is refused.
+    `plan` is what the result depends on (JSON): a folder begun with another plan, or that another process is writing,
+    is refused.
     """
-    finished = _open_journal(job.folder, plan)
-    kept = {unit.file: finished[unit.file] for unit in units if _is_there(job.folder, finished.get(unit.file))}
-    left = [unit for unit in units if unit.file not in kept]
-    with (job.folder / JOURNAL).open("a") as journal:
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with (job.folder / JOURNAL).open("a+") as journal:
+        finished = _begin_or_continue(journal, job.folder, plan)
+        kept = {unit.file: finished[unit.file] for unit in units if _is_there(job.folder, finished.get(unit.file))}
+        left = [unit for unit in units if unit.file not in kept]
+        for path in job.folder.iterdir():
+            if path.name not in kept and path.name != JOURNAL:
+                path.unlink()
 
         def note(unit: Unit, facts: dict) -> None:
             journal.write(json.dumps({"file": unit.file, **facts}) + "\n")
@@ -137,7 +149,9 @@ def run_units(job: Job, units: Sequence[Unit], plan: dict[str, Any], workers: in
 
         results, totals = _run(job, left, workers, "convert", note)
     totals.resumed = len(kept)
-    made = {unit.file: {"file": unit.file, **facts} for unit, facts in zip(left, results, strict=True)}
+    # Through JSON as the journal's are: pickles of equal facts differ by which of their strings are one object.
+    made = {unit.file: json.loads(json.dumps({"file": unit.file, **facts}))
+            for unit, facts in zip(left, results, strict=True)}  # fmt: skip
     return [{**kept, **made}[unit.file] for unit in units], totals
 
 
@@ -178,8 +192,7 @@ def _each(job: Check, units: Sequence[Unit], workers: int) -> Iterator[tuple[Uni
         for unit in units:
             yield unit, job.run(unit)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(units)), mp_context=context) as pool:
+    with process_pool(min(workers, len(units))) as pool:
         pending = {pool.submit(job.run, unit): unit for unit in units}
         try:
             for done in as_completed(pending):
@@ -194,27 +207,48 @@ def _each(job: Check, units: Sequence[Unit], workers: int) -> Iterator[tuple[Uni
             raise
 
 
-def _open_journal(folder: Path, plan: dict[str, Any]) -> dict[str, dict]:
-    """What an earlier start of the same plan finished, by file; begins the journal where there is none."""
-    path = folder / JOURNAL
-    folder.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        path.write_text(json.dumps({"plan": plan}) + "\n")
+def process_pool(workers: int) -> ProcessPoolExecutor:
+    """Processes that import what they need anew, and that die with the one that started them, however it dies."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent, initargs=(os.getpid(),))
+
+
+def _die_with_parent(parent: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the kernel was asked
+        os._exit(1)
+
+
+def _begin_or_continue(journal: IO[str], folder: Path, plan: dict[str, Any]) -> dict[str, dict]:
+    """Lock the journal; what an earlier start of the same plan finished, by file. Begins one where there is none."""
+    try:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConversionError(f"another process is writing {folder}; wait for it, or give another --save") from None
+    except OSError:
+        pass  # a file system without locks
+    journal.seek(0)
+    text = journal.read()
+    whole, _newline, cut = text.rpartition("\n")  # the line that a kill cut has no end
+    if not whole:
+        journal.truncate(0)
+        journal.write(json.dumps({"plan": plan}) + "\n")
+        journal.flush()
+        os.fsync(journal.fileno())
         return {}
-    lines = []
-    for line in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:  # the line that a kill cut
-            continue
-    if not lines or lines[0].get("plan") != json.loads(json.dumps(plan)):
+    if cut:
+        journal.truncate(len((whole + "\n").encode()))
+    try:
+        begun, *lines = [json.loads(line) for line in whole.splitlines()]
+        finished = {line["file"]: line for line in lines}
+    except (ValueError, KeyError, TypeError):
+        raise ConversionError(f"{folder / JOURNAL} is damaged; remove {folder} and start again") from None
+    if begun != {"plan": json.loads(json.dumps(plan))}:
         raise ConversionError(
             f"{folder} was begun by a conversion of other files or options; remove it, or repeat that command"
         )
-    if not path.read_bytes().endswith(b"\n"):
-        with path.open("a") as stream:
-            stream.write("\n")
-    return {line["file"]: line for line in lines[1:]}
+    return finished
 
 
 def _is_there(folder: Path, facts: dict | None) -> bool:
