@@ -12,6 +12,7 @@ Started again it resumes from the newest checkpoint, in the same layout or anoth
 import argparse
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as distributed
@@ -192,7 +193,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
         if spike:
             decision = decide_together(config, spike, checkpoints, data)
             dossier = spikes.write_dossier(spike, data.train, decision.reason)
-            journal.write("spike", dossier=dossier and dossier.name, decision=decision.kind, **vars(spike))
+            journal.write("spike", dossier=dossier and dossier.name, decision=decision.kind, **asdict(spike))
             views.say(f"step {step}: {decision.reason} ({decision.kind})")
             if decision.kind != "watch":
                 watchdog.at("rollback", step)

@@ -3,8 +3,9 @@
     python tools/find_spikes.py runs/k2_65b_stage1/journal.jsonl --picture spikes.html
     python tools/find_spikes.py curve.csv --window-steps 64 --threshold 30
 
-A CSV has a heading; columns "step" and "loss" are needed, "grad_norm" is used when it is there. The detector is the one
-that watches a training run; its settings are the defaults of section [spikes], or those given. Prints one line a spike.
+A CSV has a heading; columns "step" and "loss" are needed, "grad_norm" is used when it is there. A journal tells of the
+layers as well. The detector is the one that watches a training run; its settings are the defaults of section [spikes],
+or those given. Prints one line a spike.
 """
 
 import argparse
@@ -26,11 +27,12 @@ COLOURS = {
 
 @dataclass(frozen=True)
 class Curve:
-    """Steps with their losses and gradient norms (None where they are not known)."""
+    """Steps with their losses, gradient norms (None where they are not known), and what they tell of the layers."""
 
     steps: list[int]
     losses: list[float]
     norms: list[float] | None
+    layers: list[dict | None]
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def read_curve(path: Path) -> Curve:
         events = list(read_steps(path).values())
         if not events:
             raise ValueError(f"{path} tells of no step")
-        return Curve(*([event[key] for event in events] for key in ("step", "loss", "grad_norm")))
+        values = ([event[key] for event in events] for key in ("step", "loss", "grad_norm"))
+        return Curve(*values, layers=[event.get("layers") for event in events])
     with path.open(newline="") as lines:
         rows = list(csv.DictReader(lines))
     if not rows or not {"step", "loss"} <= rows[0].keys():
@@ -86,15 +89,16 @@ def read_curve(path: Path) -> Curve:
             f"{path}: columns are {list(rows[0]) if rows else []}; step and loss are needed, by these names"
         )
     norms = [float(row["grad_norm"]) for row in rows] if "grad_norm" in rows[0] else None
-    return Curve([int(float(row["step"])) for row in rows], [float(row["loss"]) for row in rows], norms)
+    steps, losses = [int(float(row["step"])) for row in rows], [float(row["loss"]) for row in rows]
+    return Curve(steps, losses, norms, layers=[None] * len(rows))
 
 
 def find_spikes(curve: Curve, settings: Spikes) -> list[Spike]:
     """Run the detector over the curve."""
     state, spikes, called = State(), [], None
     norms = curve.norms or [1.0] * len(curve.steps)  # a constant never deviates
-    for step, loss, norm in zip(curve.steps, curve.losses, norms, strict=True):
-        state, finding = observe(state, settings, step, loss, norm)
+    for step, loss, norm, layers in zip(curve.steps, curve.losses, norms, curve.layers, strict=True):
+        state, finding = observe(state, settings, step, loss, norm, layers)
         if finding and finding.kind == "spike":
             called = finding
         elif finding and called:
@@ -108,10 +112,11 @@ def line(spike: Spike) -> str:
     end = f"to step {verdict.step}" if verdict and verdict.kind == "benign" else "not over when the curve ends"
     if verdict and verdict.kind == "malignant":
         end = f"not over at step {verdict.step}"
+    of_layer = f"; {called.layers[0].words}" if called.layers else ""
     return (
         f"{spike.kind:9}  from step {called.onset}, called at {called.trip}, {end}; when called, loss "
         f"{called.loss_deviation:.1f} deviations above {called.usual_loss:.4f}, gradient norm "
-        f"{called.norm_deviation:.1f} above {called.usual_norm:.4f}"
+        f"{called.norm_deviation:.1f} above {called.usual_norm:.4f}{of_layer}"
     )
 
 

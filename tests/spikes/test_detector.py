@@ -120,3 +120,98 @@ def test_every_key_of_the_section_changes_what_is_found():
     assert [finding.kind for finding in usual] == ["spike", "benign"]
     for key, value in (("threshold", 300.0), ("benign_steps", 20), ("window_steps", 1000)):
         assert watch(losses, norms, Spikes(**{key: value})) != usual, key
+
+
+# The layers
+
+
+def layer_signals(steps: int, layers: int, seed: int, noise: str = "normal") -> list[dict]:
+    """What healthy steps tell of their layers: outputs that grow with the depth and the run, gradients that scatter."""
+    random = np.random.default_rng(seed)
+    draws = {
+        "normal": lambda shape: random.standard_normal(shape),
+        "heavy tails": lambda shape: random.standard_t(3, shape),
+    }[noise]
+    depth = np.arange(1, layers + 1) / layers
+    outputs = depth * (1 + np.log1p(np.arange(steps) / 100.0))[:, None] * np.exp(0.01 * draws((steps, layers)))
+    gradients = 0.2 * np.exp(0.15 * draws((steps, layers)))
+    return [
+        {
+            "gradient_norm": gradients[step].tolist(),
+            "activation_rms": outputs[step].tolist(),
+            "embedding_gradient_norm": float(gradients[step, 0]),
+            "output_gradient_norm": float(gradients[step, -1]),
+        }
+        for step in range(steps)
+    ]
+
+
+def watch_layers(losses, norms, layers, settings: Spikes = SETTINGS, stops: tuple[int, ...] = ()) -> list[Finding]:
+    """As `watch`, with the state stored and read back before the steps of `stops`."""
+    state, findings = State(), []
+    for number, (loss, norm, of_step) in enumerate(zip(losses, norms, layers, strict=True)):
+        if number in stops:
+            state = restore(json.loads(json.dumps(state.plain())))
+        state, finding = observe(state, settings, number + 1, float(loss), float(norm), of_step)
+        findings += [finding] if finding else []
+    return findings
+
+
+@pytest.mark.parametrize("noise", ["normal", "heavy tails"])
+def test_no_false_alarm_of_layers(noise):
+    layers = layer_signals(2500, 8, 11, noise)
+    assert watch_layers(*signals(2500, 11, noise), layers) == []
+
+
+def in_layer(layers: list[dict], name: str, number: int, factor: float, steps: slice) -> list[dict]:
+    for of_step in layers[steps]:
+        of_step[name][number - 1] *= factor
+    return layers
+
+
+@pytest.mark.parametrize("name", ["activation_rms", "gradient_norm"])
+def test_one_layer_calls_a_spike_and_is_named(name):
+    losses, norms = signals(500, 6)
+    layers = in_layer(layer_signals(500, 8, 6), name, 5, 3.0, slice(300, 330))
+    spike, verdict = watch_layers(losses, norms, layers)
+    print(f"{name} of one layer times 3: called after {spike.trip - 300} steps")
+    assert (spike.kind, verdict.kind) == ("spike", "benign")
+    assert spike.trip - 300 <= 8
+    assert spike.onset == 301
+    assert spike.layers[0].signal == f"{name} of layer 5"
+    assert spike.layers[0].value == pytest.approx(3 * spike.layers[0].usual, rel=0.7)
+    assert spike.loss_deviation < 3 and spike.norm_deviation < 3
+
+
+def test_layer_that_stays_at_a_new_level_is_told_of_once_and_is_not_malignant():
+    losses, norms = signals(900, 6)
+    layers = in_layer(layer_signals(900, 8, 6), "activation_rms", 2, 2.0, slice(300, None))
+    found = watch_layers(losses, norms, layers)
+    assert [finding.kind for finding in found] == ["spike", "benign"]
+    assert found[1].step == found[1].onset + SETTINGS.benign_steps
+    assert found[1].layers[0].signal == "activation_rms of layer 2", "the verdict says what has not come back"
+
+
+def test_layer_that_goes_first_dates_the_spike():
+    losses, norms = signals(900, 6)
+    losses[310:], norms[310:] = losses[310:] + 0.4, norms[310:] * 5
+    layers = in_layer(layer_signals(900, 8, 6), "gradient_norm", 7, 6.0, slice(300, None))
+    spike, verdict = watch_layers(losses, norms, layers)[:2]
+    assert (spike.onset, verdict.kind) == (301, "malignant"), "going back to step 305 would keep the layer's trouble"
+
+
+def test_layers_are_watched_on_from_a_stored_state_as_if_never_stopped():
+    losses, norms = signals(500, 6)
+    layers = in_layer(layer_signals(500, 3, 6), "gradient_norm", 2, 6.0, slice(300, 340))
+    for number in range(500):  # told of at every other step
+        if number % 2:
+            layers[number] = None
+    whole = watch_layers(losses, norms, layers)
+    assert [finding.kind for finding in whole] == ["spike", "benign"]
+    assert watch_layers(losses, norms, layers, stops=(100, 303, 309, 320, 345)) == whole
+
+
+def test_state_from_before_the_layers_were_watched_is_read():
+    old = State(losses=(1.0,), log_norms=(2.0,)).plain()
+    del old["layers"]
+    assert restore(old) == State(losses=(1.0,), log_norms=(2.0,))

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from rank_processes import REPOSITORY
-from test_detector import signals, with_fault
+from test_detector import layer_signals, signals, with_fault
 
 
 def find(*arguments: object) -> subprocess.CompletedProcess:
@@ -46,8 +46,22 @@ def test_journal_and_csv_tell_of_the_same_spikes(tmp_path):
     assert "gradient norm" in picture
     assert 'src="https://' not in picture, "it opens without a network"
 
+    assert "activation_rms" not in found.stdout, "this journal tells of no layers"
     unusual = find(tmp_path / "curve.csv", "--benign-steps", 10)
     assert unusual.stdout.split()[0] == "malignant"
+
+
+def test_layers_of_a_journal_are_watched(tmp_path):
+    losses, norms = signals(300, 4)
+    with (tmp_path / "journal.jsonl").open("w") as file:
+        for number, layers in enumerate(layer_signals(300, 3, 4)):
+            layers["activation_rms"][2] *= 3.0 if 200 <= number < 230 else 1.0
+            event = {"event": "step", "step": number + 1, "loss": float(losses[number]), "layers": layers}
+            file.write(json.dumps({**event, "grad_norm": float(norms[number])}) + "\n")
+    found = find(tmp_path / "journal.jsonl")
+    assert found.stdout.splitlines()[-1] == "1 spikes in 300 steps"
+    assert found.stdout.startswith("benign     from step 201, called at 204, to step ")
+    assert "; activation_rms of layer 3 " in found.stdout
 
 
 def test_what_is_no_curve_is_named(tmp_path):

@@ -1,24 +1,27 @@
-"""Find a spike in the losses and gradient norms of a run, one step at a time; width counts before height.
+"""Find a spike in the signals of a run, one step at a time; width counts before height.
 
-In:  (state, settings, step, loss, gradient norm). Out: (the next state, a finding or None). The state is a plain value
-that a checkpoint's manifest stores, so that a resumed run goes on watching as if it had never stopped.
+In:  (state, settings, step, loss, gradient norm, what the step tells of the layers). Out: (the next state, a finding or
+None). The state is a plain value that a checkpoint's manifest stores, so that a resumed run goes on watching as if it
+had never stopped.
 
 Each signal has a deviation: its distance above the rolling median, in robust standard deviations (1.4826 times the
 median absolute deviation, Rousseeuw & Croux 1993). The deviations are added up by a one-sided cumulative sum (Page
 1954) whose steps are bounded: a needle of any height counts as one step, and a spike must last to be called one. The
-spike began when the sum last left zero, and is over when both sums are back at zero.
+spike began when the sum last left zero, and is over when the sums are back at zero.
+
+Any signal calls a spike. Loss and gradient norm alone make one malignant: a layer that stays at a new level while they
+are as before has changed, and the run is none the worse for it.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any, Protocol
 
-# Deviations below this add nothing: independent noise and slow drift stay around zero.
-ALLOWANCE = 3.0
-# One step adds at most this much less the allowance, however tall it is.
-TALLEST = 8.0
+from k2_megatron.train.spikes.layer_signals import Deviation, LayerState, observe_layers, with_layers
+from k2_megatron.train.spikes.measure import ALLOWANCE, TALLEST
+
 # A signal without noise (a synthetic one) has no deviation to measure by; take this fraction of its level.
 SMALLEST_RELATIVE_DEVIATION = 1e-3
 
@@ -37,7 +40,7 @@ class Settings(Protocol):
 @dataclass(frozen=True)
 class State:
     """`losses`, `log_norms`: the last undisturbed values; `loss_sum`, `norm_sum`: the cumulative sums; `onset`: the
-    step at which a sum left zero; `trip`: the step at which the spike was called one."""
+    step at which a sum left zero; `trip`: the step at which the spike was called one; `layers`: the same of them."""
 
     losses: tuple[float, ...] = ()
     log_norms: tuple[float, ...] = ()
@@ -45,6 +48,7 @@ class State:
     norm_sum: float = 0.0
     onset: int | None = None
     trip: int | None = None
+    layers: LayerState = field(default_factory=LayerState)
 
     def plain(self) -> dict[str, Any]:
         """The state as JSON takes it; `restore` gives it back equal."""
@@ -53,7 +57,11 @@ class State:
 
 def restore(plain: dict[str, Any]) -> State:
     """The state that `State.plain` returned."""
-    return State(**{**plain, "losses": tuple(plain["losses"]), "log_norms": tuple(plain["log_norms"])})
+    layers = plain.get("layers", asdict(LayerState()))
+    logs = tuple(map(tuple, layers["logs"]))
+    kept = LayerState(logs, tuple(layers["sums"]), tuple(layers["onsets"]))
+    values = {"losses": tuple(plain["losses"]), "log_norms": tuple(plain["log_norms"]), "layers": kept}
+    return State(**{**plain, **values})
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,8 @@ class Finding:
     """`kind`: "spike" when it is called one, then "benign" (over within benign_steps) or "malignant" (not over).
 
     Steps are numbered from 1 as in the journal. `loss_deviation` and `norm_deviation` are this step's, in robust
-    standard deviations; `usual_loss` and `usual_norm` the medians they are measured from.
+    standard deviations; `usual_loss` and `usual_norm` the medians they are measured from; `layers` are the signals of
+    layers that deviate most.
     """
 
     kind: str
@@ -72,39 +81,70 @@ class Finding:
     norm_deviation: float
     usual_loss: float
     usual_norm: float
+    layers: tuple[Deviation, ...] = ()
 
 
-def observe(state: State, settings: Settings, step: int, loss: float, grad_norm: float) -> tuple[State, Finding | None]:
-    """Take in one finished step (finite values). Nothing is judged before the window is full."""
+def observe(
+    state: State, settings: Settings, step: int, loss: float, grad_norm: float, layers: Mapping | None = None
+) -> tuple[State, Finding | None]:
+    """Take in one finished step (finite values), with what it tells of the layers, if it does. Nothing is judged
+    before the window is full."""
     log_norm = math.log(max(grad_norm, 1e-30))  # norms scatter by factors: their logarithm has a symmetric noise
-    if len(state.losses) < settings.window_steps:
-        return _with_values(state, settings.window_steps, loss, log_norm), None
+    window, threshold = settings.window_steps, settings.threshold
+    if len(state.losses) < window:
+        return _with_values(state, window, loss, log_norm, layers), None
     usual_loss, loss_deviation = deviation(state.losses, loss, SMALLEST_RELATIVE_DEVIATION)
     usual_norm, norm_deviation = deviation(state.log_norms, log_norm, SMALLEST_RELATIVE_DEVIATION, relative=False)
-    loss_sum = _accumulated(state.loss_sum, loss_deviation, settings.threshold)
-    norm_sum = _accumulated(state.norm_sum, norm_deviation, settings.threshold)
-    disturbed = loss_sum > 0 or norm_sum > 0
-    onset = (state.onset if state.onset is not None else step) if disturbed else None
-    following = replace(state, loss_sum=loss_sum, norm_sum=norm_sum, onset=onset)
-
-    def finding(kind: str, trip: int) -> Finding:
-        began = state.onset if state.onset is not None else step
-        return Finding(kind, step, began, trip, loss_deviation, norm_deviation, usual_loss, math.exp(usual_norm))
-
+    loss_sum = _accumulated(state.loss_sum, loss_deviation, threshold)
+    norm_sum = _accumulated(state.norm_sum, norm_deviation, threshold)
+    of_layers, deviating = state.layers, ()
+    if layers is not None:
+        of_layers, deviating = observe_layers(state.layers, window, threshold, step, layers)
+    following = replace(state, loss_sum=loss_sum, norm_sum=norm_sum, layers=of_layers)
     if state.trip is None:
-        if max(loss_sum, norm_sum) >= settings.threshold:
-            return replace(following, trip=step), finding("spike", step)
-        # Until a spike is called, what looks like noise is noise: the medians bear some outliers.
-        return _with_values(following, settings.window_steps, loss, log_norm), None
-    # During a spike the measure stands still, so that a spike cannot become its own norm.
+        following, kind = _called(following, step, threshold)
+    else:
+        following, kind = _judged(following, step, threshold, settings.benign_steps)
+    finding = None
+    if kind:
+        of_spike = following if kind == "spike" else state
+        assert of_spike.onset is not None and of_spike.trip is not None, "what is found began and was called"
+        usual = (usual_loss, math.exp(usual_norm))
+        finding = Finding(
+            kind, step, of_spike.onset, of_spike.trip, loss_deviation, norm_deviation, *usual, layers=deviating
+        )
+    # Until a spike is called, what looks like noise is noise, and the medians bear some outliers. During a spike the
+    # measure stands still, so that a spike cannot become its own norm; after a malignant one it begins anew.
+    if following.trip is None and kind != "malignant":
+        following = _with_values(following, window, loss, log_norm, layers)
+    return following, finding
+
+
+def _called(state: State, step: int, threshold: float) -> tuple[State, str | None]:
+    """No spike so far: is this one?"""
+    disturbed = max(state.loss_sum, state.norm_sum) > 0
+    onset = (step if state.onset is None else state.onset) if disturbed else None
+    if max(state.loss_sum, state.norm_sum, *state.layers.sums) < threshold:
+        return replace(state, onset=onset), None
+    # Among many layers some sum leaves zero at most steps, for a step: those that reached the threshold count.
+    began = [step if onset is None else onset]
+    began += [since for since, total in zip(state.layers.onsets, state.layers.sums, strict=True) if total >= threshold]
+    return replace(state, onset=min(began), trip=step), "spike"
+
+
+def _judged(state: State, step: int, threshold: float, benign_steps: int) -> tuple[State, str | None]:
+    """A spike is on: is it over, or has it lasted too long?"""
     assert state.onset is not None, "a spike was called that never began"
-    if not disturbed:
-        recovered = replace(following, trip=None)
-        return _with_values(recovered, settings.window_steps, loss, log_norm), finding("benign", state.trip)
-    if step - state.onset >= settings.benign_steps:
-        # Told once. What follows is measured anew: under "watch", the new level becomes the norm.
-        return State(), finding("malignant", state.trip)
-    return following, None
+    highest, of_layers = max(state.loss_sum, state.norm_sum), max(state.layers.sums, default=0.0)
+    over = replace(state, onset=None, trip=None)
+    if highest == 0 and of_layers < threshold / 2:
+        return over, "benign"
+    if step - state.onset < benign_steps:
+        return state, None
+    # Told once. What follows is measured anew: under "watch", the new level becomes the norm.
+    if highest >= threshold / 2:
+        return State(), "malignant"
+    return replace(over, layers=LayerState()) if of_layers >= threshold / 2 else over, "benign"
 
 
 def deviation(values: Sequence[float], value: float, smallest: float, *, relative: bool = True) -> tuple[float, float]:
@@ -119,5 +159,7 @@ def _accumulated(total: float, deviation: float, threshold: float) -> float:
     return min(threshold, max(0.0, total + min(deviation, TALLEST) - ALLOWANCE))
 
 
-def _with_values(state: State, window: int, loss: float, log_norm: float) -> State:
-    return replace(state, losses=(*state.losses, loss)[-window:], log_norms=(*state.log_norms, log_norm)[-window:])
+def _with_values(state: State, window: int, loss: float, log_norm: float, layers: Mapping | None) -> State:
+    of_layers = state.layers if layers is None else with_layers(state.layers, window, layers)
+    losses, log_norms = (*state.losses, loss)[-window:], (*state.log_norms, log_norm)[-window:]
+    return replace(state, losses=losses, log_norms=log_norms, layers=of_layers)

@@ -41,7 +41,8 @@ class SpikeWatch:
     def observe(self, event: dict) -> Finding | None:
         """Take in one step event of the journal."""
         self._steps.append({key: event[key] for key in _OF_A_STEP})
-        self.state, finding = observe(self.state, self.settings, event["step"], event["loss"], event["grad_norm"])
+        signals = (event["step"], event["loss"], event["grad_norm"], event.get("layers"))
+        self.state, finding = observe(self.state, self.settings, *signals)
         return finding
 
     def pinned(self, checkpoints: Path) -> set[int]:

@@ -1,0 +1,87 @@
+"""The signals of the layers: gradient norms and output sizes, each watched like the loss, all of them at once.
+
+In:  what a step event tells of the layers, the values of the steps before. Out: each signal's deviation and cumulative
+sum, as in detector.py, on logarithms: norms scatter, and grow, by factors.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from k2_megatron.train.spikes.measure import ALLOWANCE, TALLEST
+
+# A layer's norm moves by some per cent for reasons of its own (warm-up, a new learning rate): less than this, times
+# ALLOWANCE, never counts, however quiet the layer was before.
+SMALLEST_DEVIATION = 0.02
+NAMED = 8  # signals named in a finding
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """`logs`: the last undisturbed values, a tuple a step; `sums`: the cumulative sum of each signal; `onsets`: the
+    step at which each sum left zero, 0 while it is zero."""
+
+    logs: tuple[tuple[float, ...], ...] = ()
+    sums: tuple[float, ...] = ()
+    onsets: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """A signal that lies `deviation` robust standard deviations above its `usual` value."""
+
+    signal: str
+    value: float
+    usual: float
+    deviation: float
+
+    @property
+    def words(self) -> str:
+        return f"{self.signal} {self.deviation:.1f} above {self.usual:.4g}"
+
+
+def signals(layers: Mapping[str, Sequence[float] | float]) -> dict[str, float]:
+    """{"activation_rms of layer 3": 0.71, "embedding_gradient_norm": 0.2, ...} of a step event's "layers"."""
+    found: dict[str, float] = {}
+    for name, values in layers.items():
+        if isinstance(values, float | int):
+            found[name] = float(values)
+        else:
+            found.update({f"{name} of layer {number}": value for number, value in enumerate(values, start=1)})
+    return found
+
+
+def observe_layers(
+    state: LayerState, window_steps: int, threshold: float, step: int, layers: Mapping
+) -> tuple[LayerState, tuple[Deviation, ...]]:
+    """(the state with new sums, the signals that deviate most); nothing is judged before the window is full."""
+    if len(state.logs) < window_steps:
+        return state, ()
+    named = signals(layers)
+    values, window = np.array(_logarithms(named)), np.array(state.logs)
+    usual = np.median(window, axis=0)
+    spread = 1.4826 * np.median(np.abs(window - usual), axis=0)
+    deviations = (values - usual) / np.maximum(spread, SMALLEST_DEVIATION)
+    before = np.array(state.sums) if state.sums else np.zeros(len(values))
+    sums = np.clip(before + np.minimum(deviations, TALLEST) - ALLOWANCE, 0.0, threshold)
+    onsets = [
+        (onset or step) if total > 0 else 0
+        for total, onset in zip(sums, state.onsets or [0] * len(values), strict=True)
+    ]
+    names = list(named)
+    most = [index for index in np.argsort(-deviations, kind="stable")[:NAMED] if deviations[index] > ALLOWANCE]
+    found = tuple(
+        Deviation(names[i], named[names[i]], round(math.exp(usual[i]), 6), round(float(deviations[i]), 2)) for i in most
+    )
+    return replace(state, sums=tuple(sums.tolist()), onsets=tuple(onsets)), found
+
+
+def with_layers(state: LayerState, window_steps: int, layers: Mapping) -> LayerState:
+    """The state after an undisturbed step."""
+    return replace(state, logs=(*state.logs, _logarithms(signals(layers)))[-window_steps:])
+
+
+def _logarithms(named: Mapping[str, float]) -> tuple[float, ...]:
+    return tuple(math.log(max(value, 1e-30)) for value in named.values())
