@@ -19,7 +19,7 @@ from k2_megatron.convert.to_hugging_face import HuggingFaceJob, tied_rows_equal
 from k2_megatron.convert.torch_dist import TorchDistSource, checkpoint_folder, read_manifest
 from k2_megatron.convert.transformers_model import TransformersModel
 from k2_megatron.convert.work import JOURNAL, estimate_text, hash_file, require_space, run_units
-from k2_megatron.train.checkpoint_files import sync_folder, write_file
+from k2_megatron.runtime.durable import sync, write_file
 
 MANIFEST = "k2_conversion.json"
 
@@ -87,7 +87,7 @@ def export_hugging_face(options: ExportOptions) -> Path:
     write_file(aside / MANIFEST, json.dumps(about, indent=1))
     (aside / JOURNAL).unlink()
     os.rename(aside, options.save)
-    sync_folder(options.save.resolve().parent)
+    sync(options.save.resolve().parent)
     return options.save
 
 
