@@ -45,18 +45,22 @@ enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
                            int64_t rows, int64_t hidden, bool zero_centered, DType dtype, DType gamma_dtype, WHERE);   \
   int64_t rms_norm_partial_rows(int64_t rows, int64_t hidden);
 
-// Rotary embedding (Su et al. 2021) of q and k, in place, in one call.
-//   q [S, B, N, >= R], k [S, B, Nk, >= R] dtype, any strides over s, b and n, last stride 1; k optional (then Nk = 0)
-//   cosines, sines [table_rows, R/2] fp32 contiguous;  positions [S, B] int32 contiguous, optional: without it the
-//   table row is s. A position outside [0, table_rows) turns the rotated elements into NaN and reads nothing.
+// Rotary embedding (Su et al. 2021) of q and k, in one call, in place or into other memory.
+//   q, to_q [S, B, N, D], k, to_k [S, B, Nk, D] dtype, any strides over s, b and n, last stride 1; k optional (Nk = 0)
+//   to_q is q with q's strides (in place), or memory that q and k do not overlap; so is to_k.
+//   cosines, sines [table_rows, R/2] fp32 contiguous, R <= D;  positions [S, B] int32 contiguous, optional: without it
+//   the table row is s. A position outside [0, table_rows) turns the rotated elements into NaN and reads nothing.
 //   Element pair i: (x[i], x[i + R/2]), or (x[2i], x[2i+1]) when interleaved:
 //     first' = first * cos_i - second * sin_i,  second' = second * cos_i + first * sin_i
-//   conjugate negates the sines: the backward of the rotation. Elements from R on are untouched.
+//   conjugate negates the sines: the backward of the rotation. Elements from R on are copied, in place untouched.
 #define K2_ROTARY(RESULT, WHERE)                                                                                       \
-  RESULT rotary(void* q, int64_t q_stride_s, int64_t q_stride_b, int64_t q_stride_n, void* k, int64_t k_stride_s,      \
-                int64_t k_stride_b, int64_t k_stride_n, const float* cosines, const float* sines,                      \
+  RESULT rotary(const void* q, int64_t q_stride_s, int64_t q_stride_b, int64_t q_stride_n, void* to_q,                 \
+                int64_t to_q_stride_s, int64_t to_q_stride_b, int64_t to_q_stride_n, const void* k,                    \
+                int64_t k_stride_s, int64_t k_stride_b, int64_t k_stride_n, void* to_k, int64_t to_k_stride_s,         \
+                int64_t to_k_stride_b, int64_t to_k_stride_n, const float* cosines, const float* sines,                \
                 const int32_t* positions, int64_t table_rows, int64_t sequence, int64_t batch, int64_t q_heads,        \
-                int64_t k_heads, int64_t rotary_dim, bool interleaved, bool conjugate, DType dtype, WHERE);
+                int64_t k_heads, int64_t head_dim, int64_t rotary_dim, bool interleaved, bool conjugate, DType dtype,  \
+                WHERE);
 
 // SwiGLU (Shazeer 2020), out = gate * sigmoid(gate) * up.
 //   packed, grad_packed [T, 2F] = [gate | up];  out, grad_out [T, F]; all dtype. grad_packed may be packed itself.

@@ -1,7 +1,8 @@
-// Rotary position embedding (Su et al. 2021) of q and k, in place, in one launch; the backward is the same with -sin.
+// Rotary position embedding (Su et al. 2021) of q and k, in place or into other memory, in one launch; the backward is
+// the same with -sin.
 //
 //   first' = first * cos - second * sin,  second' = second * cos + first * sin
-//   pairs (x[i], x[i + R/2]), or (x[2i], x[2i+1]) when interleaved; elements from R on are not touched
+//   pairs (x[i], x[i + R/2]), or (x[2i], x[2i+1]) when interleaved; elements from R on are copied, in place untouched
 //
 // Bytes per bf16 element: 4, the least possible, on the strided views that the QKV GEMM's output offers: no copy before
 // or after. A thread owns one chunk of the head dimension of one token: it loads cos and sin once and walks the heads
@@ -15,10 +16,16 @@ constexpr int block_threads = 128;
 constexpr int most_chunk_lanes = 64;
 constexpr int heads_per_thread = 4;  // enough to repay the loads of cos and sin
 
+struct Strides {
+  int64_t s, b, n;
+};
+
 template <class T>
 struct Heads {
-  T* data;
-  int64_t stride_s, stride_b, stride_n;
+  const T* from;
+  Strides from_strides;
+  T* to;
+  Strides to_strides;
   int count;
 };
 
@@ -29,6 +36,7 @@ struct Arguments {
   const int32_t* positions;      // [tokens] or null
   int64_t table_rows, tokens, batch;
   int pairs, chunks, chunk_lanes, groups, lanes;  // lanes = chunk_lanes * groups threads share one token
+  int tail;                                       // elements from R on, to be copied
   bool conjugate;
 };
 
@@ -92,11 +100,18 @@ __global__ void __launch_bounds__(block_threads) rotary_kernel(Arguments<T> a) {
   const int64_t s = token / a.batch, b = token - s * a.batch;
   const int64_t position = a.positions != nullptr ? a.positions[token] : s;
   const bool known = position >= 0 && position < a.table_rows;
-  T* const q = a.q.data + s * a.q.stride_s + b * a.q.stride_b;
-  T* const k = a.k.count == 0 ? nullptr : a.k.data + s * a.k.stride_s + b * a.k.stride_b;
+  const int64_t q_at = s * a.q.from_strides.s + b * a.q.from_strides.b,
+                to_q_at = s * a.q.to_strides.s + b * a.q.to_strides.b,
+                k_at = s * a.k.from_strides.s + b * a.k.from_strides.b,
+                to_k_at = s * a.k.to_strides.s + b * a.k.to_strides.b;
   const int heads = a.q.count + a.k.count, group = lane / a.chunk_lanes;
-  const auto head_at = [&](int head) {
-    return head < a.q.count ? q + head * a.q.stride_n : k + (head - a.q.count) * a.k.stride_n;
+  const auto from_head = [&](int head) {
+    return head < a.q.count ? a.q.from + q_at + head * a.q.from_strides.n
+                            : a.k.from + k_at + (head - a.q.count) * a.k.from_strides.n;
+  };
+  const auto to_head = [&](int head) {
+    return head < a.q.count ? a.q.to + to_q_at + head * a.q.to_strides.n
+                            : a.k.to + to_k_at + (head - a.q.count) * a.k.to_strides.n;
   };
 
   for (int chunk = lane - group * a.chunk_lanes; chunk < a.chunks; chunk += a.chunk_lanes) {
@@ -111,25 +126,30 @@ __global__ void __launch_bounds__(block_threads) rotary_kernel(Arguments<T> a) {
       if (a.conjugate) sine[i] = -sine[i];
     }
     for (int head = group; head < heads; head += 2 * a.groups) {
-      T* const one = head_at(head);
-      T* const other = head + a.groups < heads ? head_at(head + a.groups) : nullptr;
+      const bool is_last = head + a.groups >= heads;
       Part first, second;
-      first.load(one, chunk, a.pairs);
-      if (other != nullptr) second.load(other, chunk, a.pairs);
+      first.load(from_head(head), chunk, a.pairs);
+      if (!is_last) second.load(from_head(head + a.groups), chunk, a.pairs);
       first.rotate(cosine, sine);
-      first.store(one, chunk, a.pairs);
-      if (other == nullptr) break;
+      first.store(to_head(head), chunk, a.pairs);
+      if (is_last) break;
       second.rotate(cosine, sine);
-      second.store(other, chunk, a.pairs);
+      second.store(to_head(head + a.groups), chunk, a.pairs);
     }
   }
+  for (int i = lane - group * a.chunk_lanes; i < a.tail; i += a.chunk_lanes)
+    for (int head = group; head < heads; head += a.groups)
+      to_head(head)[2 * a.pairs + i] = from_head(head)[2 * a.pairs + i];
 }
 
 template <class T>
 bool is_vectorisable(const Heads<T>& heads) {
-  constexpr int width = Packed<T>::count;
-  return heads.count == 0 || (is_aligned(heads.data) && heads.stride_s % width == 0 && heads.stride_b % width == 0 &&
-                              heads.stride_n % width == 0);
+  const auto whole = [](const Strides& strides) {
+    constexpr int width = Packed<T>::count;
+    return strides.s % width == 0 && strides.b % width == 0 && strides.n % width == 0;
+  };
+  return heads.count == 0 ||
+         (is_aligned(heads.from) && is_aligned(heads.to) && whole(heads.from_strides) && whole(heads.to_strides));
 }
 
 template <class T, bool VECTOR, bool INTERLEAVED>
@@ -146,16 +166,21 @@ int start(Arguments<T> a, void* stream) {
 
 }  // namespace
 
-int rotary(void* q, int64_t q_stride_s, int64_t q_stride_b, int64_t q_stride_n, void* k, int64_t k_stride_s,
-           int64_t k_stride_b, int64_t k_stride_n, const float* cosines, const float* sines, const int32_t* positions,
-           int64_t table_rows, int64_t sequence, int64_t batch, int64_t q_heads, int64_t k_heads, int64_t rotary_dim,
-           bool interleaved, bool conjugate, DType dtype, void* stream) {
+int rotary(const void* q, int64_t q_stride_s, int64_t q_stride_b, int64_t q_stride_n, void* to_q, int64_t to_q_stride_s,
+           int64_t to_q_stride_b, int64_t to_q_stride_n, const void* k, int64_t k_stride_s, int64_t k_stride_b,
+           int64_t k_stride_n, void* to_k, int64_t to_k_stride_s, int64_t to_k_stride_b, int64_t to_k_stride_n,
+           const float* cosines, const float* sines, const int32_t* positions, int64_t table_rows, int64_t sequence,
+           int64_t batch, int64_t q_heads, int64_t k_heads, int64_t head_dim, int64_t rotary_dim, bool interleaved,
+           bool conjugate, DType dtype, void* stream) {
   if (sequence * batch * (q_heads + k_heads) * rotary_dim == 0) return cudaSuccess;
   return with_type(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     Arguments<T> a{};
-    a.q = {static_cast<T*>(q), q_stride_s, q_stride_b, q_stride_n, static_cast<int>(q_heads)};
-    a.k = {static_cast<T*>(k), k_stride_s, k_stride_b, k_stride_n, static_cast<int>(k_heads)};
+    a.q = {static_cast<const T*>(q), {q_stride_s, q_stride_b, q_stride_n}, static_cast<T*>(to_q),
+           {to_q_stride_s, to_q_stride_b, to_q_stride_n}, static_cast<int>(q_heads)};
+    a.k = {static_cast<const T*>(k), {k_stride_s, k_stride_b, k_stride_n}, static_cast<T*>(to_k),
+           {to_k_stride_s, to_k_stride_b, to_k_stride_n}, static_cast<int>(k_heads)};
+    a.tail = q == to_q && k == to_k ? 0 : static_cast<int>(head_dim - rotary_dim);
     a.cosines = cosines, a.sines = sines, a.positions = positions, a.table_rows = table_rows;
     a.tokens = sequence * batch, a.batch = batch, a.pairs = static_cast<int>(rotary_dim / 2), a.conjugate = conjugate;
     const int64_t vector_span = interleaved ? rotary_dim : rotary_dim / 2;  // what must be whole vectors

@@ -69,6 +69,25 @@ inline Vec exp(Vec x) {
 // 1 / (1 + e^-x); 0 where e^-x overflows.
 inline Vec sigmoid(Vec x) { return splat(1.0f) / (splat(1.0f) + exp(min(splat(89.0f), -x))); }
 
+// Thirty-two values in a row as sixteen pairs (even, odd), and back; bf16 has its own where that is cheaper. kStreaming:
+// non-temporal, for addresses that are multiples of 64 bytes.
+template <class T>
+inline void load_pairs(const T* p, Vec& even, Vec& odd) {
+  split_pairs(load(p, Full{}), load(p + kLanes, Full{}), even, odd);
+}
+template <bool kStreaming, class T>
+inline void put_pairs(T* p, Vec even, Vec odd) {
+  Vec low, high;
+  join_pairs(even, odd, low, high);
+  if constexpr (kStreaming) {
+    stream(p, low);
+    stream(p + kLanes, high);
+  } else {
+    store(p, low, Full{});
+    store(p + kLanes, high, Full{});
+  }
+}
+
 // Calls body(i, lanes) over [0, length) in steps of kLanes: lanes is Full but for a short last step. The body is
 // instantiated twice, so that full steps carry no masks.
 template <class Body>

@@ -21,6 +21,9 @@ inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.low, b.low), _mm256
 inline Vec fma(Vec a, Vec b, Vec c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
+inline Vec fms(Vec a, Vec b, Vec c) {
+  return {_mm256_fmsub_ps(a.low, b.low, c.low), _mm256_fmsub_ps(a.high, b.high, c.high)};
+}
 inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
 inline Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.low), _mm256_sqrt_ps(a.high)}; }
@@ -137,6 +140,47 @@ inline void join_eight(__m256 even, __m256 odd, Vec& to) {
 inline void join_pairs(Vec even, Vec odd, Vec& low, Vec& high) {
   join_eight(even.low, odd.low, low);
   join_eight(even.high, odd.high, high);
+}
+
+// The same for bf16 in memory, without a shuffle; see simd_avx512.h.
+inline __m256i low_halves(__m256i words) { return _mm256_slli_epi32(words, 16); }
+inline __m256i high_halves(__m256i words) {
+  return _mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000)));
+}
+inline void load_pairs(const BFloat16* p, Vec& even, Vec& odd) {
+  const __m256i* words = reinterpret_cast<const __m256i*>(p);
+  const __m256i first = _mm256_loadu_si256(words), second = _mm256_loadu_si256(words + 1);
+  even = {_mm256_castsi256_ps(low_halves(first)), _mm256_castsi256_ps(low_halves(second))};
+  odd = {_mm256_castsi256_ps(high_halves(first)), _mm256_castsi256_ps(high_halves(second))};
+}
+inline __m256i add_half_of_last_place(__m256 a) {
+  const __m256i u = _mm256_castps_si256(a);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  return _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+}
+inline __m256i join_halves(__m256 even, __m256 odd) {
+  return _mm256_blend_epi16(_mm256_srli_epi32(add_half_of_last_place(even), 16), add_half_of_last_place(odd), 0xaa);
+}
+template <bool kStreaming>
+inline void put_pairs(BFloat16* p, Vec even, Vec odd) {
+  const __m256 nan =
+      _mm256_or_ps(_mm256_cmp_ps(even.low, odd.low, _CMP_UNORD_Q), _mm256_cmp_ps(even.high, odd.high, _CMP_UNORD_Q));
+  if (__builtin_expect(_mm256_movemask_ps(nan) != 0, 0)) {
+    Vec low, high;
+    join_pairs(even, odd, low, high);
+    store(p, low, Full{});
+    store(p + kLanes, high, Full{});
+    return;
+  }
+  __m256i* words = reinterpret_cast<__m256i*>(p);
+  const __m256i first = join_halves(even.low, odd.low), second = join_halves(even.high, odd.high);
+  if constexpr (kStreaming) {
+    _mm256_stream_si256(words, first);
+    _mm256_stream_si256(words + 1, second);
+  } else {
+    _mm256_storeu_si256(words, first);
+    _mm256_storeu_si256(words + 1, second);
+  }
 }
 
 struct SquareSum {

@@ -16,6 +16,7 @@ inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec fms(Vec a, Vec b, Vec c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
@@ -100,6 +101,33 @@ inline void join_pairs(Vec even, Vec odd, Vec& low, Vec& high) {
   const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   low.v = _mm512_permutex2var_ps(even.v, first, odd.v);
   high.v = _mm512_permutex2var_ps(even.v, _mm512_add_epi32(first, _mm512_set1_epi32(8)), odd.v);
+}
+
+// The same for bf16 in memory, which needs no shuffle: an even value is the low half of a 32-bit word, an odd one the
+// high half. The rounding is narrow's; a NaN, which it would carry away, takes the slower path.
+inline void load_pairs(const BFloat16* p, Vec& even, Vec& odd) {
+  const __m512i words = _mm512_loadu_si512(p);
+  even.v = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+  odd.v = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+}
+inline __m512i add_half_of_last_place(Vec a) {
+  const __m512i u = _mm512_castps_si512(a.v), half = _mm512_add_epi32(u, _mm512_set1_epi32(0x7fff));
+  const __mmask16 odd = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000));
+  return _mm512_mask_add_epi32(half, odd, half, _mm512_set1_epi32(1));
+}
+template <bool kStreaming>
+inline void put_pairs(BFloat16* p, Vec even, Vec odd) {
+  if (__builtin_expect(_mm512_cmp_ps_mask(even.v, odd.v, _CMP_UNORD_Q) != 0, 0)) {
+    Vec low, high;
+    join_pairs(even, odd, low, high);
+    store(p, low, Full{});
+    store(p + kLanes, high, Full{});
+    return;
+  }
+  const __m512i low = _mm512_srli_epi32(add_half_of_last_place(even), 16), high = add_half_of_last_place(odd);
+  const __m512i words = _mm512_mask_blend_epi16(0xaaaaaaaa, low, high);
+  if constexpr (kStreaming) _mm512_stream_si512(reinterpret_cast<__m512i*>(p), words);
+  else _mm512_storeu_si512(p, words);
 }
 
 // Sixteen fp64 lanes that gather squares. A product of two floats is exact in fp64.

@@ -45,6 +45,7 @@ inline Vec operator/(Vec a, Vec b) { return each([&](int i) { return a.lane[i] /
 inline Vec fma(Vec a, Vec b, Vec c) {
   return each([&](int i) { return multiply_add(a.lane[i], b.lane[i], c.lane[i]); });
 }
+inline Vec fms(Vec a, Vec b, Vec c) { return fma(a, b, -c); }
 inline Vec min(Vec a, Vec b) { return each([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; }); }
 inline Vec max(Vec a, Vec b) { return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; }); }
 inline Vec sqrt(Vec a) { return each([&](int i) { return __builtin_sqrtf(a.lane[i]); }); }

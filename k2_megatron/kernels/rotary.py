@@ -162,14 +162,20 @@ def _reach(x):
     return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
 
 
+def _may_share(one, other):
+    """Whether the spans of two tensors of one dtype meet."""
+    if one.numel() == 0 or other.numel() == 0:
+        return False
+    offset = (other.data_ptr() - one.data_ptr()) // one.element_size()
+    return offset < _reach(one) and offset + _reach(other) > 0
+
+
 def _check_memory(q, k):
     """q and k may interleave in one buffer, but no element of one may be an element of the other."""
     require_own_elements(OP, "q", q)
     require_own_elements(OP, "k", k)
-    if q.numel() == 0 or k.numel() == 0:
-        return
-    offset = (k.data_ptr() - q.data_ptr()) // q.element_size()
-    if offset < _reach(q) and offset + _reach(k) > 0:
+    if _may_share(q, k):
+        offset = (k.data_ptr() - q.data_ptr()) // q.element_size()
         if not _may_interleave(tuple(q.shape), q.stride(), k.shape[2], k.stride(), offset):
             raise ValueError(
                 f"{OP}: q (strides {q.stride()}) and k (strides {k.stride()}) share memory; they may be slices of one "
@@ -177,13 +183,28 @@ def _check_memory(q, k):
             )
 
 
+def _check_targets(q, k, to_q, to_k):
+    """Where q and k are rotated into other memory: of their shapes, and no part of them."""
+    for name, target, source in (("to_q", to_q, q), ("to_k", to_k, k)):
+        require_dtype(OP, name, target, (source.dtype,))
+        require_shape(OP, name, target, source.shape, f"{name[3:]}'s shape")
+        require(target.stride(3) == 1 or target.shape[3] <= 1, OP,
+                f"{name} has strides {tuple(target.stride())}; the last must be 1")  # fmt: skip
+    require_one_device(OP, q=q, to_q=to_q, to_k=to_k)
+
+
+def _start(q, k, to_q, to_k, cos, sin, positions, interleaved, conjugate):
+    run(OP, "rotary", q.device, pointer(q), *q.stride()[:3], pointer(to_q), *to_q.stride()[:3],
+        pointer(k), *k.stride()[:3], pointer(to_k), *to_k.stride()[:3], pointer(cos), pointer(sin), pointer(positions),
+        cos.shape[0], *q.shape[:3], k.shape[2], q.shape[3], 2 * cos.shape[1], interleaved, conjugate,
+        DTYPE_CODES[q.dtype])  # fmt: skip
+
+
 def _in_place_op(q, k, cos, sin, positions, interleaved, conjugate):
     _check(q, k, cos, sin, positions)
     _check_positions(positions, cos.shape[0])
     _check_memory(q, k)
-    run(OP, "rotary", q.device, pointer(q), *q.stride()[:3], pointer(k), *k.stride()[:3], pointer(cos), pointer(sin),
-        pointer(positions), cos.shape[0], *q.shape[:3], k.shape[2], 2 * cos.shape[1], interleaved, conjugate,
-        DTYPE_CODES[q.dtype])  # fmt: skip
+    _start(q, k, q, k, cos, sin, positions, interleaved, conjugate)
     torch.autograd.graph.increment_version([x for x in (q, k) if not x._is_view()])
 
 
@@ -191,10 +212,26 @@ def _in_place_fake(q, k, cos, sin, positions, interleaved, conjugate):
     _check(q, k, cos, sin, positions)
 
 
+def _into_op(q, k, to_q, to_k, cos, sin, positions, interleaved, conjugate):
+    _into_fake(q, k, to_q, to_k, cos, sin, positions, interleaved, conjugate)
+    _check_positions(positions, cos.shape[0])
+    _check_memory(to_q, to_k)
+    for name, target in (("to_q", to_q), ("to_k", to_k)):
+        for other, source in (("q", q), ("k", k)):
+            require(not _may_share(source, target), OP, f"{other} and {name} share memory; they must not overlap")
+    _start(q, k, to_q, to_k, cos, sin, positions, interleaved, conjugate)
+
+
+def _into_fake(q, k, to_q, to_k, cos, sin, positions, interleaved, conjugate):
+    _check(q, k, cos, sin, positions)
+    _check_targets(q, k, to_q, to_k)
+
+
 def _rotated_op(q, k, cos, sin, positions, interleaved, conjugate):
-    q, k = q.clone(memory_format=torch.contiguous_format), k.clone(memory_format=torch.contiguous_format)
-    IN_PLACE(q, k, cos, sin, positions, interleaved, conjugate)
-    return q, k
+    to_q, to_k = _rotated_fake(q, k, cos, sin, positions, interleaved, conjugate)
+    _check_positions(positions, cos.shape[0])
+    _start(q, k, to_q, to_k, cos, sin, positions, interleaved, conjugate)
+    return to_q, to_k
 
 
 def _rotated_fake(q, k, cos, sin, positions, interleaved, conjugate):
@@ -204,7 +241,15 @@ def _rotated_fake(q, k, cos, sin, positions, interleaved, conjugate):
 
 ARGUMENTS = "Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool conjugate"
 IN_PLACE = register(f"rotary_(Tensor(a!) q, Tensor(b!) k, {ARGUMENTS}) -> ()", _in_place_op, _in_place_fake)
+INTO = register(
+    f"rotary_into(Tensor q, Tensor k, Tensor(a!) to_q, Tensor(b!) to_k, {ARGUMENTS}) -> ()", _into_op, _into_fake
+)
 ROTATED = register(f"rotary(Tensor q, Tensor k, {ARGUMENTS}) -> (Tensor, Tensor)", _rotated_op, _rotated_fake)
+
+
+def with_dense_heads(gradient):
+    """Autograd hands over any layout, an expanded or a transposed one too; copied where a head's elements lie apart."""
+    return gradient if gradient.stride(3) == 1 else gradient.contiguous()
 
 
 class _Rotary(torch.autograd.Function):
@@ -223,6 +268,7 @@ class _Rotary(torch.autograd.Function):
 def _rotate_back(ctx, grad_q, grad_k):
     """The transpose of a rotation is the rotation by the opposite angle."""
     cos, sin, positions = ctx.saved_tensors
+    grad_q, grad_k = (with_dense_heads(gradient) for gradient in (grad_q, grad_k))
     return ROTATED(grad_q, grad_k, cos, sin, positions, ctx.interleaved, not ctx.conjugate)
 
 

@@ -1,7 +1,7 @@
 """Rotary position embedding on the packed output of the QKV projection, and its split into q, k and v.
 
 The equation is rotary.py's. What is gained is the backward: separate gradients of q, k and v would be rotated into new
-memory and then concatenated by the split; here they are laid once into the packed gradient, and rotated there in place.
+memory and then concatenated by the split; here they are rotated straight into their places in the packed gradient.
 
 In:   qkv [S, B, G, (n + 2) * D]: in each of G groups n query heads, a key head and a value head (megatron-core's
       get_query_key_value_tensors with split_qkv=False returns it); tables and positions as in rotary.py.
@@ -15,7 +15,7 @@ import torch
 
 from k2_megatron.kernels.checks import require, require_backend, require_backend_device, require_contiguous
 from k2_megatron.kernels.library import refuse_second_derivative
-from k2_megatron.kernels.rotary import IN_PLACE, OP, check_computed, rotary
+from k2_megatron.kernels.rotary import IN_PLACE, INTO, OP, check_computed, rotary, with_dense_heads
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -51,19 +51,19 @@ def _split(qkv: torch.Tensor, head_dim: int) -> Triple:
     return q.reshape(*q.shape[:2], q.shape[2] * (q.shape[3] // head_dim), head_dim), k, v
 
 
-def _rotate_in_place(qkv, cos, sin, head_dim, positions, interleaved, conjugate):
-    """All heads but the last of each group, two slices a call: heads and groups lie at different strides."""
-    slices = list(qkv.split(head_dim, dim=3)[:-1])
+def _in_pairs(slices: list[tuple[torch.Tensor, ...]]):
+    """The slices two at a time, as one call takes them; the last alone beside an empty one."""
     if len(slices) % 2:
-        slices.append(slices[-1][:, :, :0])
-    for first, second in zip(slices[::2], slices[1::2], strict=True):
-        IN_PLACE(first, second, cos, sin, positions, interleaved, conjugate)
+        slices.append(tuple(tensor[:, :, :0] for tensor in slices[-1]))
+    return zip(slices[::2], slices[1::2], strict=True)
 
 
 class _RotaryPacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, cos, sin, head_dim, positions, interleaved):
-        _rotate_in_place(qkv, cos, sin, head_dim, positions, interleaved, False)
+        # All heads but the last of each group, a slice at a time: heads and groups lie at different strides.
+        for (first,), (second,) in _in_pairs([(heads,) for heads in qkv.split(head_dim, dim=3)[:-1]]):
+            IN_PLACE(first, second, cos, sin, positions, interleaved, False)
         ctx.save_for_backward(cos, sin, positions)
         ctx.shape, ctx.interleaved = qkv.shape, interleaved
         return _split(qkv, head_dim)
@@ -72,7 +72,13 @@ class _RotaryPacked(torch.autograd.Function):
     def backward(ctx, grad_q, grad_k, grad_v):
         refuse_second_derivative(OP)
         cos, sin, positions = ctx.saved_tensors
-        grad_q = grad_q.reshape(*ctx.shape[:3], ctx.shape[3] - 2 * grad_k.shape[3])
-        packed = torch.cat([grad_q, grad_k, grad_v], dim=3)
-        _rotate_in_place(packed, cos, sin, grad_k.shape[3], positions, ctx.interleaved, True)
+        head_dim = grad_k.shape[3]
+        grad_q, grad_k = with_dense_heads(grad_q), with_dense_heads(grad_k)
+        packed = grad_q.new_empty(ctx.shape)
+        *to_heads, to_v = packed.split(head_dim, dim=3)
+        to_v.copy_(grad_v)
+        queries = len(to_heads) - 1
+        heads = [*(grad_q[:, :, query::queries] for query in range(queries)), grad_k]
+        for (q, to_q), (k, to_k) in _in_pairs(list(zip(heads, to_heads, strict=True))):
+            INTO(q, k, to_q, to_k, cos, sin, positions, ctx.interleaved, True)
         return packed, None, None, None, None, None

@@ -202,6 +202,19 @@ def test_ops_called_past_the_public_functions_check_too():
         ops.rms_norm_backward(X, X, W, torch.zeros(3), False)
     with pytest.raises(ValueError, match=r"swiglu: grad_y has shape \(4, 6\)"):
         ops.swiglu_backward(X, X)
+    rotation = (COS, SIN, None, False, True)
+    with pytest.raises(ValueError, match=r"rotary: to_q has shape \(4, 2, 2, 8\); needed: \(4, 2, 3, 8\) = q's shape"):
+        ops.rotary_into(Q, Q, torch.zeros(4, 2, 2, 8), torch.zeros(4, 2, 3, 8), *rotation)
+    with pytest.raises(ValueError, match=r"rotary: to_k is torch.float16; allowed: torch.float32"):
+        ops.rotary_into(Q, Q, torch.zeros(4, 2, 3, 8), torch.zeros(4, 2, 3, 8).half(), *rotation)
+    with pytest.raises(ValueError, match=r"rotary: to_q has strides \(48, 24, 1, 3\); the last must be 1"):
+        ops.rotary_into(Q, Q, torch.zeros(4, 2, 8, 3).transpose(2, 3), torch.zeros(4, 2, 3, 8), *rotation)
+    with pytest.raises(ValueError, match=r"rotary: q and to_q share memory; they must not overlap"):
+        ops.rotary_into(Q, Q.clone(), Q, torch.zeros(4, 2, 3, 8), *rotation)
+    with pytest.raises(ValueError, match=r"rotary: k and to_q share memory; they must not overlap"):
+        ops.rotary_into(Q, (shared := torch.zeros(9, 2, 3, 8))[5:], shared[2:6], torch.zeros(4, 2, 3, 8), *rotation)
+    with pytest.raises(ValueError, match=r"rotary: q \(strides .*\) and k \(strides .*\) share memory"):
+        ops.rotary_into(Q, Q, *shared_q_and_k(4), *rotation)
     with pytest.raises(ValueError, match=r"cross_entropy: logits have strides|cross_entropy: logits of shape"):
         ops.cross_entropy_statistics(torch.zeros(1, 5).expand(4, 5), TOKENS, 0, 3)
     with pytest.raises(ValueError, match=r"cross_entropy: lse has shape \(3,\)"):

@@ -40,6 +40,11 @@ def op_samples(device):
         "swiglu_backward": (normal(3, 4), normal(3, 8)),
         "rotary": (normal(4, 1, 2, 8, grad=True), normal(4, 1, 1, 8, grad=True), *rotation),
         "rotary_": (normal(4, 1, 2, 8), normal(4, 1, 1, 8), *rotation),
+        "rotary_into": (
+            *(normal(4, 1, 2, 8), normal(4, 1, 1, 8)),
+            *(normal(4, 1, 2, 8), normal(4, 1, 1, 8)),
+            *rotation,
+        ),
         "cross_entropy_statistics": (normal(3, 6), labels, 0, 4),
         "cross_entropy_loss": (normal(2, 4, 3).abs(), labels, 12, 0.1, 1e-3, -100),
         "cross_entropy_gradient_": (normal(3, 6), labels, normal(3), normal(3), *smooth),
@@ -174,6 +179,22 @@ def test_rotation_does_not_touch_a_gradient_with_other_readers():
     (out + other * 1).backward(gradient)
     assert torch.equal(other.grad, kept)
     assert torch.equal(gradient, kept)
+
+
+@on_cpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_of_any_layout_reach_the_rotation(compiled):
+    """sum() sends an expanded gradient, all strides 0; a transposed use sends one whose heads' elements lie apart."""
+
+    def use(q, k, backend):
+        rotated_q, rotated_k = rotary(q * 1, k * 1, *rotary_tables(4, DIM, 100.0, "cpu"), backend=backend)
+        return rotated_q.sum() + (rotated_k.transpose(1, 3) * factor).sum()
+
+    q, k = (torch.randn(4, 1, heads, DIM, requires_grad=True) for heads in (2, 3))
+    factor = torch.randn(4, DIM, 3, 1)
+    expected = torch.autograd.grad(use(q, k, "torch"), (q, k))
+    run = torch.compile(use, fullgraph=True, backend="aot_eager") if compiled else use
+    assert_all_close(torch.autograd.grad(run(q, k, "cpu"), (q, k)), expected)
 
 
 @on_cpu

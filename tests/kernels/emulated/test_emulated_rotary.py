@@ -19,16 +19,26 @@ class Packed:
         self.guarded = Guarded(values, offset)
         self.before, self.split, self.dim = values, q_heads, dim
 
-    def rotate(self, kernels, cos, sin, *, positions=None, rotary_dim=None, interleaved=False, conjugate=False):
+    def heads_of(self, buffer):
+        return buffer[:, :, : self.split, : self.dim], buffer[:, :, self.split :, : self.dim]
+
+    def rotate(self, kernels, cos, sin, *, to=None, positions=None, rotary_dim=None, interleaved=False,
+               conjugate=False):  # fmt: skip
         buffer = self.guarded.tensor
         sequence, batch, heads, _ = buffer.shape
-        q, k = buffer[:, :, : self.split, : self.dim], buffer[:, :, self.split :, : self.dim]
+        q, k = self.heads_of(buffer)
+        to_q, to_k = (q, k) if to is None else to.heads_of(to.guarded.tensor)
         kernels.rotary(
-            q.data_ptr(), *q.stride()[:3], k.data_ptr() if k.shape[2] else 0, *k.stride()[:3], cos.data_ptr(),
-            sin.data_ptr(), 0 if positions is None else positions.data_ptr(), cos.shape[0], sequence, batch, self.split,
-            heads - self.split, rotary_dim or self.dim, interleaved, conjugate, DTYPES[buffer.dtype], 0,
+            q.data_ptr(), *q.stride()[:3], to_q.data_ptr(), *to_q.stride()[:3], k.data_ptr() if k.shape[2] else 0,
+            *k.stride()[:3], to_k.data_ptr() if k.shape[2] else 0, *to_k.stride()[:3], cos.data_ptr(), sin.data_ptr(),
+            0 if positions is None else positions.data_ptr(), cos.shape[0], sequence, batch, self.split,
+            heads - self.split, self.dim, rotary_dim or self.dim, interleaved, conjugate, DTYPES[buffer.dtype], 0,
         )  # fmt: skip
         self.guarded.check("qkv")
+        if to is not None:
+            to.guarded.check("the rotated q and k")
+            assert torch.equal(buffer, self.before), "q or k changed, which were to be rotated into other memory"
+            return torch.cat(to.heads_of(to.guarded.tensor), 2)
         untouched = (rotary_dim or self.dim) // 2 * 2
         assert torch.equal(buffer[..., untouched:], self.before[..., untouched:]), (
             "elements that are not rotated changed"
@@ -69,6 +79,31 @@ def test_is_as_exact_as_torch(kernels, shape, dtype, interleaved):
 
         reference = {name: value.to(dtype) for name, value in at(torch.float32).items()}
         assert_as_good_as_reference({"qk": found}, reference, at(torch.float64), shape)
+
+
+class Targets(Packed):
+    """Memory of its own for q and k, with strides of its own (12 elements between heads), filled with NaN."""
+
+    def __init__(self, packed, offset=0):
+        sequence, batch, heads, _ = packed.before.shape
+        self.before = torch.full((sequence, batch, heads, packed.dim + 12), torch.nan, dtype=packed.before.dtype)
+        self.guarded, self.split, self.dim = Guarded(self.before, offset), packed.split, packed.dim
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 2, 4, 2, 128, 96)], ids=str)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
+def test_into_other_memory_is_as_in_place_to_the_bit(kernels, shape, dtype, interleaved):
+    *sizes, rotary_dim = shape
+    tables, options = rotary_tables(sizes[0], rotary_dim, 10_000.0, "cpu"), {"interleaved": interleaved}
+    expected = Packed(*sizes, dtype)
+    expected.rotate(kernels, *tables, rotary_dim=rotary_dim, **options)
+    for offset in (0, 1):
+        packed = Packed(*sizes, dtype)
+        targets = Targets(packed, offset)
+        found = packed.rotate(kernels, *tables, to=targets, rotary_dim=rotary_dim, **options)
+        assert torch.equal(found, torch.cat(expected.heads_of(expected.guarded.tensor), 2))
+        assert targets.guarded.tensor[..., targets.dim :].isnan().all(), "the gaps between heads were written"
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
