@@ -10,6 +10,7 @@ Started again it resumes from the newest checkpoint, in the same layout or anoth
 """
 
 import argparse
+import faulthandler
 import sys
 import time
 from dataclasses import asdict
@@ -78,6 +79,7 @@ def main(arguments: list[str]) -> int:
 
 def train(config: Config, environment: RankEnvironment, device: Device, until: int) -> int:
     # The world, the folder, and what events are written to
+    faulthandler.enable()  # a crash inside a library shows where
     if config.train.deterministic:
         require_determinism()
     stop_with_launcher(environment)

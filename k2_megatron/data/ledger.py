@@ -76,9 +76,21 @@ class Ledger:
         return [entry for entry in self.entries if entry["event"] == "position"]
 
     def append(self, event: str, **fields: Any) -> dict[str, Any]:
-        """Write one line, durably. Call on rank 0 only."""
+        """Write one line, durably. Call on rank 0 only. ValueError where the disk does not take it."""
         entry = {"event": event, "time": now(), **fields, "previous": self._last_hash}
         line = json.dumps(entry).encode()
+        try:
+            self._write(line)
+        except OSError as error:
+            raise ValueError(
+                f"{self.path} could not be written ({error}); make room or restore access, and start again"
+            ) from None
+        self._whole_bytes += len(line) + 1
+        self._last_hash = _line_hash(line)
+        self.entries.append(entry)
+        return entry
+
+    def _write(self, line: bytes) -> None:
         make_folder(self.path.parent)
         is_new = not self.path.is_file()
         with open(self.path, "wb" if is_new else "r+b") as file:
@@ -90,10 +102,6 @@ class Ledger:
             os.fsync(file.fileno())
         if is_new:
             sync(self.path.parent)
-        self._whole_bytes += len(line) + 1
-        self._last_hash = _line_hash(line)
-        self.entries.append(entry)
-        return entry
 
     def _refuse_strangers_lines(self, file: BinaryIO) -> None:
         """ValueError where another process has appended since this one read: its line is not to be cut off."""

@@ -40,7 +40,7 @@ class CheckedTokenFile(TokenFile):
 
     def __init__(self, prefix: str | os.PathLike, entry: dict[str, Any] | None):
         super().__init__(prefix)
-        self.entry = entry
+        self.entry, self._bin_name = entry, os.fspath(self.bin_path)
         if entry is None:
             self.check_index()
             return
@@ -62,7 +62,12 @@ class CheckedTokenFile(TokenFile):
         return np.frombuffer(content, dtype="<u8")
 
     def check_tokens(self, first: int, last: int) -> None:
-        """Compare the blocks that hold tokens first..last-1 with their hashes, where that was not done before."""
+        """Compare the blocks that hold tokens first..last-1 with their hashes, where that was not done before. A file
+        that became shorter since it was opened is found first: to read what a mapping has lost kills the process."""
+        size = os.stat(self._bin_name).st_size
+        if size < last * self.dtype.itemsize:
+            found = f"{self.bin_path}: {size} bytes, and {self.tokens.nbytes} when it was opened"
+            raise ValueError(f"{found}: something cut it while it was read; {RESTORE}")
         if self.entry is not None:
             size = self.dtype.itemsize
             self._check(0, first * size // BLOCK_BYTES, (last * size - 1) // BLOCK_BYTES)

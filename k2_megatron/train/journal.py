@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import BinaryIO
 
 from k2_megatron.runtime.durable import sync
 
@@ -24,11 +25,12 @@ class Journal:
     def __init__(self, folder: Path, *, writer: bool) -> None:
         self.path = folder / JOURNAL
         self.is_writer = writer
-        self._file = None
+        self._file: BinaryIO | None = None
+        self._unwritten = b""
         if writer:
             folder.mkdir(parents=True, exist_ok=True)
             _end_last_line(self.path)
-            self._file = self.path.open("a")
+            self._file = self.path.open("ab", buffering=0)
             sync(folder)  # the name of a new journal
 
     def write(self, event: str, **fields) -> None:
@@ -36,13 +38,19 @@ class Journal:
         if self._file is None:
             return
         line = {"event": event, "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **fields}
+        self._unwritten += json.dumps(line).encode() + b"\n"
         try:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+            self._write()
             if event != "step":  # those are many, and are synced together
                 os.fsync(self._file.fileno())
         except OSError as error:  # a full disk must not end a run that can still train and save elsewhere
-            print(f"journal: cannot write {self.path} ({error}); the run goes on without this line", file=sys.stderr)
+            lines = self._unwritten.count(b"\n")
+            print(f"journal: cannot write {self.path} ({error}); {lines} lines wait, the run goes on", file=sys.stderr)
+
+    def _write(self) -> None:
+        """Write what waits; a disk that fills up takes a part, and the rest follows when there is room."""
+        while self._file is not None and self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
     def sync(self) -> None:
         """Have all lines on the disk: a checkpoint must not survive what the journal tells of its steps."""
@@ -53,7 +61,8 @@ class Journal:
     def close(self) -> None:
         if self._file is not None:
             with contextlib.suppress(OSError):  # lines that could not be written are tried once more, and were told of
-                self._file.close()
+                self._write()
+            self._file.close()
 
 
 def _end_last_line(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Views of the journal: a line on the console, TensorBoard, Weights & Biases. None of them can stop the run."""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -15,9 +16,7 @@ class Views:
         self._tensorboard = None
         self._wandb = None
         if enabled and config.log.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
+            self._tensorboard = _start_tensorboard(folder / "tensorboard")
         if enabled and config.log.wandb:
             self._wandb = _start_wandb(config, folder)
 
@@ -69,7 +68,8 @@ class Views:
 
     def close(self) -> None:
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with contextlib.suppress(OSError):  # the run is over, and the journal has it all
+                self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -79,6 +79,16 @@ def clock(seconds: float) -> str:
     whole = round(seconds)
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _start_tensorboard(folder: Path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    try:
+        return SummaryWriter(str(folder))
+    except OSError as error:
+        print(f"TensorBoard files cannot be written ({error}); the journal goes on", file=sys.stderr)
+        return None
 
 
 def _start_wandb(config: Config, folder: Path):

@@ -125,7 +125,7 @@ def _journal_unwritable() -> None:
     def on_full_device(self, folder, *, writer):
         opened(self, folder, writer=writer)
         if writer:
-            self._file = open("/dev/full", "w")
+            self._file = open("/dev/full", "wb", buffering=0)
 
     Journal.__init__ = on_full_device
 

@@ -35,6 +35,12 @@ def test_ranks_behind_are_named_with_the_reason():
         3: "gave no sign since the start",
     }
     assert ranks_behind(beats[:1], 1, 10.0, 101.0) == {}
+    # One that has just said where it is lives, though its host's clock is an hour behind.
+    beats[2]["time"] = -3500.0
+    told = [beat | {"place": "waits in all_reduce", "waits": True} for beat in beats]
+    assert ranks_behind(told[::2], 3, 10.0, 100.5) == {1: "gave no sign since the start"}
+    told[1] |= {"step": 7, "place": "is at feed.py:9 in read", "waits": False}
+    assert ranks_behind(told, 3, 10.0, 100.5) == {1: "is at feed.py:9 in read"}
 
 
 def _end_soon() -> None:

@@ -1,6 +1,7 @@
 """The journal: whole lines, whatever a kill left behind; and the steps that a run really went through."""
 
 import json
+import resource
 
 from k2_megatron.train.journal import Journal, read_events, read_steps
 
@@ -47,6 +48,21 @@ def test_steps_that_a_rollback_undid_are_forgotten(tmp_path):
 def test_full_disk_does_not_end_the_run(tmp_path, capsys):
     journal = Journal(tmp_path, writer=True)
     journal._file.close()
-    journal._file = open("/dev/full", "w")
+    journal._file = open("/dev/full", "wb", buffering=0)
     journal.write("step", step=1)
     assert f"journal: cannot write {journal.path}" in capsys.readouterr().err
+
+
+def test_lines_of_a_time_without_room_are_written_when_there_is_some(tmp_path, capsys):
+    journal = Journal(tmp_path, writer=True)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for step in range(1, 90):
+        if step == 3:  # room for a part of the next line; Python ignores the signal that comes with it
+            resource.setrlimit(resource.RLIMIT_FSIZE, (journal.path.stat().st_size + 100, limits[1]))
+        if step == 80:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        journal.write("step", step=step, layers=[0.5] * 100)
+    journal.close()
+    assert "77 lines wait, the run goes on" in capsys.readouterr().err
+    assert list(read_steps(journal.path)) == list(range(1, 90))
+    assert len(journal.path.read_text().splitlines()) == 89

@@ -1,0 +1,123 @@
+"""Storage that fails under a running run: what the run says, that it loses nothing, and how it goes on."""
+
+import os
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+from rank_processes import pretrain, results_of
+from run_results import steps_of, stored_state
+from small_run import overrides
+
+from k2_megatron.config import load_config
+from k2_megatron.train.run_folder import hold_run_folder
+
+STEPS = 6
+SETTINGS = {"train.steps": STEPS, "checkpoint.every_steps": 2, "train.evaluate_every_steps": STEPS}
+
+
+def run(small_config: Path, folder: Path, fault=None, **more) -> object:
+    number = len(list(folder.parent.glob("output_*")))
+    given = overrides({"run.folder": folder, **SETTINGS, **more})
+    return pretrain(1, small_config, given, folder.parent / f"output_{number}", fault)[0]
+
+
+@pytest.fixture(scope="module")
+def whole(small_config, tmp_path_factory) -> Path:
+    """The run folder of a run in which nothing went wrong."""
+    folder = tmp_path_factory.mktemp("sound") / "run"
+    results_of([run(small_config, folder)])
+    return folder
+
+
+def assert_same(folder: Path, whole: Path) -> None:
+    assert steps_of(folder) == steps_of(whole)
+    assert stored_state(folder, STEPS) == stored_state(whole, STEPS)
+
+
+def _before_step_4(act) -> None:
+    """Call `act` when the fourth step begins."""
+    import pretrain_k2
+
+    train_step, calls = pretrain_k2.train_step, []
+
+    def then(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            act()
+        return train_step(*arguments)
+
+    pretrain_k2.train_step = then
+
+
+def _cut_the_shard(path: Path, unseen: bool) -> None:
+    if unseen:  # between the look at its size and the reading of it
+        from k2_megatron.data.manifest import CheckedTokenFile
+
+        CheckedTokenFile.check_tokens = lambda *_: None
+    _before_step_4(partial(os.truncate, path, 0))
+
+
+@pytest.mark.parametrize("unseen", [False, True], ids=["seen", "in the moment of reading"])
+def test_shard_that_is_cut_under_the_run(small_config, text_folder, tmp_path, whole, unseen):
+    for suffix in (".bin", ".idx"):
+        shutil.copy(text_folder / f"train{suffix}", tmp_path / f"copy{suffix}")
+    shard, folder = tmp_path / "copy.bin", tmp_path / "run"
+    data = {"data.train": tmp_path / "copy"}
+    ended = run(small_config, folder, partial(_cut_the_shard, shard, unseen), **data)
+    if unseen:
+        assert ended.exit_code == -signal.SIGBUS
+        assert "Fatal Python error: Bus error" in ended.stderr and "rows.py" in ended.stderr
+    else:
+        assert ended.exit_code == 2
+        assert ended.stderr.startswith(f"error: {shard}: 0 bytes, and ") and ended.stderr.count("\n") == 1
+        assert "something cut it while it was read; " in ended.stderr
+    assert max(steps_of(folder)) <= 4
+    shutil.copy(text_folder / "train.bin", shard)
+    results_of([run(small_config, folder, **data)])
+    assert_same(folder, whole)
+
+
+def _lose_tensorboard(folder: Path) -> None:
+    _before_step_4(partial(shutil.rmtree, folder / "tensorboard"))
+
+
+def test_tensorboard_folder_that_is_lost_or_cannot_be_made(small_config, tmp_path, whole):
+    folder, blocked = tmp_path / "run", tmp_path / "blocked"
+    results_of([run(small_config, folder, partial(_lose_tensorboard, folder), **{"log.tensorboard": True})])
+    assert_same(folder, whole)
+    blocked.mkdir()
+    (blocked / "tensorboard").write_text("in the way")
+    ended = run(small_config, blocked, **{"log.tensorboard": True})
+    assert ended.exit_code == 0, ended.stderr
+    assert "TensorBoard files cannot be written" in ended.stderr
+    assert_same(blocked, whole)
+
+
+def test_ledger_that_cannot_be_written_ends_the_run_before_the_save(small_config, tmp_path, whole):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "ledger.jsonl").symlink_to("/dev/full")
+    ended = run(small_config, folder)
+    assert ended.exit_code == 2
+    assert (
+        ended.stderr.startswith(f"error: {folder}/ledger.jsonl could not be written (") and "make room" in ended.stderr
+    )
+    assert not list((folder / "checkpoints").glob("step_*"))
+    (folder / "ledger.jsonl").unlink()
+    results_of([run(small_config, folder)])
+    assert_same(folder, whole)
+
+
+def test_second_start_in_a_folder_is_refused_and_does_the_first_no_harm(small_config, tmp_path, whole):
+    folder = tmp_path / "run"
+    config = load_config(small_config, overrides({"run.folder": folder, **SETTINGS}))
+    shutil.copytree(whole, folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with hold_run_folder(config):
+        ended = run(small_config, folder)
+    assert ended.exit_code == 2
+    assert f"error: another process is training in {folder}" in ended.stderr
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
