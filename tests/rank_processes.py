@@ -6,6 +6,7 @@ each run has processes of its own, so that nothing of one can reach the next.
 """
 
 import contextlib
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -157,6 +158,7 @@ def _run(function: Callable, arguments: tuple, environment: dict[str, str], fold
             os.dup2(file.fileno(), descriptor)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     os.environ.update(environment)
+    gc.freeze()  # megatron-core collects garbage now and then, and would look through all that the server imported
     result = function(*arguments)
     torch.save(result, folder / "result")
     sys.stdout.flush()

@@ -1,6 +1,8 @@
 """Save a run in megatron-core's torch_dist format, exactly and atomically, in the foreground or in the background.
 
-Every rank writes and hashes its own file in a folder aside; rank 0 seals it with the manifest and publishes it.
+Every rank writes and hashes its own file in a folder aside; rank 0 seals it with the manifest and publishes it. What
+data-parallel (and context-parallel) ranks hold alike, they share: each byte is written once, and each rank writes about
+as much as any other. Who writes what depends on names and sizes alone.
 
     step waits:        fingerprint of the weights, the plan of who writes what, and, in the background mode, a copy
     in the background: write, hash, exchange the hashes, publish; over a process group of its own, since training uses
@@ -20,7 +22,11 @@ import torch.distributed as distributed
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    distribute_main_replicas_with_precomputed_distribution,
+)
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -61,12 +67,15 @@ class _Plan(TorchDistSaveShardedStrategy):
     6-10 s on two cores for 15 MB; ours writes the same files from this process.
     """
 
-    def __init__(self, *, copy: bool) -> None:
+    def __init__(self, replicas: distributed.ProcessGroup, *, copy: bool) -> None:
         super().__init__("torch_dist", 1, thread_count=1)
+        self.replicas = replicas
         self.copy = copy
         self.tensors: dict = {}
 
     def save(self, sharded_state_dict, checkpoint_dir) -> None:
+        shares = determine_main_replica_uniform_distribution(sharded_state_dict, self.replicas)
+        distribute_main_replicas_with_precomputed_distribution(sharded_state_dict, self.replicas, shares)
         named, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         if self.copy:  # training goes on changing the originals
             for shard in nested_values(named):
@@ -117,7 +126,7 @@ class CheckpointWriter:
         weights = weight_fingerprint(chunks, device)
         aside = self._checkpoints / f".{folder_name(step)}.writing"
         self._everywhere(step, lambda: start_writing(self._checkpoints, step) if self._rank == 0 else None)
-        plan = _Plan(copy=self._asynchronous)
+        plan = _Plan(self._groups.collection.dp_cp, copy=self._asynchronous)
         model = model_state(chunks)
         tensors, _local = optimizer_state(optimizer, model, loading=False)
         state = {**model, "optimizer": tensors, **random_state(self._groups, layout_name(config))}

@@ -1,9 +1,9 @@
 """A run that was stopped goes on as if it had not been: to the bit in its own layout, within rounding in another."""
 
 import pytest
-import resaving
+import resume_faults
 import torch
-from rank_processes import pretrain, results_of, run_ranks
+from rank_processes import pretrain
 from small_run import checkpoint_tensors, overrides
 
 from k2_megatron.train.checkpoint_files import read_manifest
@@ -14,6 +14,7 @@ LAYOUTS = {
     "tp2-pp2-sp": (4, {"parallel.tensor": 2, "parallel.pipeline": 2, "parallel.sequence": True}),
     "dp2-sharded": (2, {"parallel.data": 2, "parallel.distributed_optimizer": True}),
     "pp2-vp2": (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}),
+    "cp2-sharded": (2, {"parallel.context": 2, "parallel.distributed_optimizer": True}),
 }
 BFLOAT16 = {"train.precision": "bfloat16"}
 LOSSES, GRADIENT_NORMS = 1e-5, 1e-4  # relative, between layouts: as in tests/layouts
@@ -60,10 +61,10 @@ def test_resume_is_bitwise(whole_run, continued, layout, more):
     resumed = continued(whole, ranks, settings)
     (resume,) = events(resumed, "resume")
     assert (resume["step"], resume["doubts"], resume["next_sample"]) == (3, [], 24)
-    assert len(told(resumed)) == 6
+    assert len(told(resumed)) == 8
     assert told(resumed, 4) == told(whole, 4)
     assert events(resumed, "evaluation")[-1]["held_out_loss"] == events(whole, "evaluation")[-1]["held_out_loss"]
-    last = "checkpoints/step_00000006"
+    last = "checkpoints/step_00000008"
     assert read_manifest(resumed / last)["weights"] == read_manifest(whole / last)["weights"]
     assert unequal_tensors(whole / last, resumed / last) == []
 
@@ -76,10 +77,11 @@ def test_resume_is_bitwise(whole_run, continued, layout, more):
         ("tp2-pp2-sp", "pp2-vp2"),
         ("one", "tp2-pp2-sp"),
         ("dp2-sharded", "tp2-pp2-sp"),
-        ("pp2-vp2", "tp2-pp2-sp"),
+        ("pp2-vp2", "cp2-sharded"),
+        ("cp2-sharded", "tp2-pp2-sp"),
     ],
 )
-def test_resume_in_another_layout_stays_within_rounding(whole_run, continued, saved, loaded):
+def test_five_steps_in_another_layout_stay_within_rounding(whole_run, continued, saved, loaded):
     whole = whole_run(*LAYOUTS[saved])
     resumed = continued(whole, *LAYOUTS[loaded])
     for expected, found in zip(told(whole, 4), told(resumed, 4), strict=True):
@@ -88,40 +90,27 @@ def test_resume_in_another_layout_stays_within_rounding(whole_run, continued, sa
         assert {**found, "loss": 0, "grad_norm": 0} == {**expected, "loss": 0, "grad_norm": 0}
 
 
-@pytest.mark.parametrize("precision", [{}, BFLOAT16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    ("saved", "loaded"), [("tp2-pp2-sp", "dp2-sharded"), ("dp2-sharded", "pp2-vp2"), ("pp2-vp2", "tp2-pp2-sp")]
-)
-def test_loading_in_another_layout_changes_no_bit(whole_run, small_config, tmp_path, saved, loaded, precision):
-    """Weights, both moments and main parameters, saved again as soon as they are loaded."""
-    saved_ranks, saved_settings = LAYOUTS[saved]
-    source = whole_run(saved_ranks, {**saved_settings, **precision}) / "checkpoints" / "step_00000003"
-    ranks, settings = LAYOUTS[loaded]
-    given = overrides({"train.steps": 6, **settings, **precision})
-    results_of(run_ranks(resaving.load_and_save, ranks, (small_config, given, source, tmp_path), tmp_path / "output"))
-    assert unequal_tensors(source, tmp_path / "step_00000003") == []
-
-
 def test_finished_run_says_so_and_trains_no_further(whole_run, small_config, tmp_path):
     ranks, settings = LAYOUTS["one"]
     run = whole_run(ranks, settings)
     before = told(run)
-    given = overrides({"train.steps": 6, "train.evaluate_every_steps": 3, **settings, "run.folder": run})
+    given = overrides({"train.steps": 8, "train.evaluate_every_steps": 4, **settings, "run.folder": run})
     (outcome,) = pretrain(ranks, small_config, given, tmp_path)
     assert outcome.exit_code == 0, outcome.stderr
     assert f"finished: {run}" in outcome.stdout
     assert told(run) == before
     assert [event["event"] for event in read_events(run / "journal.jsonl")][-3:] == ["start", "resume", "stop"]
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step_00000003", "step_00000006"]
+    kept = ["latest", "step_00000003", "step_00000006", "step_00000008"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == kept
 
 
 @pytest.mark.parametrize(
     "fault",
     [
-        resaving.optimizer_not_restored,
-        resaving.second_moment_not_restored,
-        resaving.optimizer_step_not_restored,
-        resaving.next_sample_is_the_first,
+        resume_faults.optimizer_not_restored,
+        resume_faults.second_moment_not_restored,
+        resume_faults.optimizer_step_not_restored,
+        resume_faults.next_sample_is_the_first,
     ],
     ids=lambda fault: fault.__name__,
 )

@@ -58,8 +58,8 @@ def _share_the_tensors(saver: CheckpointWriter) -> None:
     import k2_megatron.train.checkpoint_save as checkpoint_save
 
     class Shared(checkpoint_save._Plan):
-        def __init__(self, *, copy: bool) -> None:
-            super().__init__(copy=False)
+        def __init__(self, replicas, *, copy: bool) -> None:
+            super().__init__(replicas, copy=False)
 
         def write(self, folder, group):
             import time
