@@ -121,7 +121,7 @@ class ModelFacts:
             "torch_dtype": dtype,
             "use_cache": True,
         }
-        dropped = {"rope_parameters", "dtype", "transformers_version", "_name_or_path", "pretraining_tp"}
+        dropped = {"rope_parameters", "dtype", "transformers_version", "_name_or_path", "pretraining_tp", "auto_map"}
         return {**{key: value for key, value in kept.items() if key not in dropped}, **ours}
 
 
@@ -139,6 +139,8 @@ def _not_llama(config: dict[str, Any]) -> list[str]:
     if kind != "default":
         reasons.append(f"its RoPE is scaled ({kind}), which K2 has no setting for")
     reasons += [f"{key} is true: K2 has no biases" for key in ("attention_bias", "mlp_bias") if config.get(key)]
+    if config.get("quantization_config"):
+        reasons.append("it is quantized (dequantize it first)")
     if config.get("hidden_act", "silu") != "silu":
         reasons.append(f"hidden_act is {config['hidden_act']!r}, not 'silu'")
     if not reasons:

@@ -11,10 +11,14 @@ import enum
 import random
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
 import torch
+from conversions import stored_tensors, write_llama
+
+from k2_megatron.convert.import_model import ImportOptions
 
 
 def old_enumeration(name: str) -> type[enum.Enum]:
@@ -145,3 +149,33 @@ def _state(arguments: argparse.Namespace, chunks: list[dict[str, dict[str, torch
             }
         ],
     }
+
+
+def known_model(folder: Path, layers: int = 3) -> tuple[dict, dict]:
+    """(fp32 weights, moments) by Hugging Face's names; the weights also lie in `folder`."""
+    write_llama(folder, layers=layers, rope_base=10000.0)
+    weights = stored_tensors(folder)
+    generator = torch.Generator().manual_seed(3)
+    moments = {
+        kind: {name: torch.randn(tensor.shape, generator=generator) for name, tensor in weights.items()}
+        for kind in ("exp_avg", "exp_avg_sq")
+    }
+    return weights, moments
+
+
+def options(tmp_path: Path, **chosen) -> ImportOptions:
+    return ImportOptions(tmp_path / "iter_0000941", tmp_path / "run", **{"proof": False, **chosen})
+
+
+def legacy_folder(tmp_path: Path, tensor: int = 2, pipeline: int = 1) -> Path:
+    """A sound iteration of 3 layers, where `options` looks for it."""
+    weights, moments = known_model(tmp_path / "hf")
+    write_legacy(tmp_path / "iter_0000941", weights, moments, tensor, pipeline)
+    return tmp_path / "iter_0000941"
+
+
+def change(path: Path, edit: Callable[[dict], object]) -> None:
+    """Edit the state in a file. Unpickling runs whatever was put there before: once a file."""
+    state = torch.load(path, weights_only=False)
+    edit(state)
+    torch.save(state, path)

@@ -1,37 +1,22 @@
 """from-k2-legacy: shards written in the old format from a known model, with its Adam state, under several layouts."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conversions import export_model, source_of, stored_tensors, write_llama
-from legacy_checkpoint import write_legacy
+from conversions import export_model, source_of, stored_tensors
+from legacy_checkpoint import change, known_model, legacy_folder, options, write_legacy
 
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.hugging_face import HuggingFaceSource
 from k2_megatron.convert.import_legacy import import_legacy
-from k2_megatron.convert.import_model import ImportOptions
 from k2_megatron.convert.legacy_k2 import Home, LegacyK2Source
 from k2_megatron.convert.legacy_model import LegacyModel
 from k2_megatron.convert.logits import Bound, compare_logits
 from k2_megatron.convert.model_facts import ModelFacts
 from k2_megatron.convert.names import Entry, Place, places
 from k2_megatron.convert.transformers_model import TransformersModel
-
-
-def known_model(folder: Path, layers: int = 3) -> tuple[dict, dict]:
-    """(fp32 weights, moments) by Hugging Face's names; the weights also lie in `folder`."""
-    write_llama(folder, layers=layers, rope_base=10000.0)
-    weights = stored_tensors(folder)
-    generator = torch.Generator().manual_seed(3)
-    moments = {
-        kind: {name: torch.randn(tensor.shape, generator=generator) for name, tensor in weights.items()}
-        for kind in ("exp_avg", "exp_avg_sq")
-    }
-    return weights, moments
-
 
 LAYOUTS = [(1, 1, 1, 3), (2, 3, 1, 3), (2, 2, 2, 8)]  # tensor, pipeline, virtual pipeline, layers
 
@@ -140,22 +125,6 @@ def test_a_failed_proof_publishes_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     assert not list((tmp_path / "run").glob("checkpoints/step_*"))
 
 
-def options(tmp_path: Path, **chosen) -> ImportOptions:
-    return ImportOptions(tmp_path / "iter_0000941", tmp_path / "run", **{"proof": False, **chosen})
-
-
-def legacy_folder(tmp_path: Path, tensor: int = 2, pipeline: int = 1) -> Path:
-    weights, moments = known_model(tmp_path / "hf")
-    write_legacy(tmp_path / "iter_0000941", weights, moments, tensor, pipeline)
-    return tmp_path / "iter_0000941"
-
-
-def change(path: Path, edit) -> None:
-    state = torch.load(path, weights_only=False)
-    edit(state)
-    torch.save(state, path)
-
-
 def swap_states(state: dict) -> None:
     """The same shapes in another order: the q-k-v matrices of layers 0 and 1 exchange their fp32 copies."""
     mains = state["optimizer"]["fp32_from_fp16_params"][0]
@@ -215,19 +184,3 @@ def test_without_adams_state_any_optimizer_is_read_over(tmp_path: Path) -> None:
     for path in folder.glob("*/*.pt"):
         change(path, lambda s: s["optimizer"].pop("fp32_from_fp16_params"))
     assert import_legacy(options(tmp_path), optimizer=False).name == "step_00000941"
-
-
-class RunsACommand:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
-    folder = legacy_folder(tmp_path)
-    change(folder / "mp_rank_00_000" / "model_optim_rng.pt", lambda s: s.update(args=RunsACommand(tmp_path / "evil")))
-    with pytest.raises(ConversionError, match="cannot be read safely"):
-        import_legacy(options(tmp_path), optimizer=True)
-    assert not (tmp_path / "evil").exists()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,6 @@ from conversions import export_model, import_model, write_llama
 from k2_megatron.convert.describe import describe
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.reshard import reshard
-from k2_megatron.convert.torch_blob import find_payload, object_blob
 from k2_megatron.convert.torch_dist import checkpoint_folder
 from k2_megatron.convert.verify import verify_export, verify_training
 from k2_megatron.train.checkpoint_files import hash_file
@@ -109,33 +107,6 @@ def test_a_pointer_to_nothing_is_not_followed(run: Path, pointer: str) -> None:
     with pytest.raises(ConversionError, match="which is no complete checkpoint"):
         checkpoint_folder(run)
     assert checkpoint_folder(run / "checkpoints" / "step_00000000").name == "step_00000000"
-
-
-def test_metadata_that_runs_code_is_refused_and_does_not_run(run: Path, tmp_path: Path) -> None:
-    class Attack:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "evil"),)
-
-    checkpoint = checkpoint_folder(run)
-    (checkpoint / ".metadata").write_bytes(pickle.dumps(Attack()))
-    for read in (lambda: describe(run), lambda: export_model(run, tmp_path / "out")):
-        with pytest.raises(ConversionError, match=r"posix\.mkdir, which no checkpoint of ours holds"):
-            read()
-    assert not (tmp_path / "evil").exists()
-
-
-def test_a_tensor_that_runs_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
-    """A whole chunk, its zip and checksums in order, whose pickle calls os.mkdir."""
-
-    class Attack:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "evil"),)
-
-    blob = object_blob(pickle.dumps(Attack(), 2))
-    (tmp_path / "chunk").write_bytes(blob)
-    with (tmp_path / "chunk").open("rb") as stream, pytest.raises(ConversionError, match=r"posix\.mkdir is not what"):
-        find_payload(stream.fileno(), 0, len(blob), "chunk")
-    assert not (tmp_path / "evil").exists()
 
 
 @pytest.mark.parametrize("wound", ["sound", "flipped", "missing", "config"])

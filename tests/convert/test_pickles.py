@@ -1,0 +1,157 @@
+"""A pickle that runs code, in every place where a checkpoint holds one: refused by name, and it does not run.
+
+The attack makes a folder, by three ways that pickles have to call something. Files are whole: zips, sizes and, where
+the manifest has hashes, hashes are in order, as they would be from somebody who means harm.
+"""
+
+import functools
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conversions import export_model, import_model, model_config, write_llama
+from legacy_checkpoint import change, legacy_folder, options
+
+from k2_megatron.convert.describe import describe
+from k2_megatron.convert.errors import ConversionError
+from k2_megatron.convert.import_legacy import import_legacy
+from k2_megatron.convert.torch_blob import object_blob
+from k2_megatron.convert.torch_dist import checkpoint_folder
+from k2_megatron.convert.torch_metadata import read_metadata
+from k2_megatron.convert.transformers_model import TransformersModel
+from k2_megatron.convert.verify import verify_training
+from k2_megatron.train.checkpoint_files import hash_file
+
+
+class Attack:
+    """Unpickling it calls `call(*arguments)`."""
+
+    def __init__(self, call: Callable, *arguments) -> None:
+        self.calls = call, arguments
+
+    def __reduce__(self):
+        return self.calls
+
+
+ATTACKS: dict[str, Callable[[Path], Attack]] = {
+    "mkdir": lambda evil: Attack(os.mkdir, str(evil)),
+    "exec": lambda evil: Attack(exec, f"import os; os.mkdir({str(evil)!r})"),
+    "partial": lambda evil: Attack(functools.reduce, functools.partial(os.mkdir), [str(evil), 0o700]),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_the_attacks_work_on_an_unrestricted_loader(tmp_path: Path, attack: str) -> None:
+    pickle.loads(pickle.dumps(ATTACKS[attack](tmp_path / "evil")))
+    assert (tmp_path / "evil").is_dir()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    write_llama(tmp_path / "hf")
+    import_model(tmp_path / "hf", tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_tables_of_a_checkpoint(run: Path, tmp_path: Path, attack: str) -> None:
+    write(checkpoint_folder(run), ".metadata", pickle.dumps(ATTACKS[attack](tmp_path / "evil")))
+    for read in (lambda: describe(run), lambda: export_model(run, tmp_path / "out")):
+        with pytest.raises(ConversionError, match="which no checkpoint of ours holds"):
+            read()
+    assert "which no checkpoint of ours holds" in "".join(verify_training(checkpoint_folder(run), workers=1))
+    assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_chunk_of_a_checkpoint(run: Path, tmp_path: Path, attack: str) -> None:
+    checkpoint = checkpoint_folder(run)
+    chunk = read_metadata(checkpoint).tensors["embedding.word_embeddings.weight"].chunks[0]
+    content = bytearray((checkpoint / chunk.file).read_bytes())
+    blob = object_blob(pickle.dumps(ATTACKS[attack](tmp_path / "evil"), 2))
+    content[chunk.position : chunk.position + chunk.length] = (
+        bytes(chunk.length - len(blob)) + blob
+    )  # zips end at the end
+    write(checkpoint, chunk.file, bytes(content))
+    with pytest.raises(ConversionError, match="is not what a stored tensor holds"):
+        export_model(run, tmp_path / "out")
+    assert "is not what a stored tensor holds" in "".join(verify_training(checkpoint, workers=1))
+    assert not (tmp_path / "evil").exists()
+
+
+PLACES: dict[str, Callable[[dict, Attack], object]] = {
+    "arguments": lambda state, attack: vars(state["args"]).update(rank=attack),
+    "model": lambda state, attack: state["model"]["language_model"].update(pooler=attack),
+    "optimizer": lambda state, attack: state["optimizer"]["optimizer"]["state"][0].update(step=attack),
+    "schedule": lambda state, attack: state["opt_param_scheduler"].update(max_lr=attack),
+    "generators": lambda state, attack: state["rng_state"][0].update(np_rng_state=attack),
+    "key": lambda state, attack: state.update({"more": {(1, attack): 2}}),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_old_shards(tmp_path: Path, place: str) -> None:
+    folder = legacy_folder(tmp_path)
+    for attack, make in ATTACKS.items():
+        file = folder / "mp_rank_01_000" / "model_optim_rng.pt"  # not the first that is read
+        change(file, lambda state, make=make: PLACES[place](state, make(tmp_path / "evil")))
+        for read in (lambda: describe(folder), lambda: import_legacy(options(tmp_path), optimizer=False)):
+            with pytest.raises(ConversionError, match="cannot be read safely"):
+                read()
+        assert not (tmp_path / "evil").exists(), attack
+        legacy_folder_again(folder)
+
+
+def legacy_folder_again(folder: Path) -> None:
+    """The files as they were: unpickling the wounded ones in this process would run the attack."""
+    (folder / "mp_rank_01_000" / "model_optim_rng.pt").write_bytes(
+        (folder / "mp_rank_00_000" / "model_optim_rng.pt").read_bytes()
+    )
+
+
+@pytest.mark.parametrize("format_", ["zip", "old"])
+def test_an_old_shard_that_is_nothing_but_an_attack(tmp_path: Path, format_: str) -> None:
+    folder = legacy_folder(tmp_path)
+    file = folder / "mp_rank_00_000" / "model_optim_rng.pt"
+    for make in ATTACKS.values():
+        torch.save(make(tmp_path / "evil"), file, _use_new_zipfile_serialization=format_ == "zip")
+        assert zipfile.is_zipfile(file) == (format_ == "zip")
+        with pytest.raises(ConversionError, match="cannot be read safely"):
+            import_legacy(options(tmp_path), optimizer=True)
+        assert not (tmp_path / "evil").exists()
+
+
+def test_a_model_folder_of_pickles_is_not_opened(tmp_path: Path) -> None:
+    write_llama(tmp_path / "hf")
+    for path in (tmp_path / "hf").glob("model*"):
+        path.unlink()
+    torch.save({"w": Attack(os.mkdir, str(tmp_path / "evil"))}, tmp_path / "hf" / "pytorch_model.bin")
+    with pytest.raises(ConversionError, match="first saved as safetensors with transformers"):
+        import_model(tmp_path / "hf", tmp_path / "run")
+    assert not (tmp_path / "evil").exists()
+
+
+def test_code_that_comes_with_a_model_is_neither_run_nor_passed_on(tmp_path: Path) -> None:
+    """transformers imports a folder's own code where auto_map names it, if it is told to trust it."""
+    write_llama(tmp_path / "hf")
+    config = {**model_config(tmp_path / "hf"), "auto_map": {"AutoConfig": "evil.Config"}}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "hf" / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'evil')!r})\nclass Config: pass\n")
+    TransformersModel(tmp_path / "hf").logits(torch.zeros(1, 4, dtype=torch.int64))
+    import_model(tmp_path / "hf", tmp_path / "run")
+    export_model(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "evil").exists()
+    assert "auto_map" not in model_config(tmp_path / "out")
+
+
+def write(checkpoint: Path, name: str, content: bytes) -> None:
+    """Replace a file, and its size and hash in the manifest."""
+    (checkpoint / name).write_bytes(content)
+    manifest = json.loads((checkpoint / "k2.json").read_text())
+    manifest["files"][name] = hash_file(checkpoint / name)
+    (checkpoint / "k2.json").write_text(json.dumps(manifest))
