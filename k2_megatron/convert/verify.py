@@ -18,6 +18,7 @@ from k2_megatron.convert.numbers import BITS
 from k2_megatron.convert.to_torch_dist import blocks
 from k2_megatron.convert.torch_dist import MANIFEST, TorchDistSource, read_manifest
 from k2_megatron.convert.work import Unit, hash_file, resident_bytes, run_checks
+from k2_megatron.train.checkpoint_pickles import pickle_problems
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,9 @@ def verify_training(folder: Path, workers: int) -> list[str]:
         if problems:
             return problems
         source = TorchDistSource(folder, manifest)
+        problems = pickle_problems(folder)
+        if problems:
+            return problems
         check = FingerprintCheck(source)
         results, _totals = run_checks(check, check.units(), workers)
     except (ConversionError, OSError) as error:

@@ -23,6 +23,7 @@ from k2_megatron.train.checkpoint_files import (
     set_damaged_aside,
     verify_files,
 )
+from k2_megatron.train.checkpoint_pickles import pickle_problems
 from k2_megatron.train.checkpoint_state import (
     layout_name,
     model_state,
@@ -66,7 +67,8 @@ def _problems_of(folder: Path, groups: Groups) -> list[str]:
         manifest = read_manifest(folder)
     except CheckpointError as error:
         return [str(error)] if groups.rank == 0 else []
-    return verify_files(folder, manifest, groups.rank, groups.world_size)
+    problems = verify_files(folder, manifest, groups.rank, groups.world_size)
+    return problems or (pickle_problems(folder) if groups.rank == 0 else [])
 
 
 def load_checkpoint(

@@ -11,6 +11,8 @@ import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,12 +22,15 @@ from legacy_checkpoint import change, legacy_folder, options
 from k2_megatron.convert.describe import describe
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.import_legacy import import_legacy
+from k2_megatron.convert.reshard import reshard
 from k2_megatron.convert.torch_blob import object_blob
 from k2_megatron.convert.torch_dist import checkpoint_folder
-from k2_megatron.convert.torch_metadata import read_metadata
+from k2_megatron.convert.torch_metadata import read_metadata, write_metadata
 from k2_megatron.convert.transformers_model import TransformersModel
 from k2_megatron.convert.verify import verify_training
+from k2_megatron.train.checkpoint import _problems_of
 from k2_megatron.train.checkpoint_files import hash_file
+from k2_megatron.train.checkpoint_pickles import pickle_problems
 
 
 class Attack:
@@ -65,6 +70,7 @@ def test_tables_of_a_checkpoint(run: Path, tmp_path: Path, attack: str) -> None:
         with pytest.raises(ConversionError, match="which no checkpoint of ours holds"):
             read()
     assert "which no checkpoint of ours holds" in "".join(verify_training(checkpoint_folder(run), workers=1))
+    require_refused_by_training(checkpoint_folder(run))
     assert not (tmp_path / "evil").exists()
 
 
@@ -82,6 +88,32 @@ def test_a_chunk_of_a_checkpoint(run: Path, tmp_path: Path, attack: str) -> None
         export_model(run, tmp_path / "out")
     assert "is not what a stored tensor holds" in "".join(verify_training(checkpoint, workers=1))
     assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_byte_object_of_a_checkpoint(run: Path, tmp_path: Path, attack: str) -> None:
+    """Generator states and extra state: torch's reader unpickles them without restriction when training loads them."""
+    checkpoint = checkpoint_folder(run)
+    assert pickle_problems(checkpoint) == []
+    objects = read_metadata(checkpoint).objects
+    stored = objects["decoder.layers.mlp.linear_fc1._extra_state/shard_1_3"]
+    blob = object_blob(pickle.dumps(ATTACKS[attack](tmp_path / "evil"), 2))
+    content = (checkpoint / stored.file).read_bytes()
+    tables = read_metadata(checkpoint)
+    tables.objects.update(dict.fromkeys(objects, stored._replace(position=len(content), length=len(blob))))
+    write(checkpoint, stored.file, content + blob)
+    write_metadata(checkpoint, tables)
+    write(checkpoint, ".metadata", (checkpoint / ".metadata").read_bytes())
+    require_refused_by_training(checkpoint)
+    with pytest.raises(ConversionError, match="which no checkpoint of ours holds"):
+        reshard(run, tmp_path / "other", tensor=1, pipeline=1, workers=1)
+    assert not (tmp_path / "evil").exists()
+
+
+def require_refused_by_training(checkpoint: Path) -> None:
+    alone: Any = SimpleNamespace(rank=0, world_size=1)
+    (problem,) = _problems_of(checkpoint, alone)
+    assert "which no checkpoint of ours holds" in problem
 
 
 PLACES: dict[str, Callable[[dict, Attack], object]] = {
