@@ -236,33 +236,45 @@ def linear_cross_entropy_workload(
 def optimizer_workloads(elements: int, device: str) -> Iterator[Workload]:
     """fp32 shards as a distributed optimizer holds them: one large and many small tensors."""
     sizes = [elements // 2] + [elements // 128] * 63 + [HIDDEN] * 8
-    total = sum(sizes)
+    shape = f"{sum(sizes)} elements, {len(sizes)} tensors"
+    yield adamw_workload(sizes, shape, device, with_copies=False)
+    yield adamw_workload(sizes, shape, device, with_copies=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield Workload(
+            "gradient_norm", shape, dtype, dtype.itemsize * sum(sizes), 0,
+            lambda dtype=dtype: ([torch.randn(size, device=device).to(dtype) for size in sizes],), lambda inputs: (),
+            {
+                "ours": lambda gradients: gradient_norm_squared(gradients, backend=device),
+                "eager": lambda gradients: torch.nn.utils.get_total_norm(gradients),
+            },
+        )  # fmt: skip
 
-    def parameters():
+
+def adamw_workload(sizes: list[int], shape: str, device: str, with_copies: bool) -> Workload:
+    """with_copies: the bf16 weights of the model are written too, in eager mode by a pass of their own."""
+
+    def optimizer(kind: Callable[..., torch.optim.Optimizer], **options: Any) -> tuple[Any, list, list]:
         tensors = [torch.randn(size, device=device) for size in sizes]
         for tensor in tensors:
             tensor.grad = torch.randn_like(tensor)
-        return tensors
+        copies = [torch.empty_like(tensor, dtype=torch.bfloat16) for tensor in tensors] if with_copies else []
+        return kind(tensors, lr=1e-4, weight_decay=0.1, **options), tensors, copies
 
-    def adamw_inputs():
-        mine, theirs = parameters(), parameters()
-        options = {"lr": 1e-4, "weight_decay": 0.1}
-        return {
-            "ours": AdamW(mine, backend=device, **options),
-            "eager": torch.optim.AdamW(theirs, fused=True, **options),
-        }
+    def inputs() -> tuple[dict]:
+        ours, tensors, copies = optimizer(AdamW, backend=device)
+        ours.model_copies.update(zip(tensors, copies, strict=False))
+        return ({"ours": ours, "eager": optimizer(torch.optim.AdamW, fused=True)},)
 
-    yield Workload(
-        "adamw", f"{total} elements, {len(sizes)} tensors", torch.float32, 28 * total, 0, lambda: (adamw_inputs(),),
-        lambda inputs: (), {name: lambda optimizers, name=name: optimizers[name].step() for name in ("ours", "eager")},
-    )  # fmt: skip
-    yield Workload(
-        "gradient_norm", f"{total} elements, {len(sizes)} tensors", torch.float32, 4 * total, 0,
-        lambda: ([tensor.grad for tensor in parameters()],), lambda inputs: (),
-        {
-            "ours": lambda gradients: gradient_norm_squared(gradients, backend=device),
-            "eager": lambda gradients: torch.nn.utils.get_total_norm(gradients),
-        },
+    def eager(optimizers: dict) -> None:
+        theirs, tensors, copies = optimizers["eager"]
+        theirs.step()
+        if with_copies:
+            torch._foreach_copy_(copies, tensors)
+
+    name, each = ("adamw, bf16 copies", 30) if with_copies else ("adamw", 28)
+    return Workload(
+        name, shape, torch.float32, each * sum(sizes), 0, inputs, lambda inputs: (),
+        {"ours": lambda optimizers: optimizers["ours"].step(), "eager": eager},
     )  # fmt: skip
 
 

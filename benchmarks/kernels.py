@@ -174,7 +174,7 @@ def main() -> None:
     workloads = (cuda_workloads if device == "cuda" else cpu_workloads)(arguments.quick)
     rows = []
     for workload in workloads:
-        if arguments.only in (None, workload.op):
+        if arguments.only in (None, workload.op.partition(",")[0]):
             rows += summarise(workload, measure(workload, device, rounds, not arguments.no_compile), device)
             print(f"{workload.op} {workload.shape} {str(workload.dtype)[6:]}", flush=True)
     name = hardware(device)

@@ -1,18 +1,32 @@
 // The squared norm and the scaling of a list of tensors: the CPU twin of csrc/gradient_norm.cu. Definitions are in
 // ops.h.
+#include "prefetch.h"
 #include "tensor_list.h"
 
 namespace k2::cpu::K2_ISA {
 namespace {
 
+constexpr int64_t kAhead = 1024;  // elements that are asked for before they are added
+
+// Four sums, so that an addition need not wait for the one before it.
 template <class T>
 double sum_of_squares(const T* values, int64_t length) {
-  SquareSum squares = no_squares();
-  for_lanes(length, [&](int64_t i, auto lanes) { add_squares(squares, load(values + i, lanes)); });
-  double lane[kLanes];
-  lanes_of(squares, lane);
+  SquareSum sums[4] = {no_squares(), no_squares(), no_squares(), no_squares()};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= length; i += 4 * kLanes) {
+    prefetch(values + i, kAhead, 4 * kLanes);
+    add_squares(sums[0], sums[1], values + i);
+    add_squares(sums[2], sums[3], values + i + 2 * kLanes);
+  }
+  for_lanes(length - i, [&](int64_t rest, auto lanes) { add_squares(sums[0], load(values + i + rest, lanes)); });
+  double lane[kLanes], other[kLanes];
+  lanes_of(sums[0], lane);
+  for (int sum = 1; sum < 4; ++sum) {
+    lanes_of(sums[sum], other);
+    for (int k = 0; k < kLanes; ++k) lane[k] += other[k];
+  }
   for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+    for (int k = 0; k < half; ++k) lane[k] += lane[k + half];
   return lane[0];
 }
 

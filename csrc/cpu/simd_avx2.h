@@ -190,13 +190,32 @@ inline SquareSum no_squares() {
   const __m256d zero = _mm256_setzero_pd();
   return {{zero, zero, zero, zero}};
 }
+inline void add_squares(SquareSum& to, __m128 a, __m128 b, __m128 c, __m128 d) {
+  const __m256d wide[4] = {_mm256_cvtps_pd(a), _mm256_cvtps_pd(b), _mm256_cvtps_pd(c), _mm256_cvtps_pd(d)};
+  for (int i = 0; i < 4; ++i) to.part[i] = _mm256_fmadd_pd(wide[i], wide[i], to.part[i]);
+}
 inline void add_squares(SquareSum& to, Vec a) {
-  const __m128 quarter[4] = {_mm256_castps256_ps128(a.low), _mm256_extractf128_ps(a.low, 1),
-                             _mm256_castps256_ps128(a.high), _mm256_extractf128_ps(a.high, 1)};
-  for (int i = 0; i < 4; ++i) {
-    const __m256d wide = _mm256_cvtps_pd(quarter[i]);
-    to.part[i] = _mm256_fmadd_pd(wide, wide, to.part[i]);
+  add_squares(to, _mm256_castps256_ps128(a.low), _mm256_extractf128_ps(a.low, 1), _mm256_castps256_ps128(a.high),
+              _mm256_extractf128_ps(a.high, 1));
+}
+// Thirty-two values in two sums, in the orders of simd_avx512.h.
+inline void add_squares(SquareSum& one, SquareSum& other, const float* p) {
+  add_squares(one, _mm_loadu_ps(p), _mm_loadu_ps(p + 4), _mm_loadu_ps(p + 8), _mm_loadu_ps(p + 12));
+  add_squares(other, _mm_loadu_ps(p + 16), _mm_loadu_ps(p + 20), _mm_loadu_ps(p + 24), _mm_loadu_ps(p + 28));
+}
+inline void add_squares(SquareSum& one, SquareSum& other, const BFloat16* p) {
+  for (int i = 0; i < 2; ++i) {
+    const __m128i* words = reinterpret_cast<const __m128i*>(p) + 2 * i;
+    const __m128i first = _mm_loadu_si128(words), second = _mm_loadu_si128(words + 1);
+    const __m128i high = _mm_set1_epi32(static_cast<int>(0xffff0000));
+    add_squares(i ? other : one, _mm_castsi128_ps(_mm_slli_epi32(first, 16)),
+                _mm_castsi128_ps(_mm_slli_epi32(second, 16)), _mm_castsi128_ps(_mm_and_si128(first, high)),
+                _mm_castsi128_ps(_mm_and_si128(second, high)));
   }
+}
+inline void add_squares(SquareSum& one, SquareSum& other, const Float16* p) {
+  add_squares(one, load(p, Full{}));
+  add_squares(other, load(p + kLanes, Full{}));
 }
 inline void lanes_of(const SquareSum& squares, double (&lane)[kLanes]) {
   for (int i = 0; i < 4; ++i) _mm256_storeu_pd(lane + 4 * i, squares.part[i]);

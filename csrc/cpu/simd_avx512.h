@@ -135,11 +135,29 @@ struct SquareSum {
   __m512d low, high;
 };
 inline SquareSum no_squares() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
-inline void add_squares(SquareSum& to, Vec a) {
-  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(a.v));
-  const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1));
+inline void add_squares(SquareSum& to, __m256 first, __m256 second) {
+  const __m512d low = _mm512_cvtps_pd(first), high = _mm512_cvtps_pd(second);
   to.low = _mm512_fmadd_pd(low, low, to.low);
   to.high = _mm512_fmadd_pd(high, high, to.high);
+}
+inline void add_squares(SquareSum& to, Vec a) {
+  add_squares(to, _mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+}
+// Thirty-two values in two sums, in an order of the type's own that takes no shuffle.
+inline void add_squares(SquareSum& one, SquareSum& other, const float* p) {
+  add_squares(one, _mm256_loadu_ps(p), _mm256_loadu_ps(p + 8));
+  add_squares(other, _mm256_loadu_ps(p + 16), _mm256_loadu_ps(p + 24));
+}
+inline void add_squares(SquareSum& one, SquareSum& other, const BFloat16* p) {
+  for (int i = 0; i < 2; ++i) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + i);
+    const __m256i odd = _mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000)));
+    add_squares(i ? other : one, _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)), _mm256_castsi256_ps(odd));
+  }
+}
+inline void add_squares(SquareSum& one, SquareSum& other, const Float16* p) {
+  add_squares(one, load(p, Full{}));
+  add_squares(other, load(p + kLanes, Full{}));
 }
 inline void lanes_of(const SquareSum& squares, double (&lane)[kLanes]) {
   _mm512_storeu_pd(lane, squares.low);

@@ -143,6 +143,23 @@ inline SquareSum no_squares() { return {}; }
 inline void add_squares(SquareSum& to, Vec a) {
   for (int i = 0; i < kLanes; ++i) to.lane[i] += static_cast<double>(a.lane[i]) * a.lane[i];
 }
+// Thirty-two values in two sums, in the orders of simd_avx512.h.
+template <class T>
+inline void add_squares(SquareSum& one, SquareSum& other, const T* p) {
+  add_squares(one, load(p, Full{}));
+  add_squares(other, load(p + kLanes, Full{}));
+}
+inline void add_squares(SquareSum& one, SquareSum& other, const BFloat16* p) {
+  constexpr int kHalf = kLanes / 2;
+  Vec even, odd;
+  split_pairs(load(p, Full{}), load(p + kLanes, Full{}), even, odd);
+  for (int i = 0; i < kHalf; ++i) {
+    one.lane[i] += static_cast<double>(even.lane[i]) * even.lane[i];
+    one.lane[i + kHalf] += static_cast<double>(odd.lane[i]) * odd.lane[i];
+    other.lane[i] += static_cast<double>(even.lane[i + kHalf]) * even.lane[i + kHalf];
+    other.lane[i + kHalf] += static_cast<double>(odd.lane[i + kHalf]) * odd.lane[i + kHalf];
+  }
+}
 inline void lanes_of(const SquareSum& squares, double (&lane)[kLanes]) { std::memcpy(lane, squares.lane, sizeof lane); }
 
 }  // namespace k2::cpu::K2_ISA

@@ -13,7 +13,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from k2_megatron.kernels.adamw import STEP as ADAMW_STEP
+from k2_megatron.kernels.adamw import adamw_reference_
 from k2_megatron.kernels.cross_entropy import vocab_parallel_cross_entropy
+from k2_megatron.kernels.gradient_norm import clip_gradients_
 from k2_megatron.kernels.linear_cross_entropy import linear_cross_entropy
 from k2_megatron.kernels.rms_norm import add_rms_norm, rms_norm
 from k2_megatron.kernels.rotary import rotary, rotary_tables
@@ -159,6 +162,27 @@ def _run_linear_cross_entropy(inputs: Inputs, backend: str) -> Results:
     return _backward(inputs, {"loss": loss}, {"hidden": hidden, "weight": weight})
 
 
+def _run_adamw(inputs: Inputs, backend: str) -> Results:
+    """shape: the sizes of tensors; dtype: that of the gradients and of the model copies."""
+    sizes, wide = inputs.case.shape, torch.promote_types(inputs.dtype, torch.float32)
+    parameters, exp_avg = ([inputs.normal(size, dtype=torch.float32, leaf=False) for size in sizes] for _ in range(2))
+    exp_avg_sq = [inputs.normal(size, dtype=torch.float32, leaf=False).square() for size in sizes]
+    gradients = [inputs.placed(inputs.normal(size, leaf=False)) for size in sizes]
+    copies = [torch.full_like(gradient, torch.nan) for gradient in gradients]
+    factor = torch.tensor([0.25], device=inputs.device, dtype=wide)
+    step = adamw_reference_ if backend == "torch" else ADAMW_STEP
+    step(parameters, gradients, exp_avg, exp_avg_sq, copies, factor, 3e-2, 0.9, 0.95, 1e-6, 0.1, 3)
+    lists = {"parameters": parameters, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "copies": copies}
+    return {name: torch.cat(tensors) for name, tensors in lists.items()}
+
+
+def _run_clip(inputs: Inputs, backend: str) -> Results:
+    """shape: the sizes of tensors."""
+    gradients = [inputs.placed(inputs.normal(size, leaf=False)) for size in inputs.case.shape]
+    factor = clip_gradients_(gradients, torch.tensor(3.0, device=inputs.device), 1.0, backend=backend)
+    return {"gradients": torch.cat(gradients), "factor": factor}
+
+
 RUNNERS: dict[str, Callable[[Inputs, str], Results]] = {
     "rms_norm": _run_rms_norm,
     "swiglu": _run_swiglu,
@@ -166,6 +190,8 @@ RUNNERS: dict[str, Callable[[Inputs, str], Results]] = {
     "rotary_packed": _run_rotary_packed,
     "cross_entropy": _run_cross_entropy,
     "linear_cross_entropy": _run_linear_cross_entropy,
+    "adamw": _run_adamw,
+    "clip_gradients": _run_clip,
 }
 
 # Shapes: empty, one element, narrower than a vector, below, at and above vector multiples, K2's widths, many rows.
@@ -201,6 +227,11 @@ _IN_FP32 = [
     Case("cross_entropy", (3, 2, 40), options={"scale": 60.0}),
     Case("linear_cross_entropy", (13, 16, 37), options={"chunk_tokens": 5, "label_smoothing": 0.1, "z_loss": 1e-3}),
     Case("linear_cross_entropy", (8, 24, 50), offset=1),
+    *(
+        Case(op, sizes, offset=offset)
+        for op in ("adamw", "clip_gradients")
+        for sizes, offset in [((0, 1, 7, 99, 4099), 0), ((33, 70_001), 1)]
+    ),
 ]
 
 

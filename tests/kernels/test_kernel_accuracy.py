@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from kernel_cases import CASES, Case, assert_as_good_as_reference
 
 from k2_megatron.kernels.cross_entropy import vocab_parallel_cross_entropy
 from k2_megatron.kernels.dispatch import extension
+from k2_megatron.kernels.gradient_norm import gradient_statistics
 from k2_megatron.kernels.rms_norm import rms_norm
 from k2_megatron.kernels.rotary import rotary, rotary_tables
 
@@ -71,13 +73,25 @@ def rotate_what_is_not_finite(backend="cpu"):
     return found
 
 
+def gradient_statistics_of_all_dtypes():
+    """{dtype and size: (sum of squares and count, the tensor)}; odd sizes, several chunks, an infinity, subnormals."""
+    found = {}
+    for dtype, size in product((torch.float32, torch.bfloat16, torch.float16), (0, 5, 63, 97, 140_001)):
+        values = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype)
+        found[f"{str(dtype)[6:]} {size}"] = gradient_statistics([values], backend="cpu"), values
+    values = torch.tensor([1e-41, 3e38, -3e38, torch.inf, 2.0] * 20, dtype=torch.bfloat16)
+    found["not finite"] = gradient_statistics([values], backend="cpu"), values
+    return found
+
+
 RUN_ALL_CASES = """
 import sys, torch
-from test_kernel_accuracy import CASES, THREADED, rotate_what_is_not_finite
+from test_kernel_accuracy import CASES, THREADED, gradient_statistics_of_all_dtypes, rotate_what_is_not_finite
 results = {
     str(case): {name: value.detach() for name, value in case.run("cpu").items()} for case in [*CASES, *THREADED]
 }
-results["not finite"] = rotate_what_is_not_finite()
+results["rotate what is not finite"] = rotate_what_is_not_finite()
+results["gradient statistics"] = {name: found for name, (found, _) in gradient_statistics_of_all_dtypes().items()}
 torch.save(results, sys.argv[1])
 """
 
@@ -106,10 +120,20 @@ def test_every_instruction_set_is_as_exact_as_the_reference(by_instruction_set):
 def test_every_instruction_set_keeps_nan_infinities_and_subnormals_apart(by_instruction_set):
     for name, expected in rotate_what_is_not_finite("torch").items():
         for instruction_set, results in by_instruction_set.items():
-            found = results["not finite"][name]
+            found = results["rotate what is not finite"][name]
             assert torch.equal(found.isnan(), expected.isnan()), f"{instruction_set}: {name}"
             limits = torch.finfo(found.dtype)
             torch.testing.assert_close(found, expected, rtol=limits.eps, atol=limits.tiny * limits.eps, equal_nan=True)
+
+
+@on_cpu
+def test_every_instruction_set_adds_all_squares(by_instruction_set):
+    for name, (_, values) in gradient_statistics_of_all_dtypes().items():
+        exact = math.fsum(float(value) ** 2 for value in values)
+        for instruction_set, results in by_instruction_set.items():
+            squares, count = results["gradient statistics"][name].tolist()
+            assert squares == pytest.approx(exact, rel=1e-14), f"{instruction_set}: {name}"
+            assert count == int((~values.isfinite()).sum())
 
 
 @on_cpu
