@@ -48,11 +48,13 @@ class ModelFacts:
         try:
             config = json.loads(path.read_text())
         except OSError as error:
-            raise ConversionError(
-                f"{path} cannot be read ({error.strerror}); give a Hugging Face model folder"
-            ) from None
+            revisions = sorted(folder.glob("snapshots/*/config.json"))  # a model's folder in the hub's cache
+            remedy = f"give {revisions[-1].parent}" if revisions else "give a Hugging Face model folder"
+            raise ConversionError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
         except ValueError as error:
             raise ConversionError(f"{path} is damaged ({error}); fetch it again") from None
+        if not isinstance(config, dict):
+            raise ConversionError(f"{path} is damaged (it holds no table); fetch it again")
         reasons = _not_llama(config)
         if reasons:
             raise ConversionError(f"{path} describes a model this tool does not convert: {'; '.join(reasons)}")
