@@ -7,7 +7,7 @@
     convert_checkpoint.py inspect        --load ANY
     convert_checkpoint.py verify         --load ANY
 
-Exit codes: 0 done, 1 the check failed or the conversion stopped, 2 the command line is wrong.
+Exit codes: 0 done, 1 the check failed or the conversion stopped, 2 the command line is wrong, 130 interrupted.
 """
 
 import argparse
@@ -20,9 +20,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         return options.run(options)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"convert_checkpoint: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
+    except ValueError as error:
         print(f"convert_checkpoint: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("convert_checkpoint: interrupted; the same command goes on where this one was", file=sys.stderr)
+        return 130
 
 
 def run_to_hf(options: argparse.Namespace) -> int:
@@ -107,6 +114,20 @@ def run_verify(options: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def _gigabytes(text: str) -> float:
+    number = float(text)
+    if not 1e-6 <= number <= 1e6:  # and no NaN
+        raise argparse.ArgumentTypeError(f"{text} GB is no size of a file")
+    return number
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -115,7 +136,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(run=run)
         added.add_argument("--load", type=Path, required=True, help="what to read")
-        added.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+        added.add_argument(
+            "--workers", type=_positive, default=os.cpu_count() or 1, help="processes (default: one a core)"
+        )
         if saves:
             added.add_argument("--save", type=Path, required=True, help="what to write; must not exist yet")
         return added
@@ -130,21 +153,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         )
 
     def layout(added: argparse.ArgumentParser) -> None:
-        added.add_argument("--tensor", type=int, default=1, help="cut chunks for this many tensor ranks (1)")
-        added.add_argument("--pipeline", type=int, default=1, help="file layers by this many stages (1)")
+        added.add_argument("--tensor", type=_positive, default=1, help="cut chunks for this many tensor ranks (1)")
+        added.add_argument("--pipeline", type=_positive, default=1, help="file layers by this many stages (1)")
 
     out = command("to-hf", run_to_hf, "a checkpoint of ours as safetensors of LlamaForCausalLM")
     out.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's precision")
     out.add_argument("--weights", choices=("model", "main"), default="model", help="main: the optimizer's fp32 copy")
-    out.add_argument("--vocab-size", type=int, help="rows in use; the padding above them is left out")
+    out.add_argument("--vocab-size", type=_positive, help="rows in use; the padding above them is left out")
     out.add_argument("--tokenizer", type=Path, help="tokenizer file or folder to put beside (default: the run's)")
-    out.add_argument("--shard-gb", type=float, default=5.0, help="largest shard (5 GB)")
+    out.add_argument("--shard-gb", type=_gigabytes, default=5.0, help="largest shard (5 GB)")
     proof(out)
 
     into = command("from-hf", run_from_hf, "a Llama-shaped model as a checkpoint that pretrain_k2.py starts from")
     start(into)
     proof(into)
-    into.add_argument("--vocab-size", type=int, help="rows of the vocabulary, padding included")
+    into.add_argument("--vocab-size", type=_positive, help="rows of the vocabulary, padding included")
     layout(into)
 
     old = command("from-k2-legacy", run_from_k2_legacy, "an iteration of the old K2 training code, Adam state included")

@@ -12,7 +12,7 @@ from k2_megatron.convert.hugging_face import HuggingFaceSource
 from k2_megatron.convert.logits import Bound, prove
 from k2_megatron.convert.model_facts import ModelFacts
 from k2_megatron.convert.numbers import Rounding
-from k2_megatron.convert.record import TOKENIZER, Record, copy_tokenizer, find_record, versions
+from k2_megatron.convert.record import TOKENIZER, Record, copy_tokenizer, find_record, tokenizer_files, versions
 from k2_megatron.convert.safetensors_file import INDEX
 from k2_megatron.convert.source import Kind
 from k2_megatron.convert.to_hugging_face import HuggingFaceJob, tied_rows_equal
@@ -47,6 +47,9 @@ def export_hugging_face(options: ExportOptions) -> Path:
     manifest = read_manifest(folder)
     source = TorchDistSource(folder, manifest)
     record = find_record(folder, manifest)
+    tokenizer = options.tokenizer or _tokenizer_of(options, manifest)
+    if tokenizer is not None and not tokenizer_files(tokenizer):
+        raise ConversionError(f"{tokenizer} holds no tokenizer file this tool knows; give --tokenizer another path")
     kind: Kind = "weights" if options.weights == "model" else "main"
     if kind not in source.dtypes:
         raise ConversionError(f"{folder} holds no fp32 parameters; leave out --weights main")
@@ -77,7 +80,7 @@ def export_hugging_face(options: ExportOptions) -> Path:
         print(f"{rounding.values:,} weights were rounded to {dtype} (largest relative change {rounding.largest:.2g})")
     if len(results) > 1:
         (aside / INDEX).write_text(job.index_text(results))
-    _write_companions(options, aside, manifest, record, facts, dtype)
+    _write_companions(tokenizer, aside, record, facts, dtype)
     proof = None
     if options.proof:
         HuggingFaceSource(aside, facts)  # what was written has the tensors of its config.json
@@ -102,16 +105,13 @@ def exported_facts(options: ExportOptions, manifest: dict, record: Record | None
 
 
 def _write_companions(
-    options: ExportOptions, aside: Path, manifest: dict, record: Record | None, facts: ModelFacts, dtype: str
+    tokenizer: Path | None, aside: Path, record: Record | None, facts: ModelFacts, dtype: str
 ) -> None:
     """config.json, generation_config.json and the tokenizer's files."""
-    tokenizer = options.tokenizer or _tokenizer_of(options, manifest)
     if tokenizer is None:
         print("no tokenizer is known for this checkpoint: give one with --tokenizer, or copy its files beside")
     else:
-        copied = copy_tokenizer(tokenizer, aside)
-        if not copied:
-            raise ConversionError(f"{tokenizer} holds no tokenizer file this tool knows; give --tokenizer another path")
+        copy_tokenizer(tokenizer, aside)
     kept = dict(record.config_json) if record else {}
     kept.update(_special_ids(tokenizer, aside, kept))
     config = facts.hugging_face_config(dtype, kept)

@@ -119,15 +119,17 @@ def training_config(options: ImportOptions, facts: ModelFacts, source_dtype: str
     model = facts.model_table()
     if options.vocab_size is not None:
         model["vocab_size"] = options.vocab_size
-    return Config.model_validate(
-        {
-            "run": {"folder": str(options.save), "seed": 1},
-            "model": model,
-            "data": {"train": "name the training data here"},
-            "train": {"steps": 1000, "micro_batch": 1, "global_batch": 1, "precision": precision},
-            "optimizer": {"learning_rate": 1e-5, "schedule": "constant"},
-        }
-    )
+    table = {
+        "run": {"folder": str(options.save), "seed": 1},
+        "model": model,
+        "data": {"train": "name the training data here"},
+        "train": {"steps": 1000, "micro_batch": 1, "global_batch": 1, "precision": precision},
+        "optimizer": {"learning_rate": 1e-5, "schedule": "constant"},
+    }
+    try:
+        return Config.model_validate(table)
+    except ValueError as error:
+        raise ConversionError(f"{options.load} cannot be trained: {' '.join(str(error).split())}") from None
 
 
 def _check_agrees(options: ImportOptions, config: Config, facts: ModelFacts) -> None:

@@ -63,17 +63,20 @@ def find_record(folder: Path, manifest: dict) -> Record | None:
         raise ConversionError(f"the conversion record of {folder} ({path}) is damaged: {error}; remove it") from None
 
 
-def copy_tokenizer(source: Path, folder: Path) -> list[str]:
-    """Copy the tokenizer files that `source` (a folder, or one tokenizer file) has into `folder`; their names."""
+def tokenizer_files(source: Path) -> dict[str, Path]:
+    """What `source` (a folder, or a .json or .model file) has of a tokenizer, by the names that readers expect."""
     if source.is_file():
-        found = [source]
-    else:
-        found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+        return {f"tokenizer{source.suffix}": source} if source.suffix in (".json", ".model") else {}
+    return {name: source / name for name in TOKENIZER_FILES if (source / name).is_file()}
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy what `tokenizer_files` finds into `folder`."""
+    found = tokenizer_files(source)
     if found:
         folder.mkdir(parents=True, exist_ok=True)
-    for path in found:
-        shutil.copyfile(path, folder / path.name)
-    return [path.name for path in found]
+    for name, path in found.items():
+        shutil.copyfile(path, folder / name)
 
 
 def versions() -> dict[str, str | None]:

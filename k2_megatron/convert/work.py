@@ -86,8 +86,13 @@ class HashedFile:
         view = memoryview(data).cast("B")
         self.digest.update(view)
         self.bytes += len(view)
-        while view:
-            view = view[self._stream.write(view) :]
+        try:
+            while view:
+                view = view[self._stream.write(view) :]
+        except OSError as error:  # a full disk, a quota; the system does not say which file
+            raise ConversionError(
+                f"{self.path} cannot be written ({error.strerror}); make room, and the same command goes on"
+            ) from None
 
     def close(self) -> dict[str, Any]:
         """{"bytes", "xxh3"}, the content being on disk."""
@@ -214,6 +219,7 @@ def process_pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _die_with_parent(parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the command speaks, and ends the others
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the kernel was asked
