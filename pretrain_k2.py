@@ -43,7 +43,7 @@ from k2_megatron.train.checkpoint_save import CheckpointWriter, SaveResult
 from k2_megatron.train.checkpoint_state import layout_name
 from k2_megatron.train.journal import Journal
 from k2_megatron.train.layer_norms import ActivationSquares
-from k2_megatron.train.not_finite import count_as_update, ranks_not_finite
+from k2_megatron.train.not_finite import count_as_update, ranks_not_finite, samples_not_finite
 from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
 from k2_megatron.train.replicas import compare_replicas, stop_when_different
 from k2_megatron.train.run_data import open_run_data
@@ -182,16 +182,18 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
             views.step(event)
         else:
             passed_over += 1
-            journal.write("incident", kind="not finite", ranks=ranks_not_finite(chunks, groups), **event)
+            ranks = ranks_not_finite(chunks, groups)
+            samples = samples_not_finite(first_sample, result.sample_losses, data.train)
+            journal.write("incident", kind="not finite", ranks=ranks, samples_not_finite=samples, **event)
             if passed_over > config.spikes.not_finite_steps:
                 raise StopRun(
                     f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite. The update was "
-                    f"not applied; its batch is samples {first_sample} to {consumed - 1}. The last save was step "
-                    f"{saved_step}"
+                    f"not applied; its batch is samples {first_sample} to {consumed - 1}, of which the loss of "
+                    f"{', '.join(map(str, samples)) or 'none'} is not finite. The last save was step {saved_step}"
                 )
             count_as_update(optimizer)
         data.consumed(first_sample, consumed)
-        spike = spikes.observe(event) if result.updated else None
+        spike = spikes.observe(event, result.sample_losses) if result.updated else None
         if spike:
             decision = decide_together(config, spike, checkpoints, data)
             dossier = spikes.write_dossier(spike, data.train, decision.reason)

@@ -1,15 +1,18 @@
 """A loss or gradient that is not finite: where it is, and the count that keeps a passed-over update in its place."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
 import torch.distributed as distributed
 from megatron.core.optimizer import MegatronOptimizer
 
+from k2_megatron.data.feed import Feed
 from k2_megatron.runtime.groups import Groups
 from k2_megatron.train.checkpoint_state import unwrapped
 
-NAMED = 4  # parameters named a rank; usually it is one, or all
+NAMED = 4  # parameters of a rank, and samples, that are named; usually it is one, or all
 
 
 def ranks_not_finite(chunks: Sequence, groups: Groups) -> dict[str, list[str]]:
@@ -26,6 +29,12 @@ def ranks_not_finite(chunks: Sequence, groups: Groups) -> dict[str, list[str]]:
     everywhere: list = [None] * groups.world_size
     distributed.all_gather_object(everywhere, (groups.name, mine[:NAMED]))
     return {name: parameters for name, parameters in everywhere if parameters}
+
+
+def samples_not_finite(first_sample: int, sample_losses: Sequence[float], feed: Feed) -> dict[int, list[dict]]:
+    """{sample: its documents} of the first samples with a loss that is not finite; none when it is the gradient."""
+    found = [sample for sample, loss in enumerate(sample_losses, start=first_sample) if not math.isfinite(loss)]
+    return {sample: [asdict(span) for span in feed.describe(sample)] for sample in found[:NAMED]}
 
 
 def gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """A run over poisoned rows goes back by itself, and is then the run that a fresh start under its ledger would be."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -45,18 +44,6 @@ def poison() -> None:
 def run(config: Path, folder: Path, ranks: int, *more: str):
     settings = [*SETTINGS, f"run.folder={folder}", *more]
     return pretrain(ranks, config, settings, folder.with_name(folder.name + "_output"), fault=poison)
-
-
-def test_a_watching_run_tells_and_goes_on(small_config, tmp_path):
-    results_of(run(small_config, tmp_path / "watch", 1))
-    found = events_of(tmp_path / "watch", "spike")
-    assert [event["kind"] for event in found] == ["spike", "malignant"]
-    assert 44 <= found[0]["onset"] <= 47
-    assert not events_of(tmp_path / "watch", "rollback")
-    dossier = json.loads((tmp_path / "watch" / "dossiers" / found[0]["dossier"]).read_text())
-    assert dossier["kind"] == "malignant"
-    assert dossier["documents"]["360"], "the documents of a suspect sample"
-    assert {step["step"] for step in dossier["steps"]} >= set(range(found[0]["onset"], found[1]["step"] + 1))
 
 
 def test_going_back_and_skipping_equals_a_fresh_start_under_the_ledger(small_config, tmp_path):

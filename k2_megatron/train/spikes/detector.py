@@ -70,7 +70,7 @@ class Finding:
 
     Steps are numbered from 1 as in the journal. `loss_deviation` and `norm_deviation` are this step's, in robust
     standard deviations; `usual_loss` and `usual_norm` the medians they are measured from; `layers` are the signals of
-    layers that deviate most.
+    layers that deviate most; `over`: all signals are back, which they need not be for a benign verdict.
     """
 
     kind: str
@@ -82,6 +82,7 @@ class Finding:
     usual_loss: float
     usual_norm: float
     layers: tuple[Deviation, ...] = ()
+    over: bool = False
 
 
 def observe(
@@ -97,10 +98,12 @@ def observe(
     usual_norm, norm_deviation = deviation(state.log_norms, log_norm, SMALLEST_RELATIVE_DEVIATION, relative=False)
     loss_sum = _accumulated(state.loss_sum, loss_deviation, threshold)
     norm_sum = _accumulated(state.norm_sum, norm_deviation, threshold)
-    of_layers, deviating = state.layers, ()
+    of_layers: LayerState = state.layers
+    deviating: tuple[Deviation, ...] = ()
     if layers is not None:
         of_layers, deviating = observe_layers(state.layers, window, threshold, step, layers)
     following = replace(state, loss_sum=loss_sum, norm_sum=norm_sum, layers=of_layers)
+    over = _is_over(following, threshold)
     if state.trip is None:
         following, kind = _called(following, step, threshold)
     else:
@@ -111,7 +114,7 @@ def observe(
         assert of_spike.onset is not None and of_spike.trip is not None, "what is found began and was called"
         usual = (usual_loss, math.exp(usual_norm))
         finding = Finding(
-            kind, step, of_spike.onset, of_spike.trip, loss_deviation, norm_deviation, *usual, layers=deviating
+            kind, step, of_spike.onset, of_spike.trip, loss_deviation, norm_deviation, *usual, deviating, over
         )
     # Until a spike is called, what looks like noise is noise, and the medians bear some outliers. During a spike the
     # measure stands still, so that a spike cannot become its own norm; after a malignant one it begins anew.
@@ -135,16 +138,20 @@ def _called(state: State, step: int, threshold: float) -> tuple[State, str | Non
 def _judged(state: State, step: int, threshold: float, benign_steps: int) -> tuple[State, str | None]:
     """A spike is on: is it over, or has it lasted too long?"""
     assert state.onset is not None, "a spike was called that never began"
-    highest, of_layers = max(state.loss_sum, state.norm_sum), max(state.layers.sums, default=0.0)
-    over = replace(state, onset=None, trip=None)
-    if highest == 0 and of_layers < threshold / 2:
+    # Layers often come to rest at another level, which is then the usual one: they are measured anew.
+    over = replace(state, onset=None, trip=None, layers=LayerState())
+    if _is_over(state, threshold):
         return over, "benign"
     if step - state.onset < benign_steps:
         return state, None
-    # Told once. What follows is measured anew: under "watch", the new level becomes the norm.
-    if highest >= threshold / 2:
-        return State(), "malignant"
-    return replace(over, layers=LayerState()) if of_layers >= threshold / 2 else over, "benign"
+    # Told once. Under "watch" the new level of the loss becomes the norm as well.
+    lasts = max(state.loss_sum, state.norm_sum) >= threshold / 2
+    return (State(), "malignant") if lasts else (over, "benign")
+
+
+def _is_over(state: State, threshold: float) -> bool:
+    # Of many layers one or another is always a little above zero.
+    return max(state.loss_sum, state.norm_sum) == 0 and max(state.layers.sums, default=0.0) < threshold / 2
 
 
 def deviation(values: Sequence[float], value: float, smallest: float, *, relative: bool = True) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from k2_megatron.train.spikes.measure import ALLOWANCE, TALLEST
 
 # A layer's norm moves by some per cent for reasons of its own (warm-up, a new learning rate): less than this, times
 # ALLOWANCE, never counts, however quiet the layer was before.
-SMALLEST_DEVIATION = 0.02
+SMALLEST_DEVIATION = 0.05
 NAMED = 8  # signals named in a finding
 
 

@@ -38,7 +38,8 @@ class Rows(Protocol):
 
 def decide(settings: Spikes, finding: Finding, checkpoint_steps: Sequence[int], rollbacks_done: int) -> Decision:
     """The declared policy, applied to one finding."""
-    spike = f"{finding.kind} spike: began at step {finding.onset}, called at {finding.trip}"
+    name = "spike" if finding.kind == "spike" else f"{finding.kind} spike"
+    spike = f"{name}: began at step {finding.onset}, called at {finding.trip}"
     if finding.kind != "malignant" or settings.policy == "watch":
         return Decision("watch", spike)
     good = [step for step in checkpoint_steps if step < finding.onset]

@@ -1,12 +1,14 @@
 """The watch on a running training: its state, and what it writes down about each spike.
 
-In:  the journal's step events, the manifest of the checkpoint resumed from. Out: findings, and a dossier a spike in the
-run folder's dossiers/: when, which samples and documents were read before it, the steps around it, how it ended.
+In:  the journal's step events, the losses of their samples, the manifest of the checkpoint resumed from. Out: findings,
+and a dossier a spike in the run folder's dossiers/: when, the steps around it with their layers, which samples led into
+it with their losses and documents, and which signals recovered when.
 """
 
 import json
 from collections import deque
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from k2_megatron.config.schema import Spikes
@@ -14,10 +16,24 @@ from k2_megatron.data.feed import Feed
 from k2_megatron.runtime.durable import write_file
 from k2_megatron.train.checkpoint_files import complete_checkpoints, step_of
 from k2_megatron.train.spikes.detector import Finding, State, observe, restore
+from k2_megatron.train.spikes.layer_signals import signals
 
 DOSSIERS = "dossiers"
 SAMPLES_DESCRIBED = 256  # the documents of more would make the dossier unreadable; tools/inspect_data.py tells the rest
-_OF_A_STEP = ("step", "loss", "grad_norm", "learning_rate", "samples")
+_OF_A_STEP = ("step", "loss", "grad_norm", "learning_rate", "samples", "layers")
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A step as the journal has it, the loss of each of its samples, and the signals that were disturbed after it."""
+
+    event: dict
+    sample_losses: Sequence[float]
+    disturbed: tuple[str, ...]
+
+    @property
+    def step(self) -> int:
+        return self.event["step"]
 
 
 class SpikeWatch:
@@ -27,7 +43,7 @@ class SpikeWatch:
         self.settings = settings
         self.state = State()
         self._folder, self._writer = folder / DOSSIERS, writer
-        self._steps: deque[dict] = deque(maxlen=settings.window_steps + settings.benign_steps)
+        self._steps: deque[Watched] = deque(maxlen=settings.window_steps + settings.benign_steps)
 
     def position(self) -> dict:
         """What a checkpoint's manifest keeps."""
@@ -38,11 +54,15 @@ class SpikeWatch:
         self.state = restore(manifest["spikes"]) if "spikes" in manifest else State()
         self._steps.clear()
 
-    def observe(self, event: dict) -> Finding | None:
-        """Take in one step event of the journal."""
-        self._steps.append({key: event[key] for key in _OF_A_STEP})
-        signals = (event["step"], event["loss"], event["grad_norm"], event.get("layers"))
-        self.state, finding = observe(self.state, self.settings, *signals)
+    def observe(self, event: dict, sample_losses: Sequence[float]) -> Finding | None:
+        """Take in one step event of the journal, and the loss of each of the step's samples."""
+        before, values = self.state, (event["step"], event["loss"], event["grad_norm"], event.get("layers"))
+        self.state, finding = observe(before, self.settings, *values)
+        # What is judged and not over is measured anew: its sums are gone, and it is not.
+        lasts = finding and finding.kind != "spike" and not finding.over
+        disturbed = _disturbed(before if lasts else self.state, self.settings.threshold, event)
+        kept = {key: event[key] for key in _OF_A_STEP if key in event}
+        self._steps.append(Watched(kept, sample_losses, disturbed))
         return finding
 
     def pinned(self, checkpoints: Path) -> set[int]:
@@ -62,14 +82,41 @@ class SpikeWatch:
             **asdict(finding),
             "decision": decision,
             "settings": self.settings.model_dump(),
-            "steps": list(self._steps),
-            "documents": self._documents(finding, feed),
+            "recovered": self._recovered(finding),
+            "samples": self._samples(finding, feed),
+            "steps": [watched.event for watched in self._steps],
         }
         write_file(path, json.dumps(dossier, indent=1))
         return path
 
-    def _documents(self, finding: Finding, feed: Feed) -> dict[int, list[dict]]:
-        """{sample: the documents it holds} of the batches from the one before the onset to the trip."""
-        steps = [step for step in self._steps if finding.onset - 1 <= step["step"] <= finding.trip]
-        samples = [sample for step in steps for sample in range(*step["samples"])]
-        return {sample: [asdict(span) for span in feed.describe(sample)] for sample in samples[:SAMPLES_DESCRIBED]}
+    def _samples(self, finding: Finding, feed: Feed) -> list[dict]:
+        """The samples of the batches from the one before the onset to the trip, the highest loss first."""
+        suspects = [
+            (loss, watched.step, sample)
+            for watched in self._steps
+            if finding.onset - 1 <= watched.step <= finding.trip
+            for sample, loss in zip(range(*watched.event["samples"]), watched.sample_losses, strict=True)
+        ]
+        return [
+            {
+                "sample": sample,
+                "step": step,
+                "loss": loss,
+                "documents": [asdict(span) for span in feed.describe(sample)],
+            }
+            for loss, step, sample in sorted(suspects, reverse=True)[:SAMPLES_DESCRIBED]
+        ]
+
+    def _recovered(self, finding: Finding) -> dict[str, int | None]:
+        """{signal disturbed since the onset: the first step at which it was not any more, None while it is}."""
+        since = [watched for watched in self._steps if watched.step >= finding.onset]
+        last = {signal: watched.step for watched in since for signal in watched.disturbed}
+        return {signal: step + 1 if step < finding.step else None for signal, step in last.items()}
+
+
+def _disturbed(state: State, threshold: float, event: dict) -> tuple[str, ...]:
+    named = [name for name, total in (("loss", state.loss_sum), ("grad_norm", state.norm_sum)) if total > 0]
+    if state.layers.sums and "layers" in event:
+        totals = zip(signals(event["layers"]), state.layers.sums, strict=True)
+        named += [name for name, total in totals if total >= threshold / 2]  # as in the detector
+    return tuple(named)

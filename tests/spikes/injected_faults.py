@@ -1,0 +1,134 @@
+"""Faults put into a real run from a step on, as a machine, a file or a person would: what the spike detector must find.
+
+Each is called in the rank before it starts, with the steps (numbered as in the journal) in which it acts. What acts
+once, acts in the first.
+"""
+
+import numpy as np
+import torch
+
+BATCH = 8  # samples a step, in the runs of these tests
+BAD_ROWS = (2, 3, 6)  # of each batch
+
+
+def leave_after(step: int) -> None:
+    """The run saves after `step`, and ends: pretrain_k2.py's --until."""
+    import pretrain_k2
+
+    train = pretrain_k2.train
+    pretrain_k2.train = lambda config, environment, device, until: train(config, environment, device, step)
+
+
+def _change_rows(change, steps: range) -> None:
+    from k2_megatron.data.feed import Feed
+
+    read = Feed._read
+
+    def rows(self, first_sample, count):
+        tokens = read(self, first_sample, count).copy()
+        for number in range(count):
+            sample = first_sample + number
+            if sample // BATCH + 1 in steps:
+                change(tokens[number], sample)
+        return tokens
+
+    Feed._read = rows
+
+
+def garbage_rows(steps: range) -> None:
+    """Three rows of each batch are random bytes."""
+
+    def change(row, sample):
+        if sample % BATCH in BAD_ROWS:
+            row[:] = np.random.default_rng(sample).integers(1, 256, len(row))
+
+    _change_rows(change, steps)
+
+
+def repeated_tokens(steps: range) -> None:
+    """Two rows of each batch repeat one token that the text never has, each time another: a damaged document."""
+
+    def change(row, sample):
+        if sample % BATCH in BAD_ROWS[:2]:
+            row[:] = 128 + sample % 127
+
+    _change_rows(change, steps)
+
+
+def label_noise(steps: range) -> None:
+    """A tenth of all tokens are others."""
+
+    def change(row, sample):
+        random = np.random.default_rng(sample)
+        wrong = random.random(len(row)) < 0.1
+        row[wrong] = random.integers(1, 256, wrong.sum())
+
+    _change_rows(change, steps)
+
+
+def learning_rate_jump(steps: range) -> None:
+    """The learning rate is twenty times what it should be."""
+    import pretrain_k2
+
+    right = pretrain_k2.learning_rate_at
+    pretrain_k2.learning_rate_at = lambda config, step: right(config, step) * (20.0 if step + 1 in steps else 1.0)
+
+
+def _before_step(act, steps: range) -> None:
+    import pretrain_k2
+
+    train_step = pretrain_k2.train_step
+
+    def with_fault(config, groups, chunks, optimizer, feed, step, *rest):
+        if step + 1 == steps[0]:
+            act(chunks, optimizer)
+        return train_step(config, groups, chunks, optimizer, feed, step, *rest)
+
+    pretrain_k2.train_step = with_fault
+
+
+def flipped_weight_bit(steps: range) -> None:
+    """The highest bit of the exponent of one weight of the third layer."""
+
+    def flip(chunks, _optimizer):
+        from k2_megatron.train.checkpoint_state import unwrapped
+
+        weight = unwrapped(chunks[0]).decoder.layers[2].mlp.linear_fc2.weight
+        bits = weight.data.view(-1).view(torch.int32)
+        bits[5] ^= 1 << 30
+
+    _before_step(flip, steps)
+
+
+def corrupted_moment(steps: range) -> None:
+    """The first moments of one matrix of the second layer are far too large, and its updates with them."""
+
+    def corrupt(chunks, optimizer):
+        from k2_megatron.train.checkpoint_state import unwrapped
+
+        weight = unwrapped(chunks[0]).decoder.layers[1].mlp.linear_fc1.weight
+        (part,) = optimizer.chained_optimizers
+        part.optimizer.state[weight]["exp_avg"].mul_(300.0)
+
+    _before_step(corrupt, steps)
+
+
+def gradient_not_finite(steps: range) -> None:
+    """The gradient of the first rank holds a NaN."""
+    import k2_megatron.train.step as step_module
+
+    finalize = step_module.finalize_model_grads
+    calls: list[int] = []
+
+    def spoiled(model, *arguments, **keywords):
+        import torch.distributed as distributed
+
+        finalize(model, *arguments, **keywords)
+        calls.append(1)
+        if len(calls) == 1 and distributed.get_rank() == 0:
+            next(model[0].parameters()).main_grad.view(-1)[3] = float("nan")
+
+    _before_step(lambda _chunks, _optimizer: setattr(step_module, "finalize_model_grads", spoiled), steps)
+
+
+SPIKES = (garbage_rows, repeated_tokens, label_noise, learning_rate_jump, flipped_weight_bit, corrupted_moment)
