@@ -4,18 +4,17 @@
 
 Makes a bfloat16 model of random weights, converts it in (weights, fp32 parameters, shared zeros), out again, and copies
 files of the same size with the same number of processes, in turns within one run: the best turn of each is compared. GB
-are of bytes written; each measurement ends with the data on disk. CPU seconds are of all processes, their start left
-out where they are few, so that they tell what a core can do on a disk that is slow or shared. Peak memory is that of
-the largest worker, read from the tool's own output.
+are of bytes written; each measurement ends with the data on disk. CPU seconds are of all processes of the command, their
+start included: they tell what a core can do where the disk is slow or shared. Peak memory is that of the largest worker,
+read from the tool's own output.
 """
 
 import argparse
-import contextlib
-import io
 import json
 import os
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,14 +24,12 @@ from pathlib import Path
 
 import numpy as np
 
-from k2_megatron.convert.export_model import ExportOptions, export_hugging_face
 from k2_megatron.convert.hugging_face import HuggingFaceSource
-from k2_megatron.convert.import_model import ImportOptions, import_hugging_face
 from k2_megatron.convert.model_facts import ModelFacts
 from k2_megatron.convert.names import Shape, places
 from k2_megatron.convert.safetensors_file import SINGLE, header_bytes
 
-SHARD_BYTES = 400_000_000
+TOOL = str(Path(__file__).resolve().parents[1] / "tools" / "convert_checkpoint.py")
 COPY_BLOCK = 32 << 20
 
 
@@ -81,18 +78,19 @@ def copy_file(source: Path, target: Path) -> int:
         return writer.tell()
 
 
-def measured(action) -> tuple[str, float]:
+def measured(arguments: list[str]) -> tuple[str, float]:
     """(the tool's line on the conversion alone, CPU seconds of the whole command in all its processes)."""
-    output, before = io.StringIO(), cpu_seconds()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(io.StringIO()):
-        action()
-    line = next(line for line in output.getvalue().splitlines() if "peak resident" in line)
+    before = cpu_seconds()
+    done = subprocess.run([sys.executable, TOOL, *arguments, "--no-proof"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    line = next(line for line in done.stdout.splitlines() if "peak resident" in line)
     return line, cpu_seconds() - before
 
 
 def cpu_seconds() -> float:
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def main() -> int:
@@ -121,16 +119,16 @@ def report(scratch: Path, gigabytes: float, workers: int, turns: int) -> None:
     print(
         f"memory 3 x that + 1 GB = {(3 * largest + 1e9) / 1e6:.0f} MB; load {os.getloadavg()[0]:.1f}, {workers} workers"
     )
-    importing = ImportOptions(scratch / "hf", scratch / "run", precision="bfloat16", workers=workers, proof=False)
-    line, cpu = measured(lambda: import_hugging_face(importing))
+    run = ["--save", str(scratch / "run"), "--precision", "bfloat16", "--workers", str(workers)]
+    line, cpu = measured(["from-hf", "--load", str(scratch / "hf"), *run])
     print(f"from-hf, {workers} workers: {line}")
     print(f"  {3 * size / 1e6 / cpu:.0f} MB written a CPU second, reading back and comparing included")
     for count in sorted({1, workers}):
         rates, copies, cpus = [], [], []
         for turn in range(turns):
             target, copy = scratch / f"out{count}{turn}", scratch / f"copy{count}{turn}"
-            exporting = ExportOptions(scratch / "run", target, shard_bytes=SHARD_BYTES, workers=count, proof=False)
-            line, cpu = measured(lambda exporting=exporting: export_hugging_face(exporting))
+            out = ["--save", str(target), "--shard-gb", "0.4", "--workers", str(count)]
+            line, cpu = measured(["to-hf", "--load", str(scratch / "run"), *out])
             rates.append(float(line.split("(")[1].split(" GB/s")[0]))
             cpus.append(cpu)
             seconds, copied = copy_files(sorted(target.glob("*.safetensors")), copy, count)

@@ -33,7 +33,9 @@ def to_float32(bits: np.ndarray, dtype: str) -> np.ndarray:
         return bits.view(np.float32)
     if dtype == "float16":
         return bits.view(np.float16).astype(np.float32)
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+    wide = bits.astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
 
 
 def change_dtype(bits: np.ndarray, dtype: str, wanted: str, rounding: Rounding) -> np.ndarray:

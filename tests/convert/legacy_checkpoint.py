@@ -37,6 +37,7 @@ def write_legacy(
     tensor: int,
     pipeline: int,
     virtual: int = 1,
+    iteration: int = 941,
 ) -> None:
     """`weights` are fp32 by Hugging Face's names; `moments` are exp_avg and exp_avg_sq by the same names."""
     layers = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("model.layers."))
@@ -53,7 +54,7 @@ def write_legacy(
         add_bias_linear=False,
         rotary_percent=1.0,
         params_dtype=torch.bfloat16,
-        consumed_train_samples=941 * 8,
+        consumed_train_samples=iteration * 8,
         model_type=old_enumeration("encoder_or_decoder")(1),
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
@@ -67,7 +68,7 @@ def write_legacy(
             path = folder / f"mp_rank_{rank:02d}_{stage:03d}"
             path.mkdir(parents=True)
             arguments.rank = stage * 2 * tensor + rank
-            torch.save(_state(arguments, cut), path / "model_optim_rng.pt")
+            torch.save(_state(arguments, cut, iteration), path / "model_optim_rng.pt")
 
 
 def _rank_tensors(
@@ -115,7 +116,7 @@ def _language_model(main: dict[str, torch.Tensor]) -> dict:
     return {"language_model": found}
 
 
-def _state(arguments: argparse.Namespace, chunks: list[dict[str, dict[str, torch.Tensor]]]) -> dict:
+def _state(arguments: argparse.Namespace, chunks: list[dict[str, dict[str, torch.Tensor]]], iteration: int) -> dict:
     keys = [(chunk, name) for chunk, cut in enumerate(chunks) for name in cut["main"]]
     groups = [[key for key in keys if chunks[key[0]]["main"][key[1]].dim() == dimensions] for dimensions in (2, 1)]
     numbers = {key: number for number, key in enumerate(groups[0] + groups[1])}
@@ -123,7 +124,7 @@ def _state(arguments: argparse.Namespace, chunks: list[dict[str, dict[str, torch
     return {
         "args": arguments,
         "checkpoint_version": 3.0,
-        "iteration": 941,
+        "iteration": iteration,
         **({"model": models[0]} if len(models) == 1 else {f"model{i}": model for i, model in enumerate(models)}),
         "optimizer": {
             "optimizer": {
@@ -132,13 +133,13 @@ def _state(arguments: argparse.Namespace, chunks: list[dict[str, dict[str, torch
                     for (chunk, name), number in numbers.items()
                 },
                 "param_groups": [
-                    {"params": [numbers[key] for key in group], "wd_mult": decay, "lr": 1e-4, "step": 941}
+                    {"params": [numbers[key] for key in group], "wd_mult": decay, "lr": 1e-4, "step": iteration}
                     for group, decay in zip(groups, (1.0, 0.0), strict=True)
                 ],
             },
             "fp32_from_fp16_params": [[chunks[chunk]["main"][name] for chunk, name in group] for group in groups],
         },
-        "opt_param_scheduler": {"max_lr": 1.5e-4, "num_steps": 941 * 8},
+        "opt_param_scheduler": {"max_lr": 1.5e-4, "num_steps": iteration * 8},
         "rng_state": [
             {
                 "random_rng_state": random.getstate(),
@@ -151,13 +152,13 @@ def _state(arguments: argparse.Namespace, chunks: list[dict[str, dict[str, torch
     }
 
 
-def known_model(folder: Path, layers: int = 3) -> tuple[dict, dict]:
+def known_model(folder: Path, layers: int = 3, vocabulary: int = 128) -> tuple[dict, dict]:
     """(fp32 weights, moments) by Hugging Face's names; the weights also lie in `folder`."""
-    write_llama(folder, layers=layers, rope_base=10000.0)
+    write_llama(folder, layers=layers, vocabulary=vocabulary, rope_base=10000.0)
     weights = stored_tensors(folder)
     generator = torch.Generator().manual_seed(3)
     moments = {
-        kind: {name: torch.randn(tensor.shape, generator=generator) for name, tensor in weights.items()}
+        kind: {name: torch.randn(tensor.shape, generator=generator).abs() for name, tensor in weights.items()}
         for kind in ("exp_avg", "exp_avg_sq")
     }
     return weights, moments

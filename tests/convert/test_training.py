@@ -2,13 +2,18 @@
 
 from pathlib import Path
 
+import numpy
 import pytest
 from conversions import export_model, import_model, model_config, source_of, write_llama
+from legacy_checkpoint import known_model, write_legacy
 from rank_processes import pretrain
 from run_results import events_of, steps_of
 
+from k2_megatron.convert.import_legacy import import_legacy
+from k2_megatron.convert.import_model import ImportOptions
 from k2_megatron.convert.logits import Bound, compare_logits
 from k2_megatron.convert.model_facts import ModelFacts
+from k2_megatron.convert.names import places
 from k2_megatron.convert.transformers_model import TransformersModel
 from k2_megatron.convert.verify import verify_training
 
@@ -17,20 +22,20 @@ CONFIG = """
 folder = "{folder}"
 seed = 1
 [model]
-layers = 3
+layers = {layers}
 hidden_size = 64
 ffn_hidden_size = 172
 heads = 4
-kv_heads = 2
+kv_heads = {kv_heads}
 vocab_size = 256
 sequence_length = 32
-rope_base = 50000.0
+rope_base = {rope_base}
 [parallel]
 {layout}
 [data]
 train = "{text}/train"
 [train]
-steps = 1
+steps = {steps}
 micro_batch = 2
 global_batch = 4
 precision = "{precision}"
@@ -40,28 +45,37 @@ schedule = "constant"
 """
 
 
+def write_config(path: Path, run: Path, text_folder: Path, **chosen) -> Path:
+    values = {"layers": 4, "kv_heads": 2, "rope_base": 50000.0, "steps": 1, "precision": "float32", **chosen}
+    path.write_text(CONFIG.format(folder=run, text=text_folder, **values), encoding="utf-8")
+    return path
+
+
 def train(tmp_path: Path, text_folder: Path, precision: str, ranks: int, layout: str) -> Path:
     """Import a model of 250 pieces under a training configuration with 256, train a step; the run folder."""
-    write_llama(tmp_path / "hf", kv_heads=2, vocabulary=250)
-    config = tmp_path / "train.toml"
-    config.write_text(
-        CONFIG.format(folder=tmp_path / "run", text=text_folder, precision=precision, layout=layout), encoding="utf-8"
-    )
-    import_model(tmp_path / "hf", tmp_path / "run", config=config, tensor=1)
-    outcomes = pretrain(ranks, config, [], tmp_path / "ranks")
+    write_llama(tmp_path / "hf", kv_heads=2, vocabulary=250, layers=4)
+    run = tmp_path / "run"
+    config = write_config(tmp_path / "train.toml", run, text_folder, precision=precision, layout=layout)
+    import_model(tmp_path / "hf", run, config=config, tensor=1)
+    start(config, ranks, run, "step_00000000")
+    return run
+
+
+def start(config: Path, ranks: int, run: Path, checkpoint: str) -> None:
+    """Train to the end of the configuration, from `checkpoint`."""
+    outcomes = pretrain(ranks, config, [], run.with_name(f"{run.name}-ranks"))
     assert [outcome.exit_code for outcome in outcomes] == [0] * ranks, outcomes[0].stderr
     # The fingerprint of the loaded weights is compared by pretrain_k2.py itself: it would have stopped.
-    assert events_of(tmp_path / "run", "resume")[0]["checkpoint"] == "step_00000000"
-    return tmp_path / "run"
+    assert events_of(run, "resume")[0]["checkpoint"] == checkpoint
 
 
 @pytest.mark.parametrize(
     ("precision", "ranks", "layout"),
     [
         ("bfloat16", 2, "distributed_optimizer = true\ndata = 2"),
-        ("float32", 6, "tensor = 2\npipeline = 3"),
+        ("float32", 4, "tensor = 2\npipeline = 2\nvirtual_pipeline = 2"),
     ],
-    ids=["bfloat16-distributed-optimizer", "float32-pipeline"],
+    ids=["bfloat16-distributed-optimizer", "float32-interleaved-pipeline"],
 )
 def test_training_starts_from_a_converted_model_and_its_checkpoint_comes_out(
     tmp_path: Path, text_folder: Path, precision: str, ranks: int, layout: str
@@ -77,3 +91,34 @@ def test_training_starts_from_a_converted_model_and_its_checkpoint_comes_out(
     assert facts.rope_base == 50000.0
     proof = compare_logits(TransformersModel(tmp_path / "out"), trained, facts, Bound.for_weights(equal=True))
     assert proof.difference <= 1e-5 * max(1.0, proof.largest_logit), proof
+
+
+def test_training_goes_on_from_old_shards_with_their_adam_state(tmp_path: Path, text_folder: Path) -> None:
+    """One step with Adam's old state and one from zero state, on the same weights and rows: the gradient is the same,
+    so the moments differ by what came from the shards, decayed once."""
+    weights, moments = known_model(tmp_path / "hf", layers=4, vocabulary=256)
+    write_legacy(tmp_path / "iter_0000941", weights, moments, 2, 2, 2, iteration=3)
+    trained = {}
+    for name, optimizer in (("with", True), ("without", False)):
+        run = tmp_path / name
+        chosen = {"kv_heads": 4, "rope_base": 10000.0, "precision": "bfloat16", "layout": "tensor = 2", "steps": 4}
+        config = write_config(tmp_path / f"{name}.toml", run, text_folder, **chosen)
+        import_legacy(
+            ImportOptions(tmp_path / "iter_0000941", run, config=config, pipeline=4, proof=False), optimizer=optimizer
+        )
+        before = source_of(run)
+        start(config, 2, run, "step_00000003")
+        assert events_of(run, "resume")[0]["step"] == 3
+        trained[name] = source_of(run)
+        if optimizer:
+            shards = before
+    for kind, decay in (("exp_avg", 0.9), ("exp_avg_sq", 0.95)):
+        for place in places(shards.shape):
+            rows = place.entry.size(shards.shape)[0]
+            old, with_state, without = (
+                source.read(kind, place, 0, rows).view(numpy.float32) for source in (shards, *trained.values())
+            )
+            assert old.any()
+            numpy.testing.assert_allclose(
+                with_state - without, decay * old, rtol=0, atol=1e-5, err_msg=str((kind, place))
+            )

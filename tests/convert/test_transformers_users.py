@@ -27,6 +27,7 @@ TOKENIZER = Path(__file__).resolve().parents[2] / "examples" / "toy" / "tokenize
 PROMPT = "My fellow citizens, the state of the Union is"
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # megatron-core's, on loading
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_transformers_continues_a_text_as_we_do(tmp_path: Path, tied: bool) -> None:
     """Greedily, by its own tokenizer class and its generate(): the same pieces, the same tokens."""
