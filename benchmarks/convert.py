@@ -3,10 +3,10 @@
     python benchmarks/convert.py [--gigabytes 2] [--workers 2] [--turns 3] [--folder SCRATCH]
 
 Makes a bfloat16 model of random weights, converts it in (weights, fp32 parameters, shared zeros), out again, and copies
-files of the same size with the same number of processes, in turns within one run: the best turn of each is compared. GB
-are of bytes written; each measurement ends with the data on disk. CPU seconds are of all processes of the command, their
-start included: they tell what a core can do where the disk is slow or shared. Peak memory is that of the largest worker,
-read from the tool's own output.
+files of the same size with the same number of processes, in turns within one run: the best turn of each is compared.
+GB are of bytes written; each measurement ends with the data on disk. CPU seconds are of all processes of the command,
+their start included: they tell what a core can do where the disk is slow or shared. Peak memory is that of the largest
+worker, read from the tool's own output.
 """
 
 import argparse

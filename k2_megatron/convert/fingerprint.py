@@ -52,9 +52,10 @@ def _extension() -> ModuleType | None:
     # Not by kernels.dispatch, which imports torch: a worker that converts does without, and on one thread the
     # extension starts no OpenMP threads that torch's would meet later.
     try:
-        return importlib.import_module("k2_megatron._cpu")
+        module = importlib.import_module("k2_megatron._cpu")
     except ImportError:
         return None
+    return module if hasattr(module, "fingerprint") else None  # one that was built before it had this
 
 
 def fingerprint_rows_reference(name: str, layer: int | None, first_row: int, bits: np.ndarray) -> int:

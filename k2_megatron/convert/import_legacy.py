@@ -12,7 +12,14 @@ from k2_megatron.convert.logits import Bound, prove
 from k2_megatron.convert.names import places
 from k2_megatron.convert.record import versions
 from k2_megatron.convert.to_torch_dist import TorchDistJob, empty_extra_state
-from k2_megatron.convert.training_side import aside_folder, check_layout, require_new, seal, write_checkpoint
+from k2_megatron.convert.training_side import (
+    aside_folder,
+    check_layout,
+    files_as_they_are,
+    require_new,
+    seal,
+    write_checkpoint,
+)
 from k2_megatron.convert.work import Unit, resident_bytes, run_checks
 
 
@@ -74,12 +81,13 @@ def import_legacy(options: ImportOptions, *, optimizer: bool) -> Path:
         "data": None,
         "legacy": {"source": str(options.load.resolve()), "versions": versions()},
     }
-    plan = {"source": str(options.load.resolve()), "iteration": step, "kinds": sorted(source.dtypes),
+    plan = {"source": files_as_they_are(options.load, source.files), "iteration": step, "kinds": sorted(source.dtypes),
             "precision": job.precision, "tensor": options.tensor, "pipeline": options.pipeline}  # fmt: skip
     product = write_checkpoint(job, config, beginning, plan, options.workers)
     print(product.totals.text())
     written = seal(product, job, options.workers)
     if options.proof:
         equal = job.source_kind("weights") == "weights" and not product.rounding.values
-        print(prove(LegacyModel(options.load), written, source.facts, Bound.for_weights(equal=equal)))
+        bound = Bound.for_weights(equal=equal)
+        product.record_proof(prove(LegacyModel(options.load), written, source.facts, bound))
     return product.publish()

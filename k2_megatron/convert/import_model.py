@@ -16,6 +16,7 @@ from k2_megatron.convert.training_side import (
     Product,
     aside_folder,
     check_layout,
+    files_as_they_are,
     require_new,
     seal,
     write_checkpoint,
@@ -74,30 +75,21 @@ def import_hugging_face(options: ImportOptions) -> Path:
         "data": None,
         "conversion": record.as_json(),
     }
-    plan = {"source": _identity(options.load, source), "precision": job.precision, "vocabulary": facts.shape.vocab_size,
-            "tensor": options.tensor, "pipeline": options.pipeline}  # fmt: skip
+    files = {tensor.file for tensor in source.tensors.values()} | {"config.json"}
+    plan = {"source": files_as_they_are(options.load, files), "precision": job.precision,
+            "vocabulary": facts.shape.vocab_size, "tensor": options.tensor, "pipeline": options.pipeline}  # fmt: skip
     product = write_checkpoint(job, config, beginning, plan, options.workers)
     print(product.totals.text())
     _tell_rounding(product, source)
     written = seal(product, job, options.workers)
     if options.proof:
-        print(
-            prove(TransformersModel(options.load), written, facts, Bound.for_weights(equal=not product.rounding.values))
-        )
+        bound = Bound.for_weights(equal=not product.rounding.values)
+        product.record_proof(prove(TransformersModel(options.load), written, facts, bound))
     options.save.mkdir(parents=True, exist_ok=True)
     copy_tokenizer(options.load, options.save / TOKENIZER)
     write_file(options.save / RECORD, json.dumps(record.as_json(), indent=1) + "\n")
     write_file(options.save / "start.toml", config.to_toml())
     return product.publish()
-
-
-def _identity(folder: Path, source: HuggingFaceSource) -> list:
-    """The files of a source as they are now: a conversion goes on only from the same ones."""
-    files = sorted({tensor.file for tensor in source.tensors.values()} | {"config.json"})
-    return [
-        [str(folder.resolve() / file), (folder / file).stat().st_size, (folder / file).stat().st_mtime_ns]
-        for file in files
-    ]
 
 
 def _tell_rounding(product: Product, source: HuggingFaceSource) -> None:

@@ -67,6 +67,10 @@ class LegacyK2Source:
             self._check_rank(tensor, stage, file)
             self._stored[tensor, stage] = self._checked_tensors(stage, file)
 
+    @property
+    def files(self) -> set[str]:
+        return {stored.file for named in self._stored.values() for stored in named.values()}
+
     def read(self, kind: Kind, place: Place, first_row: int, last_row: int) -> np.ndarray:
         home = self.home(place)
         rows, columns = place.entry.size(self.shape)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from k2_megatron.config import Config
 from k2_megatron.convert.errors import ConversionError
+from k2_megatron.convert.record import versions
 from k2_megatron.convert.to_torch_dist import TorchDistJob
 from k2_megatron.convert.torch_dist import TorchDistSource, checkpoint_folder, read_manifest
 from k2_megatron.convert.training_side import aside_folder, check_layout, require_new, seal, write_checkpoint
@@ -36,6 +37,7 @@ def reshard(load: Path, save: Path, tensor: int, pipeline: int, workers: int) ->
     check_layout(job)
     facts = {key: value for key, value in manifest.items() if key not in _KEPT_OUT}
     facts["chunks"] = f"tp{tensor}-pp{pipeline}"
+    facts["resharded"] = {"source": str(folder.resolve()), "versions": versions()}
     plan = {"source": str(folder.resolve()), "weights": manifest["weights"], "tensor": tensor, "pipeline": pipeline}
     product = write_checkpoint(job, Config.model_validate(manifest["config"]), facts, plan, workers)
     print(product.totals.text())

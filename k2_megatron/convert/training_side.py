@@ -4,6 +4,7 @@ source -> units -> files aside -> tables and manifest -> read back and compared 
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from k2_megatron.config import Config
 from k2_megatron.convert.compare import CompareCheck
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.fingerprint import as_text
+from k2_megatron.convert.logits import Proof
 from k2_megatron.convert.numbers import Rounding
 from k2_megatron.convert.to_torch_dist import TorchDistJob
 from k2_megatron.convert.torch_dist import TorchDistSource
@@ -35,6 +37,11 @@ class Product:
     manifest: dict[str, Any]
     totals: Totals
     rounding: Rounding
+
+    def record_proof(self, proof: Proof) -> None:
+        """Print the outcome, and put it into the manifest."""
+        print(proof)
+        self.manifest["proof"] = str(proof)
 
     def publish(self) -> Path:
         (self.folder / JOURNAL).unlink()
@@ -85,6 +92,12 @@ def seal(product: Product, job: TorchDistJob, workers: int) -> TorchDistSource:
     _results, totals = run_checks(check, check.units(), workers)
     print(f"read back and equal to the bit: {totals.bytes / 1e9:.2f} GB in {totals.seconds:.1f} s")
     return written
+
+
+def files_as_they_are(folder: Path, files: Iterable[str]) -> list[list]:
+    """[path, bytes, time of change] of a source's files: a conversion goes on only from the same ones."""
+    paths = [folder / file for file in sorted(files)]
+    return [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
 
 def aside_folder(run_folder: Path, step: int) -> Path:

@@ -1,19 +1,26 @@
 """A conversion that was killed goes on where it was, and gives the same files; several processes give the same too."""
 
 import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conversions import export_model, import_model, require_same_tensors, source_of, write_llama
+from legacy_checkpoint import legacy_folder, options
 
+from k2_megatron.convert import logits
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.fingerprint import fingerprint_rows, fingerprint_rows_reference
+from k2_megatron.convert.import_legacy import import_legacy
 from k2_megatron.convert.names import places
 from k2_megatron.convert.reshard import reshard
 from k2_megatron.convert.source import KEY_PREFIX
 from k2_megatron.convert.to_hugging_face import HuggingFaceJob
 from k2_megatron.convert.to_torch_dist import TorchDistJob
 from k2_megatron.convert.torch_dist import checkpoint_folder, read_manifest
+from k2_megatron.convert.verify import verify_export, verify_training
 
 
 class Killed(BaseException):
@@ -147,3 +154,40 @@ def test_fingerprint_does_not_depend_on_the_cut(tmp_path: Path) -> None:
         fingerprint_rows("a", 3, 0, swapped),
     ]
     assert len({whole, *others}) == 4
+
+
+def test_each_conversion_leaves_its_record_in_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it came from, by what versions, with what outcome; and the result is sound by its own hashes."""
+    monkeypatch.setattr(logits, "process_pool", ThreadPoolExecutor)  # a process of its own takes seconds to start
+    folder = legacy_folder(tmp_path)
+    import_legacy(options(tmp_path, proof=True), optimizer=True)
+    export_model(tmp_path / "run", tmp_path / "out", proof=True)
+    import_model(tmp_path / "out", tmp_path / "again", proof=True)
+    reshard(tmp_path / "run", tmp_path / "cut", tensor=2, pipeline=1, workers=1)
+    manifests = {name: read_manifest(checkpoint_folder(tmp_path / name)) for name in ("run", "again", "cut")}
+    exported = json.loads((tmp_path / "out" / "k2_conversion.json").read_text())
+    records = {
+        str(folder): (manifests["run"]["legacy"], manifests["run"]["proof"]),
+        str(checkpoint_folder(tmp_path / "run")): (exported, exported["proof"]),
+        str(tmp_path / "out"): (manifests["again"]["conversion"], manifests["again"]["proof"]),
+    }
+    for source, (record, proof) in records.items():
+        assert record["source"] == source
+        assert record["versions"]["torch"]
+        assert re.search(r"largest difference \S+ \(bound .* KL divergence \S+ \(bound", proof), proof
+    assert manifests["cut"]["resharded"]["source"] == str(checkpoint_folder(tmp_path / "run"))
+    assert {manifest["weights"] for manifest in manifests.values()} == {exported["weights"]}
+    assert verify_export(tmp_path / "out", workers=1) == []
+    for name in manifests:
+        assert verify_training(checkpoint_folder(tmp_path / name), workers=1) == []
+
+
+def test_old_shards_that_changed_are_not_gone_on_with(tmp_path: Path, die_after, monkeypatch) -> None:
+    folder = legacy_folder(tmp_path)
+    die_after(TorchDistJob, 2)
+    with pytest.raises(Killed):
+        import_legacy(options(tmp_path), optimizer=True)
+    monkeypatch.undo()
+    os.utime(next(folder.rglob("*.pt")))
+    with pytest.raises(ConversionError, match="was begun by a conversion of other files or options"):
+        import_legacy(options(tmp_path), optimizer=True)
