@@ -6,11 +6,13 @@
 In:   hidden [T, H], the same on every rank of the group; weight [V/tp, H], this rank's rows; labels [T] int64 global
       ids.
 Out:  loss [T] fp32.
-Forward: each chunk's logits are reduced to 3 or 4 numbers a token and dropped; one all-gather after the last chunk.
-Backward: each chunk's logits are computed again, turned into their gradient in place, and used up. The losses are per
-token and so is their gradient, which only the backward knows: the gradient cannot be finished in the forward. The
-weight's gradient accumulates in fp32 and is rounded once. The price is one more GEMM of the head; worth it where T *
-V/tp logits are too many to hold, not for K2's own 4004 columns a rank.
+Forward: each chunk's logits are reduced to 3 or 4 numbers a token and dropped, but for the last chunk's, which wait for
+the backward; one all-gather after the last chunk.
+Backward: the last chunk first, then each other's logits are computed again, turned into their gradient in place, and
+used up: one chunk's logits at a time, here and in the forward. The losses are per token and so is their gradient, which
+only the backward knows: the gradient cannot be finished in the forward. The weight's gradient accumulates in fp32 and
+is rounded once. The price is one more GEMM of the head for every chunk but one; worth it where T * V/tp logits are too
+many to hold, not for K2's own 4004 columns a rank.
 """
 
 from __future__ import annotations
@@ -83,13 +85,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, group, chunk_tokens, settings, reduce_hidden_gradient, steps):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         statistics = hidden.new_empty((settings.planes, len(hidden)), dtype=wide)
+        logits = None
         for start in range(0, len(hidden), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            statistics[:, chunk] = steps.statistics(hidden[chunk] @ weight.t(), labels[chunk], settings)
+            del logits  # before the next are made
+            logits = hidden[chunk] @ weight.t()
+            statistics[:, chunk] = steps.statistics(logits, labels[chunk], settings)
         loss, lse = steps.loss(gather_statistics(statistics, group), labels, settings)
         ctx.save_for_backward(hidden, weight, labels, lse)
         ctx.group, ctx.chunk_tokens, ctx.settings = group, chunk_tokens, settings
-        ctx.reduce_hidden_gradient, ctx.steps = reduce_hidden_gradient, steps
+        ctx.reduce_hidden_gradient, ctx.steps, ctx.last_logits = reduce_hidden_gradient, steps, logits
         return loss
 
     @staticmethod
@@ -98,12 +103,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, weight, labels, lse = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=lse.dtype)
-        for start in range(0, len(hidden), ctx.chunk_tokens):
+        logits, ctx.last_logits = ctx.last_logits, None  # None again where the graph is retained
+        for start in reversed(range(0, len(hidden), ctx.chunk_tokens)):
             chunk = slice(start, start + ctx.chunk_tokens)
-            logits = hidden[chunk] @ weight.t()
+            if logits is None:
+                logits = hidden[chunk] @ weight.t()
             grad_logits = ctx.steps.gradient(logits, labels[chunk], lse[chunk], grad_loss[chunk], ctx.settings)
             torch.mm(grad_logits, weight, out=grad_hidden[chunk])
             _add_product_(grad_weight, grad_logits, hidden[chunk])
+            logits = grad_logits = None  # before the next are made
         if ctx.reduce_hidden_gradient and ctx.group is not None and ctx.group.size() > 1:
             dist.all_reduce(grad_hidden, group=ctx.group)
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None, None
