@@ -25,6 +25,8 @@ def main() -> int:
     parser.add_argument("--held-out", type=Path, help="folder of the held-out plan; must not exist")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
+    if options.threads < 1:
+        parser.error(f"--threads {options.threads}: 1 or more")
     start = time.monotonic()
     try:
         plan = build_plans(

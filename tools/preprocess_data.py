@@ -40,6 +40,22 @@ def parse_part(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
+def parse_workers(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes, 1 or more")
+    return int(text)
+
+
+def parse_fraction(text: str) -> float:
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = -1.0
+    if not 0.0 <= fraction <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction from 0 to 1")
+    return fraction
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -50,11 +66,16 @@ def parse_arguments() -> argparse.Namespace:
     add("--append-eod", action="store_true", help="end every document with that piece")
     add("--special-tokens-in-text", action="store_true", help="let text such as <s> become control ids")
     add("--output-prefix", required=True, help="outputs are PREFIX_KEY_document.bin and so on")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    add("--workers", type=parse_workers, default=os.cpu_count() or 1, help="processes (default: one a core)")
     add("--shard-size", type=parse_size, help="leave the output in shards of so much text, e.g. 1G (default: one file)")
     add("--part", type=parse_part, default=(0, 1), help="I/N: this machine's share; needs --shard-size")
     add("--merge", action="store_true", help="after all parts: check them and write the manifest")
-    add("--max-bad-fraction", type=float, default=0.001, help="stop where more documents are unreadable (0.001)")
+    add(
+        "--max-bad-fraction",
+        type=parse_fraction,
+        default=0.001,
+        help="stop where more documents are unreadable (0.001)",
+    )
     add("--encoder", choices=ENCODERS, default="auto", help="library that encodes (auto: the fastest exact one)")
     options = parser.parse_args()
     if (options.part[1] > 1 or options.merge) and options.shard_size is None:

@@ -23,14 +23,16 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="where tokenizer.json goes")
     options = parser.parse_args()
     try:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
         texts = documents(find_sources(options.input), options.json_key)
         tokenizer = train_byte_level_bpe(texts, options.vocab_size, options.special_tokens)
-    except ValueError as error:
+        tokenizer.save(str(options.output))
+    except (ValueError, OSError) as error:
         print(f"train_tokenizer: {error}", file=sys.stderr)
-        return 2
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(options.output))
-    print(f"{options.output}: {tokenizer.get_vocab_size()} pieces")
+        return 1
+    pieces = tokenizer.get_vocab_size()
+    short = f" of the {options.vocab_size} asked for: the text has no more; give more text"
+    print(f"{options.output}: {pieces} pieces{short if pieces < options.vocab_size else ''}")
     return 0
 
 

@@ -32,6 +32,8 @@ from k2_megatron.data.rows import pack
 from k2_megatron.data.store import write_sealed
 from k2_megatron.data.tokenizer import load_tokenizer
 
+ROUND_TRIP = "for (int i = 0; i < 3; ++i)\n\tsum += naïve;  // the tokens of this must decode to it"
+
 
 @dataclass(frozen=True)
 class SourceFile:
@@ -64,19 +66,30 @@ def build_plans(
             f"held_out_fraction is {recipe.held_out_fraction}: name a folder for the held-out plan where it is more "
             "than 0, and only there"
         )
+    if train_folder == held_out_folder:
+        raise ValueError(f"{train_folder}: named for both plans; the held-out plan needs a folder of its own")
     for folder in (train_folder, held_out_folder):
         if folder is not None and folder.exists():
             raise ValueError(f"{folder}: exists; remove it, or name another folder")
+    fim = _fim_pieces(recipe)
     manifests, sources = _open_sources(recipe, threads)
     report(f"{sum(len(files) for files in sources)} token files, {len(manifests)} manifests")
-    if held_out_folder is not None:
-        _write_held_out_plan(recipe, held_out_folder, manifests, sources)
     available = [_rows(files, recipe.sequence_length, False) for files in sources]
     rows_per_chunk, totals = rows_of_sources(recipe, available)
     report(f"{recipe.chunks} chunks of {rows_per_chunk} rows")
     used = used_after_chunks(totals, recipe.chunks)
+    if held_out_folder is not None:  # after all that can be refused, so that a refusal leaves no folder behind
+        _write_held_out_plan(recipe, held_out_folder, manifests, sources)
     return _write_plan(
-        recipe, train_folder, manifests, sources, available, used, chunk_order(recipe.order, recipe.chunks), threads
+        recipe,
+        train_folder,
+        manifests,
+        sources,
+        available,
+        used,
+        chunk_order(recipe.order, recipe.chunks),
+        threads,
+        fim,
     )
 
 
@@ -91,7 +104,7 @@ def _write_held_out_plan(
             "tokens; raise it, or give more text"
         )
     used = [[0] * len(sources), available]
-    _write_plan(recipe, folder, manifests, sources, available, used, [0], 1, held_out=True)
+    _write_plan(recipe, folder, manifests, sources, available, used, [0], 1, None, held_out=True)
 
 
 def _open_sources(recipe: Recipe, threads: int) -> tuple[list[dict[str, Any]], list[list[SourceFile]]]:
@@ -160,12 +173,16 @@ def _write_plan(
     used: list[list[int]],
     order: list[int],
     threads: int,
+    fim: FimPieces | None,
     held_out: bool = False,
 ) -> dict[str, Any]:
     """Write a plan folder aside and rename it into place."""
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
-    (aside / "chunks").mkdir(parents=True)
+    try:
+        (aside / "chunks").mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be made ({error.strerror}); name a folder that you may write to") from None
     spans = [file.spans(held_out) for files in sources for file in files]
     span_bytes = np.concatenate(spans).astype("<i8").tobytes()
     (aside / "spans.i64").write_bytes(span_bytes)
@@ -180,7 +197,8 @@ def _write_plan(
         "rows_per_chunk": sum(used[1]),
         "chunk_order": order,
         "tokenizer": next((manifest["tokenizer"] for manifest in manifests if manifest.get("tokenizer")), None),
-        "fim": None if held_out else _fim_pieces(recipe),
+        "fim": fim and fim.ids,
+        "fim_tokenizer": fim and fim.tokenizer,
         "manifests": [manifest["xxh3"] for manifest in manifests],
         "sources": [
             {
@@ -209,7 +227,10 @@ def _write_plan(
         "recipe": recipe.model_dump(mode="json"),
     }
     write_sealed(aside / "plan.json", content)
-    locations = {"manifests": [os.path.relpath(manifest["path"], folder) for manifest in manifests]}
+    locations: dict[str, Any] = {"manifests": [os.path.relpath(manifest["path"], folder) for manifest in manifests]}
+    if fim and fim.tokenizer:
+        assert recipe.fim is not None, "pieces come of a recipe's [fim]"
+        locations["fim_tokenizer"] = os.path.relpath(recipe.fim.tokenizer, folder)
     (aside / "locations.json").write_text(json.dumps(locations, indent=1) + "\n", encoding="utf-8")
     os.replace(aside, folder)
     return content
@@ -239,8 +260,16 @@ class _ChunkWriter:
         return xxhash.xxh3_64_hexdigest(shuffled.data)
 
 
-def _fim_pieces(recipe: Recipe) -> dict[str, int] | None:
-    """Ids of the three pieces, where any source uses them."""
+@dataclass(frozen=True)
+class FimPieces:
+    """The ids of the three pieces, and the fingerprint of the tokenizer where reading rows needs it."""
+
+    ids: dict[str, int]
+    tokenizer: str | None
+
+
+def _fim_pieces(recipe: Recipe) -> FimPieces | None:
+    """What plan.json says of fill-in-the-middle. ValueError where the tokenizer has no such piece."""
     if recipe.fim is None:
         return None
     tokenizer = load_tokenizer(recipe.fim.tokenizer)
@@ -251,4 +280,10 @@ def _fim_pieces(recipe: Recipe) -> dict[str, int] | None:
         raise ValueError(
             f"fim.{missing[0]}: {recipe.fim.tokenizer} has no piece {pieces[missing[0]]!r}; name its pieces"
         )
-    return {name: token for name, token in found.items() if token is not None}
+    if recipe.fim.cut == "characters" and tokenizer.decode(tokenizer.encode(ROUND_TRIP)) != ROUND_TRIP:
+        raise ValueError(
+            f'fim.cut = "characters": {recipe.fim.tokenizer} does not decode its own ids to the text (has it a '
+            'decoder?); cut = "tokens" needs none'
+        )
+    ids = {name: token for name, token in found.items() if token is not None}
+    return FimPieces(ids, tokenizer.fingerprint if recipe.fim.cut == "characters" else None)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from k2_megatron.data.texts import Texts
 from k2_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 
 ENCODERS = ("auto", "gigatoken", "tokenizers", "sentencepiece")
@@ -102,11 +103,22 @@ def _gigatoken_encode(tokenizer: HuggingFaceTokenizer | SentencePieceTokenizer) 
     backend = gigatoken.Tokenizer.from_json(json.dumps(settings))
 
     def encode(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        layout = backend.encode_batch(list(texts), parallel=False).layout
+        layout = backend.encode_batch(_as_strings(texts), parallel=False).layout
         offsets = np.asarray(layout.offsets.data)
         return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
 
     return encode
+
+
+def _as_strings(texts: Sequence[str]):
+    """An awkward array of strings over the buffer of `Texts`, without a copy; a list of any other texts."""
+    if not isinstance(texts, Texts):
+        return list(texts)
+    import awkward  # gigatoken's own array type
+
+    characters = awkward.contents.NumpyArray(texts.content, parameters={"__array__": "char"})
+    offsets = awkward.index.Index64(texts.offsets)
+    return awkward.Array(awkward.contents.ListOffsetArray(offsets, characters, parameters={"__array__": "string"}))
 
 
 def _tokenizers_encode(tokenizer: HuggingFaceTokenizer) -> Encode:

@@ -239,9 +239,9 @@ def _plan_feed(folder: Path, sequence_length: int, vocab_size: int, ledger: Ledg
     if sum(entry["idx_bytes"] for entry in entries) <= INDEX_BYTES_CHECKED_AT_START:
         for stream in (stream for of_source in streams for stream in of_source):
             stream.file.check_whole_index()
-    pieces = plan.content["fim"]
+    pieces, fim_tokenizer = plan.content["fim"], plan.fim_tokenizer()
     fim = {
-        number: FimRates(source["fim_psm"], source["fim_spm"], **pieces)
+        number: FimRates(source["fim_psm"], source["fim_spm"], **pieces, tokenizer=fim_tokenizer)
         for number, source in enumerate(plan.sources)
         if source["fim_psm"] or source["fim_spm"]
     }

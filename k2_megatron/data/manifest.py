@@ -109,7 +109,15 @@ def open_token_files(prefix: str | os.PathLike) -> tuple[list[CheckedTokenFile],
 
 
 def manifest_of_foreign_files(prefix: str, tokenizer: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Hash a `.bin/.idx` pair made elsewhere; writes `.xxh3` and the manifest beside it. Sources stay unknown."""
+    """Hash a `.bin/.idx` pair made elsewhere; writes `.xxh3` and the manifest beside it. Sources stay unknown.
+
+    ValueError where there is a manifest: it may know the sources, and hashing anew would take damage for truth.
+    """
+    if manifest_path(prefix).is_file():
+        raise ValueError(
+            f"{manifest_path(prefix)}: exists, and this would forget what it was made from; remove it first if the "
+            "tokens are known to be whole"
+        )
     file = CheckedTokenFile(prefix, None)
     blocks, whole = [], []
     for path in (file.bin_path, file.idx_path):

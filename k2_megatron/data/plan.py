@@ -18,7 +18,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
@@ -26,6 +26,9 @@ import xxhash
 from k2_megatron.data.manifest import CheckedTokenFile, read_manifest
 from k2_megatron.data.rows import Stream
 from k2_megatron.data.store import read_sealed
+
+if TYPE_CHECKING:
+    from k2_megatron.data.tokenizer import Tokenizer
 
 FORMAT = "k2_megatron plan 1"
 REBUILD = "build the plan again with tools/build_plan.py, or restore it from a copy"
@@ -118,13 +121,41 @@ class Plan:
             raise ValueError(f"{path}: missing or damaged; {REBUILD}")
         return np.frombuffer(content, dtype="<i8").reshape(-1, 2)
 
+    def fim_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that cuts documents between characters, where the recipe asked for that."""
+        expected = self.content.get("fim_tokenizer")
+        if expected is None:
+            return None
+        from k2_megatron.data.tokenizer import load_tokenizer
+
+        name = self._locations().get("fim_tokenizer")
+        if not isinstance(name, str):
+            raise ValueError(f"{self.folder}/locations.json: names no fim_tokenizer; {REBUILD}")
+        tokenizer = load_tokenizer(self.folder / name)
+        if tokenizer.fingerprint != expected:
+            raise ValueError(
+                f"{tokenizer.path}: not the tokenizer that {self.folder} was built with; correct fim_tokenizer in its "
+                f"locations.json, or {REBUILD}"
+            )
+        return tokenizer
+
+    def _locations(self) -> dict[str, Any]:
+        path = self.folder / "locations.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise ValueError("not an object")
+            return content
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: unreadable ({error}); {REBUILD}") from None
+
     def manifest_paths(self) -> list[Path]:
         """Where the manifests lie, in the order of plan.json's `manifests`."""
         path = self.folder / "locations.json"
+        locations = self._locations()
         try:
-            names = json.loads(path.read_text(encoding="utf-8"))["manifests"]
-            paths = [self.folder / name for name in names]
-        except (OSError, KeyError, TypeError, ValueError) as error:
+            paths = [self.folder / name for name in locations["manifests"]]
+        except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: unreadable ({error}); {REBUILD}") from None
         if len(paths) != len(self.content["manifests"]):
             raise ValueError(

@@ -11,14 +11,15 @@ import glob
 import io
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
-import orjson
+from k2_megatron.data.json_lines import Piece, parse_lines, take_texts
 
 PIECE_BYTES = 8 << 20
 READ_BYTES = 1 << 20
+ZSTANDARD_READ_BYTES = 16 << 10  # what they decompress to is in memory at once
 MAX_DOCUMENT_BYTES = 64 << 20  # a longer line is rejected, so that a worker's memory stays bounded
 KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "txt"}
 COMPRESSIONS = (".gz", ".zst", ".xz")
@@ -38,19 +39,6 @@ class Source:
     def splittable(self) -> bool:
         """Whether a worker can start in the middle of it."""
         return self.kind == "jsonl" and not self.compression
-
-
-@dataclass
-class Piece:
-    """Some documents of one shard: `texts[key]` are parallel lists; `rejected` holds (line in the shard, reason)."""
-
-    shard: int
-    texts: dict[str, list[str]]
-    lines: int  # lines (rows, files) read, blank and rejected ones included
-    blank: list[int] = field(default_factory=list)  # line numbers in the piece, from 0
-    rejected: list[tuple[int, str]] = field(default_factory=list)
-    raw: Sequence[bytes] = ()  # what was read, for the hash of the source
-    consumed: int = 0  # bytes of the file on disk read so far, for the progress bar
 
 
 def find_sources(inputs: Sequence[str]) -> list[Source]:
@@ -98,15 +86,60 @@ def decompressed(source: Source, raw: IO[bytes]) -> IO[bytes]:
 
         return lzma.open(raw, "rb")
     if source.compression == ".zst":
-        import zstandard
-
-        stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return cast(IO[bytes], io.BufferedReader(cast(io.RawIOBase, stream), READ_BYTES))
+        return cast(IO[bytes], io.BufferedReader(ZstandardFile(raw), READ_BYTES))
     return raw
 
 
-def pieces(source: Source, keys: Sequence[str], shard_bytes: int, first_shard: int, last_shard: int | None):
-    """The pieces of shards first_shard..last_shard (None: to the end) of one source, in order."""
+class ZstandardFile(io.RawIOBase):
+    """The uncompressed bytes of zstandard frames, for reading forward. EOFError where the last frame is cut short: the
+    library's own reader takes such a file for whole."""
+
+    def __init__(self, raw: IO[bytes]):
+        import zstandard
+
+        self._raw, self._context = raw, zstandard.ZstdDecompressor()
+        self._frame: Any = None  # the frame that is open, None between two
+        self._compressed, self._ready = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            self._compressed = self._compressed or self._raw.read(ZSTANDARD_READ_BYTES)
+            if not self._compressed:
+                if self._frame is not None:
+                    raise EOFError("the file ends inside a zstandard frame")
+                return 0
+            self._frame = self._frame or self._context.decompressobj()
+            self._ready = memoryview(self._frame.decompress(self._compressed))
+            self._compressed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+
+def pieces(
+    source: Source, keys: Sequence[str], shard_bytes: int, first_shard: int, last_shard: int | None
+) -> Iterator[Piece]:
+    """The pieces of shards first_shard..last_shard (None: to the end) of one source, in order.
+
+    ValueError where the file cannot be read to its end: cut short, damaged, or of another kind than its name says.
+    """
+    try:
+        yield from _pieces(source, keys, shard_bytes, first_shard, last_shard)
+    except Exception as error:  # each library has exceptions of its own: zlib, lzma, zstandard, arrow
+        if isinstance(error, AssertionError) or str(error).startswith(source.path):
+            raise
+        raise ValueError(
+            f"{source.path}: cannot be read to its end ({type(error).__name__}: {error}); make or fetch it again, "
+            "or leave it out of --input"
+        ) from error
+
+
+def _pieces(source: Source, keys: Sequence[str], shard_bytes: int, first_shard: int, last_shard: int | None):
     if source.kind == "jsonl":
         return _line_pieces(source, keys, shard_bytes, first_shard, last_shard)
     assert last_shard is None, f"{source.path} cannot be entered in the middle"
@@ -181,40 +214,6 @@ def _line_pieces(source: Source, keys, shard_bytes: int, first_shard: int, last_
             yield piece
 
 
-def parse_lines(block: bytes, keys: Sequence[str], shard: int) -> Piece:
-    """The documents of a block of JSON lines; what is not an object with a string under every key is rejected."""
-    lines = block.split(b"\n")
-    if not lines[-1]:
-        lines.pop()
-    piece = Piece(shard, {key: [] for key in keys}, lines=len(lines), raw=(block,))
-    loads = orjson.loads
-    for number, line in enumerate(lines):
-        try:
-            record = loads(line)
-        except orjson.JSONDecodeError as error:
-            if not line.strip():
-                piece.blank.append(number)
-            else:
-                piece.rejected.append((number, f"not JSON: {error}"))
-            continue
-        reason = _take_texts(record, keys, piece)
-        if reason:
-            piece.rejected.append((number, reason))
-    return piece
-
-
-def _take_texts(record: object, keys: Sequence[str], piece: Piece) -> str:
-    """Append the texts of one record; the reason why not, if not."""
-    if not isinstance(record, dict):
-        return f"not an object but {type(record).__name__}"
-    for key in keys:
-        if type(record.get(key)) is not str:
-            return f"{key!r} is {type(record[key]).__name__}, not a string" if key in record else f"has no {key!r}"
-    for key in keys:
-        piece.texts[key].append(record[key])
-    return ""
-
-
 def _parquet_pieces(source: Source, keys: Sequence[str], shard_bytes: int, first_shard: int) -> Iterator[Piece]:
     """Shards of a parquet file are runs of row groups, closed where their uncompressed size reaches `shard_bytes`."""
     import pyarrow.parquet as parquet
@@ -233,12 +232,13 @@ def _parquet_pieces(source: Source, keys: Sequence[str], shard_bytes: int, first
             if shard < first_shard:
                 continue
             for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=list(keys)):
-                piece = Piece(shard, {key: [] for key in keys}, lines=batch.num_rows)
+                texts: dict[str, list[str]] = {key: [] for key in keys}
+                piece = Piece(shard, texts, lines=batch.num_rows)
                 for number, record in enumerate(batch.to_pylist()):
-                    reason = _take_texts(record, keys, piece)
+                    reason = take_texts(record, keys, texts)
                     if reason:
                         piece.rejected.append((number, reason))
-                piece.raw = [text.encode() for key in keys for text in piece.texts[key]]
+                piece.raw = [text.encode() for key in keys for text in texts[key]]
                 piece.consumed = source.size * (group + 1) // file.num_row_groups
                 yield piece
 
@@ -246,7 +246,8 @@ def _parquet_pieces(source: Source, keys: Sequence[str], shard_bytes: int, first
 def _text_pieces(source: Source, keys: Sequence[str]) -> Iterator[Piece]:
     with open(source.path, "rb") as raw:
         content = decompressed(source, raw).read(MAX_DOCUMENT_BYTES + 1)
-    piece = Piece(0, {key: [] for key in keys}, lines=1, raw=(content,), consumed=source.size)
+    texts: dict[str, list[str]] = {key: [] for key in keys}
+    piece = Piece(0, texts, lines=1, raw=(content,), consumed=source.size)
     if len(content) > MAX_DOCUMENT_BYTES:
         piece.rejected.append((0, f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB"))
     else:
@@ -256,7 +257,7 @@ def _text_pieces(source: Source, keys: Sequence[str]) -> Iterator[Piece]:
             piece.rejected.append((0, f"not UTF-8: {error}"))
         else:
             for key in keys:
-                piece.texts[key].append(text)
+                texts[key].append(text)
     yield piece
 
 
@@ -267,6 +268,8 @@ def documents(sources: Sequence[Source], key: str) -> Iterator[str]:
         for piece in pieces(source, [key], 1 << 62, 0, None):
             if piece.rejected:
                 number, reason = piece.rejected[0]
-                raise ValueError(f"{source.path}, line {line + number + 1}: {reason}; correct or remove the line")
+                raise ValueError(
+                    f"{source.path}, line {line + number + 1}: {reason}; correct the line, or name another key"
+                )
             line += piece.lines
             yield from piece.texts[key]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -43,6 +43,9 @@ class FillInTheMiddle(Section):
     prefix: str = "<fim_prefix>"
     middle: str = "<fim_middle>"
     suffix: str = "<fim_suffix>"
+    cut: Literal["tokens", "characters"] = "tokens"
+    """Where documents are cut in three: between tokens (training needs no tokenizer), or between characters, each part
+    tokenized on its own when a row is read (as StarCoder and K2 did; training then loads this very tokenizer)."""
 
 
 class SourceRecipe(Section):

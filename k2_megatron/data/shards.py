@@ -19,7 +19,8 @@ import xxhash
 
 from k2_megatron.data.encoder import Encoder, first_difference, make_encoder
 from k2_megatron.data.indexed import token_dtype
-from k2_megatron.data.readers import Piece, Source, pieces
+from k2_megatron.data.json_lines import Piece
+from k2_megatron.data.readers import Source, pieces
 from k2_megatron.data.store import TokenWriter, read_sealed, write_sealed
 from k2_megatron.data.tokenizer import load_tokenizer
 

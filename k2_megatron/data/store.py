@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from k2_megatron.data.compiled import compiled
 from k2_megatron.data.indexed import index_bytes
 
 BLOCK_BYTES = 64 << 10
@@ -81,7 +82,7 @@ class TokenWriter:
     def add(self, ids: np.ndarray, lengths: np.ndarray, end_of_document: int | None) -> int:
         """Append documents of `lengths` int64 [n] ids each, `end_of_document` after each that is not empty."""
         if end_of_document is not None:
-            ids, lengths = _with_ends(ids, lengths, end_of_document, self.dtype)
+            ids, lengths = with_ends(ids, lengths, end_of_document, self.dtype)
         self.bin.write(np.ascontiguousarray(ids, dtype=self.dtype))
         self._lengths.append(lengths.astype(np.int32))
         return int(lengths.sum())
@@ -118,13 +119,21 @@ def publish(prefix: str, tokens: HashedWriter, dtype: np.dtype, lengths: np.ndar
     }
 
 
-def _with_ends(ids: np.ndarray, lengths: np.ndarray, end: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+def with_ends(ids: np.ndarray, lengths: np.ndarray, end: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Documents of `lengths` int64 [n] uint32 `ids` each -> (the same as `dtype` with `end` after each that is not
+    empty, their new lengths)."""
     longer = lengths + (lengths > 0)
     out = np.empty(int(longer.sum()), dtype=dtype)
-    is_text = np.ones(len(out), dtype=bool)
-    is_text[np.cumsum(longer)[longer > 0] - 1] = False
-    out[is_text] = ids
-    out[~is_text] = end
+    module = compiled()
+    if module is None:
+        is_text = np.ones(len(out), dtype=bool)
+        is_text[np.cumsum(longer)[longer > 0] - 1] = False
+        out[is_text] = ids
+        out[~is_text] = end
+    else:
+        ids, counts = np.ascontiguousarray(ids, dtype=np.uint32), np.ascontiguousarray(lengths, dtype=np.int64)
+        addresses = (ids.ctypes.data, counts.ctypes.data)
+        module.narrow_ids(*addresses, len(counts), end, out.ctypes.data, out.dtype.itemsize, 1)
     return out, longer
 
 

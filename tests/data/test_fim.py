@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+
 import numpy as np
 import pytest
 from token_corpora import tokenize
@@ -9,6 +13,7 @@ from token_corpora import tokenize
 from k2_megatron.data.build import build_plans
 from k2_megatron.data.feed import open_feed
 from k2_megatron.data.fim import FimRates, Segment, reorder
+from k2_megatron.data.plan import Plan
 from k2_megatron.data.recipe import Recipe
 from k2_megatron.data.tokenizer import load_tokenizer
 from k2_megatron.data.training import train_byte_level_bpe
@@ -61,6 +66,84 @@ def test_short_parts_stay_as_they_are():
     rates = FimRates(1.0, 0.0, PREFIX, MIDDLE, SUFFIX)
     row = np.arange(7, dtype=np.uint16)
     assert np.array_equal(reorder(row, [Segment(0, 0, 0, 7, False)], rates, key=1), row)
+
+
+@pytest.mark.parametrize("kind", ["toy_tokenizer", "sentencepiece_model"])
+def test_cuts_between_characters_keep_the_text_and_fall_inside_tokens(request, speeches, kind):
+    """PSM of whole documents: the texts of the parts join to the document's, each part is its own text's tokens, and
+    many a cut lies where no token of the document ends."""
+    tokenizer = load_tokenizer(request.getfixturevalue(kind))
+    prefix, middle, suffix = (tokenizer.vocab_size + mark for mark in range(3))
+    rates = FimRates(1.0, 0.0, prefix, middle, suffix, tokenizer=tokenizer)
+    inside = 0
+    for number, text in enumerate(speeches):
+        ids = tokenizer.encode(text[:300] + " naïve 🙂 日本語")
+        row = np.array([*ids, *[0] * 40], dtype=np.int32)  # room for what the cuts add
+        segments = [Segment(number, 7 * number, 0, len(ids), False)]
+        changed = reorder(row, segments, rates, key=3).tolist()
+        assert changed == reorder(row, segments, rates, key=3).tolist()
+        ends = changed.index(suffix), changed.index(middle)
+        before, between, after = changed[1 : ends[0]], changed[ends[1] + 1 :], changed[ends[0] + 1 : ends[1]]
+        texts = [tokenizer.decode(part) for part in (before, between, after)]
+        assert "".join(texts) == tokenizer.decode(ids)
+        assert [before, between, after] == [tokenizer.encode(part) for part in texts]
+        inside += before != ids[: len(before)]
+    assert inside > len(speeches) / 3
+
+
+def test_a_character_that_the_row_cuts_is_left_to_the_token_cut(toy_tokenizer):
+    tokenizer = load_tokenizer(toy_tokenizer)
+    ids = tokenizer.encode("日本語 " * 8)[1:]  # begins within a character
+    assert "\ufffd" in tokenizer.decode(ids)
+    row = np.array([*ids, 0, 0, 0])
+    plain, by_character = (
+        reorder(row, [Segment(0, 5, 0, len(ids), False)], FimRates(1.0, 0.0, 5001, 5002, 5003, chosen), key=1)
+        for chosen in (None, tokenizer)
+    )
+    assert np.array_equal(plain, by_character)
+
+
+@pytest.fixture(scope="module")
+def character_plan(tmp_path_factory, code_plan, speeches):
+    """The plan of `code_plan` with cuts between characters."""
+    folder, tokenizer = tmp_path_factory.mktemp("characters"), code_plan[1]
+    recipe = Plan(code_plan[0]).content["recipe"]
+    recipe = Recipe.model_validate_json(json.dumps({**recipe, "fim": {**recipe["fim"], "cut": "characters"}}))
+    build_plans(recipe, folder / "train", None)
+    return folder / "train", tokenizer
+
+
+def test_a_plan_may_ask_for_cuts_between_characters(code_plan, character_plan):
+    """The same documents are reordered, the rows have the same length, and repeats are alike."""
+    feeds = [open_feed(plan[0], sequence_length=64, seed=0, vocab_size=500) for plan in (code_plan, character_plan)]
+    pieces = {code_plan[1].piece_id(f"<fim_{name}>") for name in ("prefix", "middle", "suffix")}
+    by_token, by_character = (feed.tokens(0, feed.rows) for feed in feeds)
+    marked = [[bool(pieces & set(row)) for row in rows.tolist()] for rows in (by_token, by_character)]
+    assert sum(one != other for one, other in zip(*marked, strict=True)) <= 2  # a mark past the row's end
+    assert (by_token != by_character).any(axis=1).sum() > sum(marked[0]) / 2
+    assert np.array_equal(by_character, feeds[1].tokens(0, feeds[1].rows))
+
+
+def test_a_tokenizer_that_does_not_decode_its_own_ids_cuts_between_tokens_only(tmp_path, token_prefix, code_plan):
+    settings = json.loads(code_plan[1].path.read_text(encoding="utf-8"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**settings, "decoder": None}), encoding="utf-8")
+    sources = {"code": {"tokens": (token_prefix,), "repeats": 1.0, "fim_psm": 0.5}}
+    fim = {"tokenizer": str(tmp_path / "tokenizer.json"), "cut": "characters"}
+    recipe = {"sequence_length": 16, "chunks": 1, "seed": 3, "fim": fim, "sources": sources}
+    with pytest.raises(ValueError, match=r"fim\.cut = \"characters\": .* does not decode its own ids to the text"):
+        build_plans(Recipe.model_validate(recipe), tmp_path / "train", None)
+
+
+def test_another_tokenizer_than_the_plans_is_refused(tmp_path, character_plan, toy_tokenizer):
+    folder = tmp_path / "train"
+    shutil.copytree(character_plan[0], folder)
+    locations = json.loads((folder / "locations.json").read_text(encoding="utf-8"))
+    where = [os.path.relpath(character_plan[0] / path, folder) for path in locations["manifests"]]
+    for tokenizer, message in ((toy_tokenizer, "not the tokenizer that"), ("nowhere", "no such tokenizer")):
+        moved = {"manifests": where, "fim_tokenizer": os.path.relpath(tokenizer, folder)}
+        (folder / "locations.json").write_text(json.dumps(moved), encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            open_feed(folder, sequence_length=64, seed=0, vocab_size=500)
 
 
 @pytest.fixture(scope="module")

@@ -176,12 +176,21 @@ def test_document_ranges_divide_a_file(tmp_path, prefixes):
         ({"held_out_fraction": 1e-9}, True, "holds out no whole row of 17 tokens"),
         ({"sequence_length": 10**6}, True, "no whole row"),
         ({"rows_per_chunk": 5}, True, "repeats alone ask for"),
+        ({"fim": {"tokenizer": "nowhere.json"}}, True, "no such tokenizer"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, prefixes, settings, held_out, message):
     with pytest.raises(ValueError, match=message):
         build_plans(make_recipe(prefixes, **settings), tmp_path / "train", tmp_path / "held_out" if held_out else None)
-    assert not (tmp_path / "train").exists()
+    assert not list(tmp_path.iterdir()), "a refused recipe left something behind"
+
+
+def test_the_two_plans_need_two_folders_that_can_be_made(tmp_path, prefixes):
+    with pytest.raises(ValueError, match="named for both plans"):
+        build_plans(make_recipe(prefixes), tmp_path / "x", tmp_path / "x")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file/held_out: cannot be made \(Not a directory\); name a folder"):
+        build_plans(make_recipe(prefixes), tmp_path / "file/train", tmp_path / "file/held_out")
 
 
 def test_missing_manifests_and_other_tokenizers_are_named(tmp_path, prefixes, speeches, sentencepiece_model):

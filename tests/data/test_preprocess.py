@@ -239,6 +239,29 @@ def test_too_many_bad_lines_stop_with_the_list(tmp_path, toy_tokenizer, speeches
     assert preprocess(job, workers=1, max_bad_fraction=0.2)["rejected"] == 2
 
 
+def test_a_file_cut_short_ends_the_run_in_one_line_and_leaves_no_output(
+    tmp_path, speeches, toy_tokenizer, tool_environment
+):
+    """In a worker, while another file is read."""
+    write_jsonl(tmp_path / "a.jsonl", speeches)
+    whole = gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in speeches).encode())
+    (tmp_path / "b.jsonl.gz").write_bytes(whole[:-100])
+    common = ["--input", tmp_path, "--tokenizer", toy_tokenizer, "--workers", 2]
+    process = tool([*common, "--output-prefix", tmp_path / "out" / "x"], tool_environment)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert error.startswith(f"preprocess_data: {tmp_path}/b.jsonl.gz: cannot be read to its end (EOFError")
+    assert len(error.splitlines()) == 1
+    assert not list(tmp_path.glob("out/*.manifest.json"))
+
+
+@pytest.mark.parametrize("prefix", ["file/x", "file/deeper/x"])
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, corpus, toy_tokenizer, prefix):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--output-prefix .*: its folder cannot be made \(.*\); choose a prefix"):
+        run(corpus, toy_tokenizer, tmp_path / prefix)
+
+
 def test_far_too_many_bad_lines_stop_early(tmp_path, toy_tokenizer):
     source = tmp_path / "in.jsonl"
     source.write_text('{"body": "x"}\n' * 5000, encoding="utf-8")
@@ -286,3 +309,7 @@ def test_foreign_files_get_a_manifest(tmp_path, token_prefix):
     theirs = manifest_of_foreign_files(str(tmp_path / "x"))["files"][0]
     assert {**theirs, "name": "", "parts": []} == {**ours, "name": "", "parts": []}
     open_token_files(tmp_path / "x")[0][0].check_everything()
+    before = outputs(tmp_path)
+    with pytest.raises(ValueError, match=r"x\.manifest\.json: exists, and this would forget"):
+        manifest_of_foreign_files(str(tmp_path / "x.bin"))
+    assert outputs(tmp_path) == before

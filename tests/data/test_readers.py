@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from k2_megatron.data import readers
-from k2_megatron.data.readers import documents, find_sources, parse_lines, pieces
+from k2_megatron.data.json_lines import parse_lines
+from k2_megatron.data.readers import documents, find_sources, pieces
 
 TEXTS = ["one", "", "two\nlines", "naïve 🙂 <s>", "x" * 500, "last"]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
@@ -98,9 +99,9 @@ def test_shards_are_cut_at_the_same_lines_whatever_the_compression(
 def test_parquet_is_entered_at_a_shard(tmp_path):
     parquet.write_table(arrow.table({"text": [str(n) for n in range(10)]}), tmp_path / "a.parquet", row_group_size=2)
     (source,) = find_sources([str(tmp_path / "a.parquet")])
-    whole = [(piece.shard, piece.texts["text"]) for piece in pieces(source, ["text"], 1, 0, None)]
+    whole = [(piece.shard, list(piece.texts["text"])) for piece in pieces(source, ["text"], 1, 0, None)]
     assert whole == [(shard, [str(2 * shard), str(2 * shard + 1)]) for shard in range(5)]
-    assert [(p.shard, p.texts["text"]) for p in pieces(source, ["text"], 1, 3, None)] == whole[3:]
+    assert [(p.shard, list(p.texts["text"])) for p in pieces(source, ["text"], 1, 3, None)] == whole[3:]
     with pytest.raises(ValueError, match=r"no column 'body'; it has text \(--json-keys\)"):
         list(pieces(source, ["body"], 1, 0, None))
 
@@ -109,7 +110,7 @@ def test_bad_lines_are_listed_with_reasons():
     bad = [b"not json", b"[1]", b'{"body": "x"}', b'{"text": 5}', b'{"text": null}', b'{"text": "\xff"}']
     block = b'{"text": "good"}\n\n' + b"\n".join(bad) + b'\n{"text": "\\ud800"}\n{"text": "end"}'
     piece = parse_lines(block, ["text"], 0)
-    assert piece.texts["text"] == ["good", "end"]
+    assert list(piece.texts["text"]) == ["good", "end"]
     assert piece.blank == [1]
     assert [line for line, _ in piece.rejected] == [2, 3, 4, 5, 6, 7, 8]
     reasons = [reason for _, reason in piece.rejected]
@@ -141,3 +142,36 @@ def test_documents_stops_at_a_bad_line(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\nbroken\n')
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2: not JSON"):
         list(documents(find_sources([str(tmp_path / "a.jsonl")]), "text"))
+
+
+CUT = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
+
+
+@pytest.mark.parametrize("suffix", CUT)
+@pytest.mark.parametrize("cut", [1, 0.5, 0])
+def test_a_compressed_file_cut_short_is_never_taken_for_whole(tmp_path, suffix, cut):
+    """Cut by its last byte, in the middle, or not at all; a second frame stays whole."""
+    content = CUT[suffix](LINES * 50)
+    end = len(content) - cut if cut != 0.5 else len(content) // 2
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(CUT[suffix](LINES) + content[:end])
+    if cut == 0:
+        assert list(documents(find_sources([str(path)]), "text")) == TEXTS * 51
+        return
+    with pytest.raises(ValueError, match=rf"a\.jsonl\{suffix}: cannot be read to its end \(EOFError.*make or fetch it"):
+        list(documents(find_sources([str(path)]), "text"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zst", "a.txt.gz", "a.parquet"])
+def test_a_file_of_another_kind_than_its_name_says_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes(LINES)
+    with pytest.raises(ValueError, match=rf"{name}: cannot be read to its end \(.*leave it out of --input"):
+        list(documents(find_sources([str(tmp_path)]), "text"))
+
+
+def test_zstandard_in_pieces_of_any_size(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(zstandard.compress(LINES * 20) + zstandard.compress(b"") + zstandard.compress(LINES))
+    for size in (1, 7, 1 << 14):
+        monkeypatch.setattr(readers, "ZSTANDARD_READ_BYTES", size)
+        assert list(documents(find_sources([str(path)]), "text")) == TEXTS * 21

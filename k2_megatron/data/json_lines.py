@@ -1,0 +1,111 @@
+"""JSON lines to texts: by the compiled scanner (csrc/cpu/json_lines.cpp) where it is built and sure, else by orjson.
+
+In: a block of whole lines and the keys. Out: a `Piece`: the texts, and which lines were blank or bad. The scanner takes
+only lines that orjson would take, with the same text; whatever it leaves (bad lines, exponents, a key twice) orjson
+judges. It makes no Python object a line, which is what reading costs beside a fast encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import numpy as np
+import orjson
+
+from k2_megatron.data.compiled import compiled
+from k2_megatron.data.texts import Texts
+
+SPARE_BYTES = 32  # that the scanner may write behind the last text
+SHORTEST_LINE = 8  # bytes of a line that holds a text: {"":""} and its end
+
+
+@dataclass
+class Piece:
+    """Some documents of one shard: `texts[key]` are parallel lists; `rejected` holds (line in the shard, reason)."""
+
+    shard: int
+    texts: Mapping[str, Sequence[str]]
+    lines: int  # lines (rows, files) read, blank and rejected ones included
+    blank: list[int] = field(default_factory=list)  # line numbers in the piece, from 0
+    rejected: list[tuple[int, str]] = field(default_factory=list)
+    raw: Sequence[bytes] = ()  # what was read, for the hash of the source
+    consumed: int = 0  # bytes of the file on disk read so far, for the progress bar
+
+
+def parse_lines(block: bytes, keys: Sequence[str], shard: int) -> Piece:
+    """The documents of a block of JSON lines; what is not an object with a string under every key is rejected."""
+    scanner = compiled()
+    if scanner is not None and len(keys) == 1:
+        return scan_lines(scanner, block, keys[0], shard)
+    return parse_every_line(block, keys, shard)
+
+
+def scan_lines(scanner: ModuleType, block: bytes, key: str, shard: int) -> Piece:
+    """`parse_lines` for one key: the scanner from line to line, orjson for each line at which it stops."""
+    name = key.encode()
+    content = np.empty(len(block) + SPARE_BYTES, dtype=np.uint8)
+    offsets = np.empty(len(block) // SHORTEST_LINE + 2, dtype=np.int64)
+    offsets[0] = 0
+    cursor = np.zeros(2, dtype=np.int64)  # the next line's first byte, documents so far
+    blank: list[int] = []
+    rejected: list[tuple[int, str]] = []
+    while True:
+        results = (content.ctypes.data, offsets.ctypes.data, cursor.ctypes.data)
+        scanner.json_texts(_address(block), len(block), _address(name), len(name), *results, 1)
+        position, documents = (int(value) for value in cursor)
+        line = documents + len(blank) + len(rejected)
+        if position >= len(block):
+            texts = Texts(content[: offsets[documents]], offsets[: documents + 1])
+            return Piece(shard, {key: texts}, line, blank, rejected, raw=(block,))
+        end = block.find(b"\n", position) + 1 or len(block)
+        judged = parse_every_line(block[position:end], [key], shard)
+        blank += [line] * len(judged.blank)
+        rejected += [(line, reason) for _, reason in judged.rejected]
+        for text in judged.texts[key]:  # one, or none
+            utf8 = np.frombuffer(text.encode(), dtype=np.uint8)
+            start = offsets[documents]
+            content[start : start + len(utf8)] = utf8
+            documents += 1
+            offsets[documents] = start + len(utf8)
+        cursor[:] = end, documents
+
+
+def _address(content: bytes) -> int:
+    return np.frombuffer(content, dtype=np.uint8).ctypes.data if content else 0
+
+
+def parse_every_line(block: bytes, keys: Sequence[str], shard: int) -> Piece:
+    """`parse_lines` by orjson alone."""
+    lines = block.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    texts: dict[str, list[str]] = {key: [] for key in keys}
+    piece = Piece(shard, texts, lines=len(lines), raw=(block,))
+    loads = orjson.loads
+    for number, line in enumerate(lines):
+        try:
+            record = loads(line)
+        except orjson.JSONDecodeError as error:
+            if not line.strip():
+                piece.blank.append(number)
+            else:
+                piece.rejected.append((number, f"not JSON: {error}"))
+            continue
+        reason = take_texts(record, keys, texts)
+        if reason:
+            piece.rejected.append((number, reason))
+    return piece
+
+
+def take_texts(record: object, keys: Sequence[str], texts: dict[str, list[str]]) -> str:
+    """Append the texts of one record; the reason why not, if not."""
+    if not isinstance(record, dict):
+        return f"not an object but {type(record).__name__}"
+    for key in keys:
+        if type(record.get(key)) is not str:
+            return f"{key!r} is {type(record[key]).__name__}, not a string" if key in record else f"has no {key!r}"
+    for key in keys:
+        texts[key].append(record[key])
+    return ""
