@@ -299,7 +299,7 @@ def cpu_workloads(quick: bool) -> Iterator[Workload]:
 
 def cuda_workloads(quick: bool) -> Iterator[Workload]:
     """One rank of K2's layout: TP 8 shards; rows whole and, under sequence parallelism, an eighth of them."""
-    tokens = [(8192, 1)] if quick else [(2048, 1), (2048, 2), (2048, 4), (8192, 1), (8192, 4)]
+    tokens = [(8192, 1)] if quick else [(8192, 1), (2048, 1), (2048, 2), (2048, 4), (8192, 4)]
     for sequence, batch in tokens:
         rows = sequence * batch
         for norm_rows in (rows // TENSOR_PARALLEL, rows):

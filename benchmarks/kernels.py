@@ -82,6 +82,20 @@ def passes(workload: Workload, sets: list, candidate: Callable) -> dict[str, Cal
     return runs
 
 
+def able(workload: Workload, sets: list, name: str, candidate: Callable) -> dict[str, Callable[[int], object]] | None:
+    """passes() of a candidate, tried once; None, with the reason on the screen, where another's package fails."""
+    try:
+        runs = passes(workload, sets, candidate)
+        for run in runs.values():
+            run(0)
+    except Exception as error:
+        if name == "ours":
+            raise
+        print(f"{workload.op} {workload.shape}: {name} is left out: {type(error).__name__}: {str(error)[:200]}")
+        return None
+    return runs
+
+
 def measure(workload: Workload, device: str, rounds: int, with_compile: bool) -> dict[str, dict[str, list[float]]]:
     """Milliseconds of each round, by pass and candidate; "copy" among them."""
     each = max(workload.forward_bytes // 2, 1 << 24)
@@ -92,7 +106,7 @@ def measure(workload: Workload, device: str, rounds: int, with_compile: bool) ->
         candidates["compile"] = torch.compile(workload.compiled, fullgraph=True, dynamic=False)
     source = torch.ones(COPY_BYTES[device] // 4, device=device)
     target = torch.zeros_like(source)
-    runs = {name: passes(workload, sets, candidate) for name, candidate in candidates.items()}
+    runs = {name: run for name, candidate in candidates.items() if (run := able(workload, sets, name, candidate))}
     times: dict[str, dict[str, list[float]]] = {}
     for part in next(iter(runs.values())):
         turns = {name: run[part] for name, run in runs.items()} | {"copy": lambda _: target.copy_(source)}
@@ -144,6 +158,20 @@ def show(rows: list[dict], title: str) -> None:
     Console(width=None if Console().is_terminal else 170).print(table)
 
 
+def write(rows: list[dict], folder: Path, name: str, rounds: int) -> Path:
+    """The JSON file of this hardware, whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    slug = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    record = {
+        "hardware": name,
+        "torch": torch.__version__,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    path = folder / f"kernels_{slug}.json"
+    path.write_text(json.dumps(record | {"rounds": rounds, "rows": rows}, indent=1) + "\n")
+    return path
+
+
 def hardware(device: str) -> str:
     """The GPU's name, or the processor's with the number of threads."""
     if device == "cuda":
@@ -172,22 +200,16 @@ def main() -> None:
         keep_freed_memory()
     rounds = 5 if arguments.quick else 15
     workloads = (cuda_workloads if device == "cuda" else cpu_workloads)(arguments.quick)
-    rows = []
+    name, rows = hardware(device), []
     for workload in workloads:
         if arguments.only in (None, workload.op.partition(",")[0]):
             rows += summarise(workload, measure(workload, device, rounds, not arguments.no_compile), device)
+            # After every workload: a run that is stopped leaves what it has measured.
+            path = write(rows, arguments.results, name, rounds)
             print(f"{workload.op} {workload.shape} {str(workload.dtype)[6:]}", flush=True)
-    name = hardware(device)
+    if not rows:
+        parser.error(f"--only {arguments.only}: no such op; see cpu_workloads and cuda_workloads")
     show(rows, f"{name}, torch {torch.__version__}: x = how many times faster ours is")
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-    path = arguments.results / f"kernels_{slug}.json"
-    record = {
-        "hardware": name,
-        "torch": torch.__version__,
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    path.write_text(json.dumps(record | {"rounds": rounds, "rows": rows}, indent=1) + "\n")
     print(path)
 
 
