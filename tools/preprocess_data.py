@@ -112,6 +112,9 @@ def main() -> int:
     except (ValueError, RuntimeError, OSError) as error:
         print(f"preprocess_data: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("preprocess_data: stopped; the same command goes on from the finished shards", file=sys.stderr)
+        return 130
     seconds = time.monotonic() - start
     if totals is None:
         print(f"part {options.part[0]} of {options.part[1]} done in {seconds:.1f} s; after all parts run --merge")

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -28,44 +28,14 @@ from k2_megatron.data.fim import FimRates, Segment, reorder
 from k2_megatron.data.held_out import complement, held_out_spans
 from k2_megatron.data.ledger import Ledger
 from k2_megatron.data.manifest import CheckedTokenFile, open_token_files
-from k2_megatron.data.permutation import Permutation, hash64
+from k2_megatron.data.order import EpochOrder, Order
+from k2_megatron.data.permutation import hash64
 from k2_megatron.data.plan import Plan
-from k2_megatron.data.rows import RowStore, Stream, pack, unpack
+from k2_megatron.data.rows import RowStore, Stream, unpack
 from k2_megatron.data.schedule import ENDLESS, Schedule
 
 PARTS = ("all", "train", "held_out")
 INDEX_BYTES_CHECKED_AT_START = 256 << 20  # more would take a noticeable time; verify reads them
-
-
-class Order(Protocol):
-    """Row records by position: a plan's, or a prefix's."""
-
-    @property
-    def rows_per_chunk(self) -> int | None: ...
-
-    def records(self, positions: np.ndarray) -> np.ndarray: ...
-
-    def prefetch(self, position: int) -> None: ...
-
-
-class EpochOrder:
-    """The rows of one source, each epoch in a new order."""
-
-    rows_per_chunk = None
-
-    def __init__(self, epoch_rows: int, seed: int):
-        self.epoch_rows, self.seed = epoch_rows, seed
-
-    def records(self, positions: np.ndarray) -> np.ndarray:
-        out = np.empty(len(positions), dtype=np.uint64)
-        epochs = positions // self.epoch_rows
-        for epoch in np.unique(epochs).tolist():
-            order = Permutation(self.epoch_rows, hash64(self.seed, "epoch", epoch))
-            out[epochs == epoch] = pack(0, order(positions[epochs == epoch] % self.epoch_rows))
-        return out
-
-    def prefetch(self, position: int) -> None:
-        """Nothing to read ahead."""
 
 
 class Feed:

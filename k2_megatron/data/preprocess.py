@@ -122,6 +122,8 @@ def _worker(job: Job, connection: Connection) -> None:
         while (unit := connection.recv()) is not None:
             maker.run(unit, connection.send)
             connection.send(None)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the parent is gone
     except (ValueError, OSError) as error:
         connection.send(error)
 

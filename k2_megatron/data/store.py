@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,8 @@ class HashedWriter:
         """Append bytes, or the memory of a contiguous array."""
         whole = content.data if isinstance(content, np.ndarray) else memoryview(content)
         view = whole.cast("B") if len(content) else memoryview(b"")
-        self.file.write(view)
+        with self._named():
+            self.file.write(view)
         self._whole.update(view)
         self.bytes += len(view)
         while len(view):
@@ -56,11 +59,22 @@ class HashedWriter:
         """Give the file its name; `durable` waits for the disk. What a power cut tears is found by its size or hash."""
         if self._filled:
             self._close_block()
-        self.file.flush()
-        if durable:
-            os.fsync(self.file.fileno())
-        self.file.close()
+        with self._named():
+            self.file.flush()
+            if durable:
+                os.fsync(self.file.fileno())
+            self.file.close()
         os.replace(self.partial, self.path)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """The system's own error of a full disk names no file."""
+        try:
+            yield
+        except OSError as error:
+            self.partial.unlink(missing_ok=True)
+            remedy = "make room or choose another folder, then run the same command again"
+            raise OSError(error.errno, f"{error.strerror}, {remedy}", str(self.path)) from error
 
     @property
     def block_hashes(self) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from k2_megatron.data.feed import open_feed
 from k2_megatron.data.recipe import Recipe
 
 LENGTH = 128
+DAMAGES_A_KIND = 40
 DAMAGES = ("flip", "truncate", "zero", "delete", "swap")
 # Files whose every byte the training reads or checks. locations.json is the one file a user may edit: not among them.
 PATTERNS = ("*.bin", "*.idx", "*.xxh3", "*.manifest.json", "train/plan.json", "train/spans.i64", "train/chunks/*.rows")
@@ -68,7 +70,8 @@ def damage(folder: Path, kind: str, draw: random.Random) -> Path:
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_every_damage_is_found(tmp_path, pristine, kind):
     samples = read_all(pristine, [])
-    for seed in range(40):
+    found: Counter[str] = Counter()
+    for seed in range(DAMAGES_A_KIND):
         draw = random.Random(f"{kind} {seed}")
         folder = tmp_path / str(seed)
         shutil.copytree(pristine, folder)
@@ -80,7 +83,10 @@ def test_every_damage_is_found(tmp_path, pristine, kind):
         assert ";" in str(error.value), f"seed {seed}, {path.name}: the error names no remedy"
         if seen:
             assert np.array_equal(seen, samples[: len(seen)]), f"seed {seed}, {path.name}: a wrong sample was given"
+        found[next(pattern for pattern in PATTERNS if path.match(pattern))] += 1
         shutil.rmtree(folder)
+    assert set(found) == set(PATTERNS), "a kind of file was never damaged"
+    assert found.total() * len(DAMAGES) == 200
 
 
 def test_every_byte_of_a_sealed_file_counts(tmp_path, pristine):

@@ -204,6 +204,45 @@ def test_sigkill_of_everything_loses_only_open_shards(tmp_path, speeches, toy_to
     assert outputs(out) == outputs(tmp_path / "clean")
 
 
+def test_workers_end_quietly_when_their_parent_is_killed(tmp_path, speeches, toy_tokenizer, tool_environment):
+    write_jsonl(tmp_path / "in.jsonl", speeches * 40)
+    arguments = ["--input", tmp_path, "--tokenizer", toy_tokenizer, "--output-prefix", tmp_path / "out" / "x"]
+    process = tool([*arguments, "--workers", 2, "--shard-size", "64K"], tool_environment)
+    while process.poll() is None and not list(tmp_path.glob("out/x.shards/*.json")):
+        time.sleep(0.002)
+    workers = psutil.Process(process.pid).children()
+    process.kill()
+    _, error = process.communicate(timeout=60)  # returns when the last worker has closed it
+    assert not psutil.wait_procs(workers, timeout=5)[1]
+    assert "Traceback" not in error
+
+
+def test_ctrl_c_is_one_line(tmp_path, speeches, toy_tokenizer, tool_environment):
+    write_jsonl(tmp_path / "in.jsonl", speeches * 40)
+    arguments = ["--input", tmp_path, "--tokenizer", toy_tokenizer, "--output-prefix", tmp_path / "out" / "x"]
+    process = tool([*arguments, "--workers", 2, "--shard-size", "64K"], tool_environment)
+    while process.poll() is None and not list(tmp_path.glob("out/x.shards/*.json")):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error == "preprocess_data: stopped; the same command goes on from the finished shards\n"
+
+
+def test_a_disk_without_room_is_named(tmp_path, speeches, toy_tokenizer, tool_environment):
+    """A limit on the size of files stands for the full disk: the same error on the same call."""
+    write_jsonl(tmp_path / "in.jsonl", speeches * 8)
+    limit = ["bash", "-c", 'ulimit -f 100; exec "$@"', "bash", sys.executable, str(ROOT / "tools/preprocess_data.py")]
+    arguments = ["--input", tmp_path, "--tokenizer", toy_tokenizer, "--output-prefix", tmp_path / "out" / "x"]
+    command = [*limit, *map(str, [*arguments, "--workers", 1])]
+    done = subprocess.run(command, env=tool_environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "too large, make room or choose another folder, then run the same command again: " in done.stderr
+    assert "x_text_document.00000.0000.bin" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.glob("out/*.partial"))
+
+
 def test_the_slurm_array_gives_what_one_run_gives(tmp_path, speeches, toy_tokenizer, tool_environment):
     """Two tasks of an array, one after the other, then the merge, by the script's own lines."""
     (tmp_path / "tools").symlink_to(ROOT / "tools")
