@@ -7,7 +7,7 @@ import numpy as np
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.hugging_face import HuggingFaceSource
 from k2_megatron.convert.model_facts import ModelFacts
-from k2_megatron.convert.names import Shape
+from k2_megatron.convert.names import Shape, places
 from k2_megatron.convert.safetensors_file import INDEX, SINGLE
 from k2_megatron.convert.source import KEY_PREFIX
 from k2_megatron.convert.torch_dist import TorchDistSource, checkpoint_folder, read_manifest
@@ -80,13 +80,23 @@ def _legacy(folder: Path) -> str:
 
     source = LegacyK2Source(folder)
     held = ", ".join(f"{kind} ({dtype})" for kind, dtype in source.dtypes.items())
+    samples = getattr(source.arguments, "consumed_train_samples", 0)
+    dtype = source.dtypes["weights"]
+    rows = []
+    for place in places(source.shape):
+        shape, home = place.entry.size(source.shape), source.home(place)
+        where = f"stage {home.stage}" + (f" chunk {home.chunk}" if source.virtual_pipeline > 1 else "")
+        cut = f"{where}, cut over {source.tensor_parallel} ranks" if place.entry.cut != "whole" else where
+        name = place.entry.legacy.format(layer=place.layer)
+        rows.append(_row(name, shape, dtype, shape[0] * shape[1] * _BYTES[dtype], cut))
     interleaved = f" x VP {source.virtual_pipeline}" if source.virtual_pipeline > 1 else ""
     return "\n".join(
         [
             f"{folder}: old K2 checkpoint of iteration {source.iteration:,}, TP {source.tensor_parallel} x PP "
             f"{source.pipeline_parallel}{interleaved}, holds {held}",
-            f"  consumed     {getattr(source.arguments, 'consumed_train_samples', None)} samples",
+            f"  consumed     {samples:,} samples, {samples * source.facts.context:,} tokens",
             *_shape_lines(source.shape),
+            *rows,
         ]
     )
 

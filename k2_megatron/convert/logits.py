@@ -15,7 +15,7 @@ from k2_megatron.convert.names import EMBEDDING, OUTPUT, TABLE, Entry, Place
 from k2_megatron.convert.numbers import to_float32
 from k2_megatron.convert.source import Kind
 from k2_megatron.convert.torch_dist import TorchDistSource
-from k2_megatron.convert.work import process_pool
+from k2_megatron.convert.work import process_pool, resident_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SEED = 1234
 SEQUENCES = 2
 TOKENS = 48
-VOCABULARY_BLOCK = 8192  # rows of an output matrix in memory at once
+ROWS = 4096  # of a matrix that are read at once
 
 
 class Reference(Protocol):
@@ -83,6 +83,8 @@ def prove(
     """Run both models in a process of their own, ours on its `kind`. ConversionError above the bound."""
     with process_pool(1) as pool:
         proof = pool.submit(compare_logits, reference, ours, facts, bound, kind).result()
+        memory = pool.submit(resident_bytes).result()
+    print(f"both models ran in {memory / 1e6:.0f} MB, libraries included")
     if not proof.holds:
         raise ConversionError(f"the two models disagree, so nothing was published: {proof}")
     return proof
@@ -150,15 +152,17 @@ def _run_layers(source: TorchDistSource, facts: ModelFacts, config, groups, toke
         for entry in TABLE:
             if entry.stacked:
                 parameter = model.decoder.layers[0].get_parameter(entry.ours.removeprefix("decoder.layers."))
-                rows = _rows(source, kind, entry, 0, entry.size(source.shape)[0], layer)
-                parameter.copy_(rows.view_as(parameter))
+                matrix, count = parameter.view(entry.size(source.shape)), entry.size(source.shape)[0]
+                for first in range(0, count, ROWS):
+                    last = min(first + ROWS, count)
+                    matrix[first:last] = _rows(source, kind, entry, first, last, layer)
         hidden_SBH, _context = model.decoder.layers[0](hidden_SBH, None, rotary_pos_emb=rotary)
     norm = next(entry for entry in TABLE if entry.ours == "decoder.final_layernorm.weight")
     model.decoder.final_layernorm.weight.copy_(_rows(source, kind, norm, 0, facts.shape.hidden_size)[:, 0])
     normal_BSH = model.decoder.final_layernorm(hidden_SBH).transpose(0, 1)
     used = facts.shape.used_vocabulary
-    starts = range(0, used, VOCABULARY_BLOCK)
-    blocks = (_rows(source, kind, OUTPUT, first, min(first + VOCABULARY_BLOCK, used)) for first in starts)
+    starts = range(0, used, ROWS)
+    blocks = (_rows(source, kind, OUTPUT, first, min(first + ROWS, used)) for first in starts)
     return torch.cat([normal_BSH @ block.T for block in blocks], -1)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from k2_megatron.convert.errors import ConversionError
-from k2_megatron.convert.logits import VOCABULARY_BLOCK
+from k2_megatron.convert.logits import ROWS
 from k2_megatron.convert.safetensors_file import read_index
 
 if TYPE_CHECKING:
@@ -27,7 +27,10 @@ class TransformersModel:
         return "transformers"
 
     def logits(self, tokens: "torch.Tensor") -> "torch.Tensor":
-        """[sequences, tokens, vocabulary] of `tokens` [sequences, tokens]. ConversionError without transformers."""
+        """[sequences, tokens, vocabulary] of `tokens` [sequences, tokens]. ConversionError without transformers.
+
+        To be called without gradients: it writes into parameters.
+        """
         try:
             from transformers import AutoConfig, LlamaForCausalLM
         except ImportError:
@@ -46,7 +49,10 @@ class TransformersModel:
         hidden = stored.rows("model.embed_tokens.weight", tokens)
         for layer in range(layers):
             prefix = f"model.layers.{layer}."
-            model.layers[0].load_state_dict({n.removeprefix(prefix): stored.whole(n) for n in stored.names(prefix)})
+            parameters = dict(model.layers[0].named_parameters())
+            for stored_name in stored.names(prefix):  # one at a time: a state dict would hold the layer twice
+                parameters.pop(stored_name.removeprefix(prefix)).copy_(stored.whole(stored_name))
+            assert not parameters, f"{self.folder} lacks {sorted(parameters)} of layer {layer}"
             hidden = model(inputs_embeds=hidden, use_cache=False).last_hidden_state
         norm.load_state_dict({"weight": stored.whole("model.norm.weight")})
         head = "model.embed_tokens.weight" if tied else "lm_head.weight"
@@ -87,5 +93,5 @@ class _StoredTensors:
         with self._open(name) as file:
             matrix = file.get_slice(name)
             rows = matrix.get_shape()[0]
-            for first in range(0, rows, VOCABULARY_BLOCK):
-                yield matrix[first : min(first + VOCABULARY_BLOCK, rows)].float()
+            for first in range(0, rows, ROWS):
+                yield matrix[first : min(first + ROWS, rows)].float()

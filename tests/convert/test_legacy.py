@@ -8,6 +8,7 @@ import torch
 from conversions import export_model, source_of, stored_tensors
 from legacy_checkpoint import change, known_model, legacy_folder, options, write_legacy
 
+from k2_megatron.convert.describe import describe
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.hugging_face import HuggingFaceSource
 from k2_megatron.convert.import_legacy import import_legacy
@@ -177,6 +178,15 @@ def test_files_of_two_stages_that_changed_places_are_told_apart(tmp_path: Path) 
     (folder / "aside").rename(folder / "mp_rank_00_002")
     with pytest.raises(ConversionError, match="was written by tensor rank 0 of stage 2"):
         import_legacy(options(tmp_path), optimizer=True)
+
+
+def test_inspect_tells_of_old_shards_what_they_hold(tmp_path: Path) -> None:
+    weights, moments = known_model(tmp_path / "hf", layers=8)
+    write_legacy(tmp_path / "iter_0000941", weights, moments, 2, 2, 2)
+    text = describe(tmp_path / "iter_0000941")
+    for part in ("iteration 941, TP 2 x PP 2 x VP 2", "weights (bfloat16), main (float32), exp_avg", "7,528 samples",
+                 "240,896 tokens", "stage 1 chunk 1, cut over 2 ranks", "344x64", "0.044 MB"):  # fmt: skip
+        assert part in text, f"{part} is not in\n{text}"
 
 
 def test_without_adams_state_any_optimizer_is_read_over(tmp_path: Path) -> None:
