@@ -37,7 +37,9 @@ class HuggingFaceSource:
     def read(self, kind: Kind, place: Place, first_row: int, last_row: int) -> np.ndarray:
         assert kind == "weights", f"a Hugging Face model holds no {kind}"
         columns = place.entry.size(self.shape)[1]
-        rows = np.zeros((last_row - first_row, columns), BITS[self.dtypes["weights"]])
+        rows = np.empty((last_row - first_row, columns), BITS[self.dtypes["weights"]])
+        if place.entry.rows == "vocabulary":
+            rows[max(0, self.shape.used_vocabulary - first_row) :] = 0
         names = self._names(place)
         for segment in segments(place.entry, self.shape):
             first = max(first_row, segment.our_row)

@@ -1,6 +1,7 @@
 """Hugging Face to ours and back: equal to the bit, and the same logits by transformers' code and by ours."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
@@ -18,6 +19,7 @@ from conversions import (
 )
 from transformers import AutoModelForCausalLM
 
+from k2_megatron.convert import logits
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.hugging_face import HuggingFaceSource
 from k2_megatron.convert.logits import Bound, compare_logits
@@ -135,6 +137,15 @@ def test_float16_rounds_to_bfloat16_and_comes_back_exactly_from_the_main_paramet
     assert not moments.any()
 
 
+def test_the_proof_of_main_parameters_runs_our_model_on_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights trained with are their roundings: compared with those, equal parameters would look unequal."""
+    monkeypatch.setattr(logits, "process_pool", ThreadPoolExecutor)  # a process of its own takes seconds to start
+    write_llama(tmp_path / "hf")
+    import_model(tmp_path / "hf", tmp_path / "run", precision="bfloat16")
+    export_model(tmp_path / "run", tmp_path / "back", weights="main", dtype="float32", shard_bytes=100_000, proof=True)
+    require_same_tensors(tmp_path / "hf", tmp_path / "back")
+
+
 def test_tied_embeddings_that_training_pulled_apart_stay_apart(tmp_path: Path) -> None:
     """Re-tied only if recorded and equal: here the record says tied, and one element differs."""
     write_llama(tmp_path / "hf", tied=True)
@@ -148,6 +159,16 @@ def test_tied_embeddings_that_training_pulled_apart_stay_apart(tmp_path: Path) -
     export_model(tmp_path / "run", tmp_path / "back")
     assert model_config(tmp_path / "back")["tie_word_embeddings"] is False is config["tie_word_embeddings"]
     assert torch.equal(stored_tensors(tmp_path / "back")["lm_head.weight"], untied.lm_head.weight)
+
+
+def test_padding_rows_of_the_vocabulary_are_zeros(tmp_path: Path) -> None:
+    write_llama(tmp_path / "hf", vocabulary=131)
+    import_model(tmp_path / "hf", tmp_path / "run", vocab_size=136, tensor=4)  # blocks of 34 rows: the last has both
+    source = source_of(tmp_path / "run")
+    for entry in (EMBEDDING, OUTPUT):
+        rows = to_float32(source.read("weights", Place(entry, None), 0, 136), "float32")
+        assert rows[:131].any(axis=1).all()
+        assert not rows[131:].any()
 
 
 def test_tied_model_trains_with_two_equal_matrices(tmp_path: Path) -> None:
