@@ -27,10 +27,13 @@ class TransformersModel:
         return "transformers"
 
     def logits(self, tokens: "torch.Tensor") -> "torch.Tensor":
-        """[sequences, tokens, vocabulary] of `tokens` [sequences, tokens]. ConversionError without transformers.
+        """[sequences, tokens, vocabulary] of `tokens` [sequences, tokens]. ConversionError without transformers."""
+        import torch
 
-        To be called without gradients: it writes into parameters.
-        """
+        with torch.no_grad():
+            return self._logits(tokens)
+
+    def _logits(self, tokens: "torch.Tensor") -> "torch.Tensor":
         try:
             from transformers import AutoConfig, LlamaForCausalLM
         except ImportError:
