@@ -43,25 +43,36 @@ def go_back(config: Config, finding: Finding, decision: Decision, checkpoints: P
     if decision.kind == "stop":
         raise StopRun(f"{decision.reason}. The dossier is in {checkpoints.parent / DOSSIERS}")
     try:
-        fields = amendment(config, data.train, data.train.order.rows_per_chunk, decision, finding)
-        after = data.train.after(fields)
+        fields = fitting_amendment(config, finding, decision, data)
     except ValueError as error:
         raise StopRun(f"{decision.reason}; going back is not possible: {error}") from None
-    if after.total < data.train.row_range(0, config.total_samples)[1]:
-        raise StopRun(
-            f"{decision.reason}; skipping would leave {after.total} rows, too few for the run. Use spikes.policy = "
-            '"rollback", which moves them to the end, or build a longer plan'
-        )
     if distributed.get_rank() == 0:
-        good = decision.checkpoint_step
-        assert good is not None, "going back needs a checkpoint"
-        write_file(checkpoints / "latest", folder_name(good) + "\n")
-        for folder in complete_checkpoints(checkpoints):
-            if step_of(folder) > good:  # kept under another name: they show what the spike did
-                aside = folder.with_name(f"spiked_{folder.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                os.rename(folder, aside)
-        sync(checkpoints)
+        assert decision.checkpoint_step is not None, "going back needs a checkpoint"
+        set_back(checkpoints, decision.checkpoint_step)
         data.ledger.amend(**fields)
     distributed.barrier()
     return fields
+
+
+def fitting_amendment(config: Config, finding: Finding, decision: Decision, data: RunData) -> dict:
+    """The amendment of the configured policy. ValueError where the data has no chunks or no end to defer to, or where
+    too few rows would be left."""
+    fields = amendment(config, data.train, data.train.order.rows_per_chunk, decision, finding)
+    after = data.train.after(fields)
+    if after.total < data.train.row_range(0, config.total_samples)[1]:
+        raise ValueError(
+            f"skipping would leave {after.total} rows, too few for the run. Use spikes.policy = "
+            '"rollback", which moves them to the end, or build a longer plan'
+        )
+    return fields
+
+
+def set_back(checkpoints: Path, good: int) -> None:
+    """Make the checkpoint of step `good` the newest; later ones stay as spiked_step_*: they show what the spike did."""
+    write_file(checkpoints / "latest", folder_name(good) + "\n")
+    for folder in complete_checkpoints(checkpoints):
+        if step_of(folder) > good:
+            aside = folder.with_name(f"spiked_{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(folder, aside)
+    sync(checkpoints)
