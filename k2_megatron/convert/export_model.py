@@ -86,7 +86,7 @@ def export_hugging_face(options: ExportOptions) -> Path:
         HuggingFaceSource(aside, facts)  # what was written has the tensors of its config.json
         proof = prove(TransformersModel(aside), source, facts, Bound.for_weights(equal=not rounding.values), kind)
         print(proof)
-    about = _manifest(aside, folder, manifest, results, rounding, str(proof))
+    about = _manifest(aside, folder, manifest, results, rounding, str(proof) if proof else None)
     write_file(aside / MANIFEST, json.dumps(about, indent=1))
     (aside / JOURNAL).unlink()
     os.rename(aside, options.save)
@@ -152,7 +152,7 @@ def _special_ids(tokenizer: Path | None, aside: Path, kept: dict[str, Any]) -> d
 
 
 def _manifest(
-    aside: Path, folder: Path, manifest: dict, results: list[dict], rounding: Rounding, proof: str
+    aside: Path, folder: Path, manifest: dict, results: list[dict], rounding: Rounding, proof: str | None
 ) -> dict[str, Any]:
     tensors = {name: digest for result in results for name, digest in result["tensors"].items()}
     files = {result["file"]: {"bytes": result["bytes"], "xxh3": result["xxh3"]} for result in results}
