@@ -58,7 +58,7 @@ def rank_files(folder: Path) -> dict[tuple[int, int], Path]:
                 raise ConversionError(f"{found[rank].parent} and {path.parent.name} are the same rank; remove one")
             found[rank] = path
     if not found:
-        iterations = sorted(folder.glob("iter_*")) or ["iter_0000941"]
+        iterations = sorted(folder.glob("iter_*")) or [Path("iter_0000941")]
         raise ConversionError(f"{folder} holds no mp_rank_TT_PPP/{FILE}; give one iteration, such as {iterations[-1]}")
     ranks, stages = (1 + max(numbers) for numbers in zip(*found, strict=True))
     missing = sorted({(tensor, stage) for tensor in range(ranks) for stage in range(stages)} - set(found))
