@@ -9,8 +9,10 @@ from types import ModuleType
 
 @cache
 def compiled() -> ModuleType | None:
-    """k2_megatron._cpu where it is built. (kernels.dispatch would bring torch, which these processes do not need.)"""
+    """k2_megatron._cpu where it is built, and not before it had these functions. (kernels.dispatch would bring torch,
+    which these processes do not need.)"""
     try:
-        return importlib.import_module("k2_megatron._cpu")
+        module = importlib.import_module("k2_megatron._cpu")
     except ImportError:
         return None
+    return module if hasattr(module, "json_texts") and hasattr(module, "narrow_ids") else None

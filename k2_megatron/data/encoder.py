@@ -10,13 +10,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import psutil
 
 from k2_megatron.data.texts import Texts
 from k2_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 
 ENCODERS = ("auto", "gigatoken", "tokenizers", "sentencepiece")
+LARGE_PROCESS_BYTES = 220 << 20  # of a worker that may take 300 MB
+IDS_BEFORE_FORGETTING = 16_000_000  # words are learnt again in a tenth of the time that so many take
 Encode = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 PROBE = (
     "",
@@ -53,7 +57,7 @@ def make_encoder(tokenizer: HuggingFaceTokenizer | SentencePieceTokenizer, reque
     if requested == own:
         return Encoder(own, "asked for", reference, reference)
     try:
-        fast = _gigatoken_encode(tokenizer)
+        fast = GigatokenEncode(tokenizer)
         problem = first_difference(fast, reference, (*PROBE, *_added_pieces(tokenizer)))
     except Exception as error:  # a Rust panic arrives as a bare exception type of its own
         problem = f"{type(error).__name__}: {error}"
@@ -89,25 +93,38 @@ def _added_pieces(tokenizer: HuggingFaceTokenizer | SentencePieceTokenizer) -> l
     return [f"before{piece}after {piece} {piece}{piece}" for piece in pieces]
 
 
-def _gigatoken_encode(tokenizer: HuggingFaceTokenizer | SentencePieceTokenizer) -> Encode:
-    import gigatoken
+class GigatokenEncode:
+    """gigatoken, which keeps every word that it has met: on varied text without end. Made anew where the process has
+    grown too large; the ids are the same."""
 
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
+    def __init__(self, tokenizer: HuggingFaceTokenizer | SentencePieceTokenizer):
+        if isinstance(tokenizer, SentencePieceTokenizer):
+            from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
 
-        settings = json.loads(sentencepiece_to_tokenizer_json(tokenizer.path.read_bytes()))
-    else:
-        settings = json.loads(tokenizer.path.read_bytes())
-    if not tokenizer.special_pieces:  # gigatoken matches every added piece it knows of: tell it of none that is special
-        settings["added_tokens"] = [token for token in settings.get("added_tokens") or [] if not token.get("special")]
-    backend = gigatoken.Tokenizer.from_json(json.dumps(settings))
+            settings = json.loads(sentencepiece_to_tokenizer_json(tokenizer.path.read_bytes()))
+        else:
+            settings = json.loads(tokenizer.path.read_bytes())
+        if not tokenizer.special_pieces:  # gigatoken matches every added piece it knows of: tell it of no special one
+            settings["added_tokens"] = [t for t in settings.get("added_tokens") or [] if not t.get("special")]
+        self._settings = json.dumps(settings)
+        self.forget()
 
-    def encode(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        layout = backend.encode_batch(_as_strings(texts), parallel=False).layout
+    def forget(self) -> None:
+        """Start with no word known."""
+        import gigatoken
+
+        self._backend: Any = None  # the old one's memory goes first
+        self._backend = gigatoken.Tokenizer.from_json(self._settings)
+        self._ids_since = 0
+
+    def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        layout = self._backend.encode_batch(_as_strings(texts), parallel=False).layout
         offsets = np.asarray(layout.offsets.data)
-        return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
-
-    return encode
+        ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
+        self._ids_since += len(ids)
+        if self._ids_since > IDS_BEFORE_FORGETTING and psutil.Process().memory_info().rss > LARGE_PROCESS_BYTES:
+            self.forget()
+        return ids, np.diff(offsets)
 
 
 def _as_strings(texts: Sequence[str]):

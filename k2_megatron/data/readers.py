@@ -8,8 +8,11 @@ Shards therefore depend on the sources and the shard size alone, never on worker
 from __future__ import annotations
 
 import glob
+import gzip
 import io
+import lzma
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,12 +81,8 @@ def _source(path: str, name: str) -> Source | None:
 def decompressed(source: Source, raw: IO[bytes]) -> IO[bytes]:
     """The uncompressed bytes of a source whose file is open as `raw`."""
     if source.compression == ".gz":
-        import gzip
-
         return cast(IO[bytes], gzip.open(raw, "rb"))
     if source.compression == ".xz":
-        import lzma
-
         return lzma.open(raw, "rb")
     if source.compression == ".zst":
         return cast(IO[bytes], io.BufferedReader(ZstandardFile(raw), READ_BYTES))
@@ -105,6 +104,8 @@ class ZstandardFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
+        import zstandard
+
         while not self._ready:
             self._compressed = self._compressed or self._raw.read(ZSTANDARD_READ_BYTES)
             if not self._compressed:
@@ -112,7 +113,10 @@ class ZstandardFile(io.RawIOBase):
                     raise EOFError("the file ends inside a zstandard frame")
                 return 0
             self._frame = self._frame or self._context.decompressobj()
-            self._ready = memoryview(self._frame.decompress(self._compressed))
+            try:
+                self._ready = memoryview(self._frame.decompress(self._compressed))
+            except zstandard.ZstdError as error:
+                raise ValueError(error) from None
             self._compressed = self._frame.unused_data
             if self._frame.eof:
                 self._frame = None
@@ -130,8 +134,8 @@ def pieces(
     """
     try:
         yield from _pieces(source, keys, shard_bytes, first_shard, last_shard)
-    except Exception as error:  # each library has exceptions of its own: zlib, lzma, zstandard, arrow
-        if isinstance(error, AssertionError) or str(error).startswith(source.path):
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:  # arrow's are ValueErrors
+        if str(error).startswith(source.path):
             raise
         raise ValueError(
             f"{source.path}: cannot be read to its end ({type(error).__name__}: {error}); make or fetch it again, "
@@ -211,6 +215,7 @@ def _line_pieces(source: Source, keys, shard_bytes: int, first_shard: int, last_
                 piece.rejected.append((piece.lines, f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB"))
                 piece.lines += 1
             piece.consumed = raw.tell() if source.compression else reader.position
+            block = b""  # of a long document: in memory often enough
             yield piece
 
 

@@ -186,6 +186,7 @@ class _OpenShard:
         for content in piece.raw:
             self.hash.update(content)
             self.text_bytes += len(content)
+        piece.raw = ()  # a long document is in memory often enough
         count = len(piece.texts[job.keys[0]])
         tokens = 0
         end = maker.tokenizer.end_of_document if job.append_end_of_document else None

@@ -67,6 +67,18 @@ def test_gigatoken_is_exact_for_both_llama_like_kinds(sentencepiece_model, huggi
     assert np.array_equal(*ids)
 
 
+def test_an_encoder_that_forgets_gives_the_same_ids(toy_tokenizer, speeches, monkeypatch):
+    monkeypatch.setattr(encoders, "LARGE_PROCESS_BYTES", 0)
+    monkeypatch.setattr(encoders, "IDS_BEFORE_FORGETTING", 1000)
+    encode = encoders.GigatokenEncode(load_tokenizer(toy_tokenizer))
+    made = [encode._backend]
+    reference = make_encoder(load_tokenizer(toy_tokenizer), "tokenizers").encode
+    for text in speeches[:6]:
+        assert first_difference(encode, reference, [text, text[::-1]]) == ""
+        made.append(encode._backend)
+    assert len({id(backend) for backend in made}) >= 3
+
+
 def word_tokenizer(path: Path, speeches) -> Path:
     """A kind that gigatoken does not read."""
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
@@ -98,7 +110,7 @@ def test_an_encoder_that_differs_is_not_used(toy_tokenizer, monkeypatch):
 
         return encode
 
-    monkeypatch.setattr(encoders, "_gigatoken_encode", off_by_one)
+    monkeypatch.setattr(encoders, "GigatokenEncode", off_by_one)
     encoder = make_encoder(load_tokenizer(toy_tokenizer))
     assert encoder.name == "tokenizers"
     assert "instead of" in encoder.reason
