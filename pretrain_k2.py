@@ -19,6 +19,7 @@ from pathlib import Path
 import torch.distributed as distributed
 
 from k2_megatron.config import Config, load_config
+from k2_megatron.config.changes import keys_given
 from k2_megatron.config.flops import flops_per_token
 from k2_megatron.kernels.dispatch import OPS, choose_backend
 from k2_megatron.model import build_model
@@ -38,7 +39,7 @@ from k2_megatron.runtime.mistakes import StopRun, run_program
 from k2_megatron.runtime.seeds import require_determinism, seed_everything
 from k2_megatron.runtime.signals import StopSignals, end_at_once
 from k2_megatron.train.checkpoint import find_checkpoint, load_checkpoint
-from k2_megatron.train.checkpoint_files import apply_retention, remove_unfinished
+from k2_megatron.train.checkpoint_files import apply_retention, read_manifest, remove_unfinished
 from k2_megatron.train.checkpoint_save import CheckpointWriter, SaveResult
 from k2_megatron.train.checkpoint_state import layout_name
 from k2_megatron.train.journal import Journal
@@ -51,8 +52,9 @@ from k2_megatron.train.run_folder import check_run_folder, hold_run_folder, prov
 from k2_megatron.train.schedule import learning_rate_at
 from k2_megatron.train.spikes.rollback import decide_together, go_back
 from k2_megatron.train.spikes.watch import SpikeWatch
+from k2_megatron.train.start_from import check_start, start_from_checkpoint, start_plan, start_report
 from k2_megatron.train.step import evaluate, train_step
-from k2_megatron.train.summary import resume_report, summary_text
+from k2_megatron.train.summary import resume_changes, resume_report, summary_text
 from k2_megatron.train.views import Views
 from k2_megatron.train.watchdog import STEP, Watchdog
 
@@ -63,21 +65,25 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     environment = read_environment()
     config = load_config(options.config, options.set, world_size=environment.world_size if environment else None)
+    given = keys_given(options.set)
     if options.plan or options.dry_run:
         print(plan_text(config) if options.plan else dry_run_text(config))
+        if config.checkpoint.start_from:
+            print(f"\n{start_plan(config)}")
         return 0
     if environment is None:  # a plain start: tell mistakes once, here, and only then start ranks
-        check_run_folder(config)
+        check_run_folder(config, given)
+        check_start(config)
         open_run_data(config)
         if config.world_size > 1:
             return run_local_ranks([__file__, *arguments], config.world_size)
         environment = single_rank()
     device = find_device(environment.local_rank)
     with cpu_stands_in_for_cuda(device.type):
-        return train(config, environment, device, options.until or config.train.steps)
+        return train(config, environment, device, options.until or config.train.steps, given)
 
 
-def train(config: Config, environment: RankEnvironment, device: Device, until: int) -> int:
+def train(config: Config, environment: RankEnvironment, device: Device, until: int, given: set[str]) -> int:
     # The world, the folder, and what events are written to
     faulthandler.enable()  # a crash inside a library shows where
     if config.train.deterministic:
@@ -92,7 +98,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
     checkpoints = folder / "checkpoints"
     is_writer = groups.rank == 0
     if is_writer:
-        check_run_folder(config)
+        check_run_folder(config, given)
         lock = hold_run_folder(config)
         write_config(config)
         remove_unfinished(checkpoints)
@@ -121,13 +127,18 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
     )
 
     # Resume from the newest complete checkpoint, whatever layout wrote it
-    step = 0
+    step, origin = 0, None
     newest, doubts = find_checkpoint(checkpoints, groups)
+    if newest is None and config.checkpoint.start_from:
+        origin = start_from_checkpoint(config, groups, chunks, optimizer, device.torch)
+        journal.write("start_from", **origin)
+        views.say(start_report(config, origin))
     if newest is not None:
+        found = resume_changes(config, read_manifest(newest), newest, given)
         manifest = load_checkpoint(newest, config, groups, chunks, optimizer, device.torch)
         data.resume_at(manifest)
         spikes.resume_at(manifest)
-        step = manifest["step"]
+        step, origin = manifest["step"], manifest.get("origin")
         learning_rate, next_sample = learning_rate_at(config, step), config.consumed_samples_at(step)
         journal.write(
             "resume",
@@ -137,8 +148,9 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
             saved_layout=manifest["layout"],
             learning_rate=learning_rate,
             next_sample=next_sample,
+            changes=[vars(change) for change in found],
         )
-        views.say(resume_report(config, manifest, newest, doubts))
+        views.say(resume_report(config, manifest, newest, doubts, found))
     saved_step = kept_step = step  # published; the same, or still being written
     passed_over, leaving = 0, "--until"
     saver = CheckpointWriter(checkpoints, groups, asynchronous=config.checkpoint.asynchronous)
@@ -225,7 +237,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
             stop_when_different(compare_replicas(chunks, optimizer, groups), step, saved_step, journal)
             journal.sync()
             data.record_position(step, consumed)
-            facts = {**data.position(), **spikes.position()}
+            facts = {**data.position(), **spikes.position(), "origin": origin}
             saver.save(step, config, chunks, optimizer, device.torch, facts)
             kept_step = step
         saved_step = tell_of_save(saver.finished(), config, journal, checkpoints, spikes) or saved_step

@@ -228,6 +228,12 @@ def kept_checkpoints_exist(tree: Any) -> Iterator[Problem]:
         yield Problem(key, kept, f"must be a multiple of checkpoint.every_steps = {every}; {_neighbours(kept, every)}")
 
 
+def start_optimizer_needs_start(tree: Any) -> Iterator[Problem]:
+    kept = tree.checkpoint.start_optimizer
+    if kept is not None and tree.checkpoint.start_from is None:
+        yield Problem("checkpoint.start_optimizer", kept, "has no effect without checkpoint.start_from: remove it")
+
+
 def spike_policy_is_whole(tree: Any) -> Iterator[Problem]:
     policy = tree.spikes.policy
     for name in ("scope", "max_rollbacks"):
@@ -269,6 +275,7 @@ CHECKS: tuple[Callable[[Any], Iterator[Problem]], ...] = (
     decay_fits_schedule,
     floor_fits_schedule,
     kept_checkpoints_exist,
+    start_optimizer_needs_start,
     spike_policy_is_whole,
     going_back_finds_a_checkpoint,
 )

@@ -209,6 +209,11 @@ class Checkpoint(Section):
     """Checkpoints at multiples of this are kept whatever their age; a multiple of the distance between two."""
     asynchronous: bool = False
     """Write in the background while training goes on."""
+    start_from: PathText | None = None
+    """Begin the run with the weights of this checkpoint (a step_* folder, or a run folder: its latest) of another run,
+    at step 0, with data, schedule, RoPE base and sequence length of its own. Once the run has a checkpoint, no more."""
+    start_optimizer: Literal["fresh", "kept"] | None = None
+    """With start_from: Adam's moments begin at zero ("fresh", the default), or are those of that checkpoint."""
 
 
 class Spikes(Section):

@@ -12,26 +12,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from k2_megatron.config import batch
+from k2_megatron.config.changes import HARMLESS
 from k2_megatron.config.checks import problems_of
 from k2_megatron.config.problems import raise_problems
 from k2_megatron.config.schema import Checkpoint, Data, Log, Model, Optimizer, Parallel, Run, Spikes, Train, Watchdog
 from k2_megatron.config.toml_text import toml_document
-
-# What may change in the life of a run without its becoming another run: layout, speed, saving and showing. Data paths
-# are among them because files move; the data has a fingerprint of its own.
-FREE_SECTIONS = ("parallel", "data", "checkpoint", "spikes", "watchdog", "log")
-FREE_KEYS = (
-    "run.folder",
-    "model.loss_chunk_tokens",
-    "model.implementation",
-    "model.kernels",
-    "train.micro_batch",
-    "train.recompute",
-    "train.deterministic",
-    "train.compare_replicas_every_steps",
-    "train.evaluate_every_steps",
-    "train.evaluate_batches",
-)
 
 
 class Config(BaseModel):
@@ -140,11 +125,7 @@ class Config(BaseModel):
     def fingerprint(self) -> str:
         """Names the training itself: two configurations share it when, on the same data, they train the same weights
         up to rounding, whatever the layout, the kernels, the paths and what is saved or shown. 16 hex digits."""
-        shaping = {
-            key: value
-            for key, value in self.flat().items()
-            if key not in FREE_KEYS and key.split(".")[0] not in FREE_SECTIONS
-        }
+        shaping = {key: value for key, value in self.flat().items() if key not in HARMLESS}
         return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
 
     def differences(self, other: "Config") -> dict[str, tuple[Any, Any]]:

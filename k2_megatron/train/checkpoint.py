@@ -10,14 +10,18 @@ from pathlib import Path
 import torch
 import torch.distributed as distributed
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from k2_megatron.config import Config
 from k2_megatron.runtime.groups import Groups
 from k2_megatron.runtime.seeds import restore_random_states
 from k2_megatron.train.checkpoint_files import (
     CheckpointError,
+    CheckpointVersionError,
     complete_checkpoints,
+    first_cause,
     latest_checkpoint,
     read_manifest,
     set_damaged_aside,
@@ -53,18 +57,36 @@ def find_checkpoint(checkpoints: Path, groups: Groups) -> tuple[Path | None, lis
             doubts.append(doubt)
         if folder is None:
             return None, []
-        problems = _agree(_problems_of(folder, groups))
+        problems = shared_problems(folder, groups)
         if not problems:
             return folder, doubts
         doubts.append(f"{folder.name} is damaged ({'; '.join(problems)}) and was set aside")
-        if groups.rank == 0:
-            set_damaged_aside(folder)
-        distributed.barrier()
+        trouble = _agree(_set_aside(folder) if groups.rank == 0 else [])
+        if trouble:
+            raise CheckpointError(f"{doubts[-1].removesuffix(' and was set aside')}; {trouble[0]}")
+
+
+def _set_aside(folder: Path) -> list[str]:
+    try:
+        set_damaged_aside(folder)
+    except CheckpointError as error:
+        return [str(error)]
+    return []
+
+
+def shared_problems(folder: Path, groups: Groups) -> list[str]:
+    """What is wrong with the files of `folder`, every rank having hashed its share; the same list on every rank.
+
+    CheckpointVersionError when another version of this project wrote it: that is no damage.
+    """
+    return _agree(_problems_of(folder, groups))
 
 
 def _problems_of(folder: Path, groups: Groups) -> list[str]:
     try:
         manifest = read_manifest(folder)
+    except CheckpointVersionError:
+        raise
     except CheckpointError as error:
         return [str(error)] if groups.rank == 0 else []
     problems = verify_files(folder, manifest, groups.rank, groups.world_size)
@@ -84,27 +106,54 @@ def load_checkpoint(
             f"{folder} was trained in {manifest['precision']}, this configuration asks for {config.train.precision}; "
             f'set train.precision = "{manifest["precision"]}"'
         )
+    updates = manifest.get("optimizer_step", manifest["step"])
+    same_layout = manifest["layout"] == layout_name(config)
+    load_state(folder, manifest, config, groups, chunks, optimizer, device, updates=updates, generators=same_layout)
+    return manifest
+
+
+def load_state(
+    folder: Path,
+    manifest: dict,
+    config: Config,
+    groups: Groups,
+    chunks: Sequence,
+    optimizer: MegatronOptimizer,
+    device: torch.device,
+    *,
+    updates: int,
+    generators: bool,
+) -> None:
+    """Fill model, optimizer (which has made `updates` updates) and, of the same layout alone, the generators.
+
+    CheckpointError when the weights do not arrive as saved.
+    """
     model = model_state(chunks)
     tensors, local = optimizer_state(optimizer, model, loading=True)
-    same_layout = manifest["layout"] == layout_name(config)
-    state = {**model, "optimizer": tensors, **(random_state(groups, layout_name(config)) if same_layout else {})}
-    loaded = dist_checkpointing.load(state, str(folder))
+    state = {**model, "optimizer": tensors, **(random_state(groups, layout_name(config)) if generators else {})}
+    loaded = _read(state, folder)
     for name, chunk in zip(model, chunks, strict=True):
         unwrapped(chunk).load_state_dict(loaded[name])
-    restore_optimizer(optimizer, loaded["optimizer"], local, manifest["step"])
-    if same_layout:
+    restore_optimizer(optimizer, loaded["optimizer"], local, updates)
+    if generators:
         restore_random_states(loaded["random"])
     _check_fingerprint(folder, manifest["weights"], chunks, device)
-    return manifest
 
 
 def load_weights(folder: Path, chunks: Sequence, device: torch.device) -> None:
     """Load the weights alone, for evaluation; CheckpointError when they do not arrive as they were saved."""
     model = model_state(chunks)
-    loaded = dist_checkpointing.load(dict(model), str(folder))
+    loaded = _read(dict(model), folder)
     for name, chunk in zip(model, chunks, strict=True):
         unwrapped(chunk).load_state_dict(loaded[name])
     _check_fingerprint(folder, read_manifest(folder)["weights"], chunks, device)
+
+
+def _read(state: dict, folder: Path) -> dict:
+    try:
+        return dist_checkpointing.load(state, str(folder))
+    except (CheckpointException, CheckpointingException) as error:
+        raise CheckpointError(f"{folder} does not load: {first_cause(error)}; use another checkpoint") from None
 
 
 def _check_fingerprint(folder: Path, saved: str, chunks: Sequence, device: torch.device) -> None:

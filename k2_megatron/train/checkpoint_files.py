@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import xxhash
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 
 from k2_megatron.runtime.durable import make_folder, sync, write_file
@@ -29,6 +30,20 @@ _READ_BYTES = 1 << 22
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file and the remedy."""
+
+
+class CheckpointVersionError(CheckpointError):
+    """A checkpoint that another version of this project wrote: it is not damaged, and must not be passed over."""
+
+
+def first_cause(error: BaseException) -> str:
+    """An error of saving or loading in one line; torch's CheckpointException carries the first cause of each rank."""
+    if isinstance(error, CheckpointException):
+        rank, (cause, _trace) = next(iter(error.failures.items()))
+        if isinstance(cause, CheckpointError):
+            return str(cause)
+        return f"rank {rank}: {type(cause).__name__}: {cause}"
+    return f"{type(error).__name__}: {error}".split("\n")[0]
 
 
 def folder_name(step: int) -> str:
@@ -136,7 +151,7 @@ def publish(aside: Path, manifest: dict) -> Path:
     write_file(aside / MANIFEST, json.dumps({"format": MANIFEST_FORMAT, **manifest}, indent=1))
     final = checkpoints / folder_name(step)
     if final.exists():  # a step saved again after a rollback: the old one leaves before the new one comes
-        shutil.rmtree(_set_aside(final, "replaced"), ignore_errors=True)
+        _remove(_set_aside(final, "replaced"))
     os.rename(aside, final)
     sync(checkpoints)
     write_file(checkpoints / "latest", final.name + "\n")
@@ -145,17 +160,31 @@ def publish(aside: Path, manifest: dict) -> Path:
 
 def _set_aside(folder: Path, why: str) -> Path:
     hidden = folder.with_name(f".{folder.name}.{why}")
-    shutil.rmtree(hidden, ignore_errors=True)
+    _remove(hidden)
     os.rename(folder, hidden)
     sync(folder.parent)  # before its files go: under its old name it must not come back without them
     return hidden
 
 
+def _remove(folder: Path) -> None:
+    """Remove a folder as far as it goes; of one that is a link, the link alone."""
+    if folder.is_symlink():
+        folder.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def set_damaged_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint so that no reader takes it, and nothing of it is lost."""
+    """Rename a damaged checkpoint so that no reader takes it, and nothing of it is lost. CheckpointError when that is
+    not allowed."""
     aside = folder.with_name(f"damaged_{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.rename(folder, aside)
+    _remove(aside)
+    try:
+        os.rename(folder, aside)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} is damaged and cannot be set aside ({error.strerror}); restore access, or remove it"
+        ) from None
     return aside
 
 
@@ -163,7 +192,7 @@ def remove_unfinished(checkpoints: Path) -> list[str]:
     """Remove what kills left behind; returns the names."""
     left = [path for path in checkpoints.glob(".step_*") if path.is_dir()]
     for path in left:
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
     return sorted(path.name for path in left)
 
 
@@ -180,7 +209,7 @@ def apply_retention(
         step = step_of(folder)
         if step in newest or step in pinned or (keep_every_steps and step % keep_every_steps == 0):
             continue
-        shutil.rmtree(_set_aside(folder, "removed"), ignore_errors=True)
+        _remove(_set_aside(folder, "removed"))
         removed.append(step)
     return removed
 
@@ -189,10 +218,15 @@ def apply_retention(
 
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
-    """Folders with a manifest, newest first. Content is not read: see `verify_files`."""
-    if not checkpoints.is_dir():
-        return []
-    folders = [path for path in checkpoints.iterdir() if _FOLDER.fullmatch(path.name) and (path / MANIFEST).is_file()]
+    """Folders with a manifest, newest first. Content is not read: see `verify_files`. CheckpointError when the folder
+    may not be read: what cannot be seen is not absent."""
+    try:
+        if not checkpoints.is_dir():
+            return []
+        named = [path for path in checkpoints.iterdir() if _FOLDER.fullmatch(path.name)]
+        folders = [path for path in named if (path / MANIFEST).is_file()]
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} cannot be read ({error.strerror}); restore access to it") from None
     return sorted(folders, key=step_of, reverse=True)
 
 
@@ -208,7 +242,10 @@ def latest_checkpoint(checkpoints: Path) -> tuple[Path | None, str | None]:
         if complete:
             return complete[0], f"{pointer} is missing"
         return None, None
-    name = pointer.read_text(errors="replace").strip()
+    try:
+        name = pointer.read_text(errors="replace").strip()
+    except OSError as error:  # a folder, or a link to one
+        name = f"nothing ({error.strerror})"
     named = checkpoints / name
     if _FOLDER.fullmatch(name) and (named / MANIFEST).is_file():
         return named, None
@@ -227,10 +264,12 @@ def read_manifest(folder: Path) -> dict:
         manifest = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {MANIFEST}: it is not a complete checkpoint") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); restore access to it") from None
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged ({error}); use another checkpoint") from None
     if manifest.get("format") != MANIFEST_FORMAT:
-        raise CheckpointError(
+        raise CheckpointVersionError(
             f"{path} has format {manifest.get('format')!r}, this version reads {MANIFEST_FORMAT}; "
             "use the version of k2_megatron that wrote it"
         )
@@ -243,13 +282,21 @@ def verify_files(folder: Path, manifest: dict, part: int = 0, parts: int = 1) ->
     """Problems of the `part`-th of `parts` shares of the checkpoint's files: missing, truncated, altered."""
     problems = []
     for name in sorted(manifest["files"])[part::parts]:
-        expected, path = manifest["files"][name], folder / name
-        if not path.is_file():
-            problems.append(f"{path} is missing")
-            continue
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            problems.append(f"{path} has {size} bytes, {expected['bytes']} were written")
-        elif hash_file(path) != expected:
-            problems.append(f"{path} was altered after it was written (its xxh3 hash differs)")
+        try:
+            problem = _problem_of_file(folder / name, manifest["files"][name])
+        except OSError as error:
+            problem = f"{folder / name} cannot be read ({error.strerror})"
+        if problem:
+            problems.append(problem)
     return problems
+
+
+def _problem_of_file(path: Path, expected: dict) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing"
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        return f"{path} has {size} bytes, {expected['bytes']} were written"
+    if hash_file(path) != expected:
+        return f"{path} was altered after it was written (its xxh3 hash differs)"
+    return None

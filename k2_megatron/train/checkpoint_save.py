@@ -38,7 +38,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from k2_megatron.config import Config
 from k2_megatron.runtime.groups import Groups
-from k2_megatron.train.checkpoint_files import CheckpointError, HashingWriter, folder_name, publish, start_writing
+from k2_megatron.train.checkpoint_files import (
+    CheckpointError,
+    HashingWriter,
+    first_cause,
+    folder_name,
+    publish,
+    start_writing,
+)
 from k2_megatron.train.checkpoint_state import (
     layout_name,
     model_state,
@@ -137,6 +144,7 @@ class CheckpointWriter:
             "consumed_tokens": config.consumed_tokens_at(step),
             "layout": layout_name(config),
             "precision": config.train.precision,
+            "optimizer_step": max((group.get("step", 0) for group in optimizer.param_groups), default=0),
             "weights": weights,
             "config": config.model_dump(exclude_none=True),
             **facts,
@@ -189,7 +197,7 @@ class CheckpointWriter:
         except (Exception, CheckpointException) as exception:
             # What failed on one rank must be known to all, or they wait for it forever. torch's CheckpointException
             # is a BaseException and carries the first cause of each rank.
-            error = _first_cause(exception)
+            error = first_cause(exception)
         errors: list = [None] * distributed.get_world_size()
         distributed.all_gather_object(errors, error, group=self._group)
         found = next((error for error in errors if error), None)
@@ -198,10 +206,3 @@ class CheckpointWriter:
                 f"step {step} could not be saved under {self._checkpoints}: {found}; earlier checkpoints are "
                 "untouched. Make room or restore access, and start again to resume from the last one"
             )
-
-
-def _first_cause(exception: BaseException) -> str:
-    if isinstance(exception, CheckpointException):
-        rank, (cause, _trace) = next(iter(exception.failures.items()))
-        return f"rank {rank}: {type(cause).__name__}: {cause}"
-    return f"{type(exception).__name__}: {exception}"

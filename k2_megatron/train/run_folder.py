@@ -3,19 +3,24 @@
 import fcntl
 import platform
 import subprocess
+from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO
 
 import k2_megatron
 from k2_megatron.config import Config, load_config
+from k2_megatron.config.changes import changes
 from k2_megatron.runtime.durable import make_folder, write_file
 
 CONFIG = "config.toml"
 
 
-def check_run_folder(config: Config) -> None:
-    """ValueError when the folder belongs to a training that this configuration does not describe."""
+def check_run_folder(config: Config, given: Collection[str] = ()) -> None:
+    """ValueError when the folder belongs to a training that this configuration does not describe.
+
+    `given` are the keys that --set names: what may be changed on purpose is, when it is among them.
+    """
     folder = Path(config.run.folder)
     stored = folder / CONFIG
     if not stored.exists():
@@ -23,21 +28,13 @@ def check_run_folder(config: Config) -> None:
     earlier = load_config(stored)
     if earlier.fingerprint == config.fingerprint:
         return
-    changed = [
-        f"{key} was {was!r} and is now {now!r}"
-        for key, (now, was) in config.differences(earlier).items()
-        if _shapes_training(config, key, was)
-    ]
-    raise ValueError(
-        f"{folder} holds a run of another configuration: {'; '.join(changed)}. "
-        "Give run.folder another name, or undo these changes to resume"
-    )
-
-
-def _shapes_training(config: Config, key: str, other) -> bool:
-    section, name = key.split(".", 1)
-    altered = config.model_copy(update={section: getattr(config, section).model_copy(update={name: other})})
-    return altered.fingerprint != config.fingerprint
+    found = changes(config.model_dump(exclude_none=True), earlier.model_dump(exclude_none=True), given)
+    refused = [str(change) for change in found if change.outcome == "refused"]
+    if refused:
+        raise ValueError(
+            f"{folder} holds a run of another configuration: {'; '.join(refused)}. "
+            "Give run.folder another name, or undo these changes to resume"
+        )
 
 
 def hold_run_folder(config: Config) -> IO[str]:

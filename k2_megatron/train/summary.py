@@ -1,14 +1,38 @@
 """What a person is told at the start of a resumed run and at the end of a finished one."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from k2_megatron.config import Config
+from k2_megatron.config.changes import Change, changes
+from k2_megatron.train.checkpoint_files import CheckpointError
 from k2_megatron.train.checkpoint_state import layout_name
 from k2_megatron.train.journal import read_events, read_steps
 from k2_megatron.train.schedule import learning_rate_at
+from k2_megatron.train.start_from import require_same_shapes
 
 
-def resume_report(config: Config, manifest: dict, folder: Path, doubts: list[str]) -> str:
+def resume_changes(config: Config, manifest: dict, folder: Path, given: Collection[str]) -> list[Change]:
+    """Every setting that differs from the one the checkpoint was saved under, and what becomes of it.
+
+    `given` are the keys that --set names. CheckpointError when one is refused, the same on every rank.
+    """
+    found = list(changes(config.model_dump(exclude_none=True), manifest["config"], given))
+    refused = [change for change in found if change.outcome == "refused"]
+    if manifest["data"] is None:  # weights that tools/convert_checkpoint.py brought in: no run of ours made them
+        require_same_shapes(config, manifest, folder)
+        return []
+    if refused:
+        raise CheckpointError(
+            f"{folder} was saved by a run of another configuration: {'; '.join(map(str, refused))}. "
+            "Give run.folder another name, or undo these changes to resume"
+        )
+    if manifest["step"] > config.train.steps:
+        raise CheckpointError(f"{folder} is of step {manifest['step']}, train.steps = {config.train.steps} ends before")
+    return found
+
+
+def resume_report(config: Config, manifest: dict, folder: Path, doubts: list[str], found: list[Change]) -> str:
     """Where the run goes on, from what, and every setting that differs from the saved one."""
     step = manifest["step"]
     lines = [*doubts, f"resuming from {folder}"]
@@ -19,11 +43,7 @@ def resume_report(config: Config, manifest: dict, folder: Path, doubts: list[str
             f"  next: step {step + 1}, sample {config.consumed_samples_at(step)}, "
             f"learning rate {learning_rate_at(config, step):.4e}"
         )
-    saved = Config.model_validate(manifest["config"])
-    for key, (now, was) in config.differences(saved).items():
-        if not key.startswith(("parallel.", "run.folder")):
-            lines.append(f"  {key} was {was!r}, is {now!r} (changes no weight)")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"  {change.outcome}: {change}" for change in found)])
 
 
 def summary_text(config: Config, journal: Path) -> str:

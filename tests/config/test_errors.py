@@ -191,6 +191,11 @@ MISTAKES = [
         "checkpoint.keep_every_steps = 100: must be a multiple of checkpoint.every_steps = 80; nearest are 80 and 160",
     ),
     (
+        "start_optimizer_needs_start",
+        ["checkpoint.start_optimizer=kept"],
+        'checkpoint.start_optimizer = "kept": has no effect without checkpoint.start_from: remove it',
+    ),
+    (
         "kept_checkpoints_exist",
         ["checkpoint.keep_every_steps=80", "checkpoint.keep_last="],
         "checkpoint.keep_every_steps = 80: has no effect without checkpoint.keep_last",

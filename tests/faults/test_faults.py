@@ -114,7 +114,7 @@ def _spoil_and_leave() -> None:
     import pretrain_k2
 
     train = pretrain_k2.train
-    pretrain_k2.train = lambda config, environment, device, until: train(config, environment, device, 6)
+    pretrain_k2.train = lambda config, environment, device, until, given: train(config, environment, device, 6, given)
 
 
 def _journal_unwritable() -> None:

@@ -1,0 +1,142 @@
+"""Folders of checkpoints that may not be written or read, that are links, or that another version wrote."""
+
+import ctypes
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from endings import MISTAKE, says_one_line
+
+from k2_megatron.train.checkpoint_files import complete_checkpoints, read_manifest, verify_files
+from k2_megatron.train.journal import read_events
+
+SETTINGS = {"train.steps": 6, "checkpoint.every_steps": 2}
+
+
+@pytest.fixture
+def newest(finished_run: Path, tmp_path: Path) -> Path:
+    """The newest checkpoint of a copy of a finished run."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run")) / "checkpoints" / "step_00000006"
+
+
+def test_checkpoint_of_a_later_version_stops_the_run_and_stays(attempt, newest):
+    """It is not damaged: setting it aside and going on from an older one would lose what it holds."""
+    manifest = json.loads((newest / "k2.json").read_text())
+    (newest / "k2.json").write_text(json.dumps({**manifest, "format": 2}))
+    outcomes = attempt(SETTINGS)
+    says_one_line(outcomes, MISTAKE, "k2.json has format 2, this version reads 1; use the version of k2_megatron that")
+    assert newest.is_dir()
+    assert [event["event"] for event in read_events(newest.parents[1] / "journal.jsonl")][-1] == "start"
+
+
+def root_may_do_no_more_than_others() -> None:
+    """Drop the capabilities of this process: permissions then bind it even when tests run as root."""
+    header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None).capset(header, none) == 0
+
+
+@pytest.fixture
+def shut(newest: Path) -> Iterator:
+    """shut(path, mode) -> path, opened again when the test is over."""
+    paths = []
+
+    def change(path: Path, mode: int) -> Path:
+        paths.append(path)
+        path.chmod(mode)
+        return path
+
+    yield change
+    for path in paths:
+        path.chmod(0o755)
+
+
+def without_newest(newest: Path) -> Path:
+    """The folder of checkpoints, in which four is the newest."""
+    shutil.rmtree(newest)
+    (newest.parent / "latest").write_text("step_00000004\n")
+    return newest.parent
+
+
+def attempt_without_rights(attempt):
+    return attempt(SETTINGS, fault=root_may_do_no_more_than_others)
+
+
+def last_resume(checkpoints: Path) -> dict:
+    return [event for event in read_events(checkpoints.parent / "journal.jsonl") if event["event"] == "resume"][-1]
+
+
+def test_folder_that_may_not_be_written(attempt, newest, shut):
+    checkpoints = shut(without_newest(newest), 0o555)
+    outcomes = attempt_without_rights(attempt)
+    says_one_line(
+        outcomes,
+        MISTAKE,
+        f"step 6 could not be saved under {checkpoints}: PermissionError: [Errno 13] Permission denied",
+        "earlier checkpoints are untouched. Make room or restore access, and start again",
+    )
+    assert last_resume(checkpoints)["step"] == 4
+    assert all(verify_files(folder, read_manifest(folder)) == [] for folder in complete_checkpoints(checkpoints))
+    checkpoints.chmod(0o755)
+    (outcome,) = attempt(SETTINGS)
+    assert (outcome.exit_code, newest.is_dir()) == (0, True), outcome.stderr
+
+
+@pytest.mark.parametrize("what", ["all", "one"])
+def test_folder_that_may_not_be_read_is_not_taken_for_empty(attempt, newest, shut, what):
+    place = shut(newest.parent if what == "all" else newest, 0o000)
+    says_one_line(attempt_without_rights(attempt), MISTAKE, f"{place}", "cannot be read (Permission denied); restore")
+
+
+def test_file_that_may_not_be_read_is_named(attempt, newest, shut):
+    shut(newest / "__0_0.distcp", 0o000)
+    (outcome,) = attempt_without_rights(attempt)
+    assert outcome.exit_code == 0, outcome.stderr
+    resume = last_resume(newest.parent)
+    assert (resume["step"], "__0_0.distcp cannot be read (Permission denied)" in resume["doubts"][0]) == (4, True)
+    shut(newest.with_name(f"damaged_{newest.name}") / "__0_0.distcp", 0o644)
+
+
+def test_damaged_checkpoint_that_cannot_be_set_aside(attempt, newest, shut):
+    (newest / "common.pt").write_bytes(b"")
+    shut(newest.parent, 0o555)
+    says_one_line(
+        attempt_without_rights(attempt),
+        MISTAKE,
+        "step_00000006 is damaged (",
+        "common.pt has 0 bytes",
+        "cannot be set aside (Permission denied); restore access, or remove it",
+    )
+
+
+def test_folder_of_checkpoints_on_another_disk(attempt, newest, tmp_path):
+    """A link in its place is followed: what is read and written is there."""
+    checkpoints = without_newest(newest)
+    elsewhere = Path(shutil.move(checkpoints, tmp_path / "elsewhere"))
+    checkpoints.symlink_to(elsewhere)
+    (outcome,) = attempt(SETTINGS)
+    assert outcome.exit_code == 0, outcome.stderr
+    assert last_resume(checkpoints)["step"] == 4
+    assert (elsewhere / "latest").read_text() == "step_00000006\n"
+    assert checkpoints.is_symlink()
+
+
+def test_links_to_checkpoints_and_latest_that_is_a_link(attempt, newest, tmp_path):
+    """A link to a whole checkpoint is one; retention removes the link and not what it names; a dangling one is none;
+    `latest` as a link to a folder, as other programs make it, is no name: the newest is taken."""
+    checkpoints = without_newest(newest)
+    elsewhere = Path(shutil.move(checkpoints / "step_00000002", tmp_path / "kept"))
+    (checkpoints / "step_00000002").symlink_to(elsewhere)
+    (checkpoints / "step_00000005").symlink_to(tmp_path / "gone")
+    (checkpoints / "latest").unlink()
+    (checkpoints / "latest").symlink_to(checkpoints / "step_00000004")
+    (outcome,) = attempt({**SETTINGS, "checkpoint.keep_last": 2})
+    assert outcome.exit_code == 0, outcome.stderr
+    resume = last_resume(checkpoints)
+    assert (resume["step"], "says 'nothing (Is a directory)'" in resume["doubts"][0]) == (4, True)
+    assert [folder.name for folder in complete_checkpoints(checkpoints)] == ["step_00000006", "step_00000004"]
+    assert (elsewhere / "k2.json").is_file()
+    assert not os.path.lexists(checkpoints / ".step_00000002.removed")
+    assert (checkpoints / "latest").read_text() == "step_00000006\n"
