@@ -16,7 +16,9 @@ def leave_after(step: int) -> None:
     import pretrain_k2
 
     train = pretrain_k2.train
-    pretrain_k2.train = lambda config, environment, device, until, given: train(config, environment, device, step, given)
+    pretrain_k2.train = lambda config, environment, device, until, given: train(
+        config, environment, device, step, given
+    )
 
 
 def _change_rows(change, steps: range) -> None:
