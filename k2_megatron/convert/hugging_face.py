@@ -12,6 +12,7 @@ from k2_megatron.convert.numbers import BITS
 from k2_megatron.convert.safetensors_file import StoredTensor, read_exactly, read_index
 from k2_megatron.convert.source import Kind
 
+_BLOCK_ROWS = 4096
 _DERIVED = ".rotary_emb.inv_freq"  # a buffer that old versions of transformers stored; it follows from the RoPE base
 
 
@@ -33,6 +34,8 @@ class HuggingFaceSource:
             raise ConversionError(f"{folder} mixes {', '.join(sorted(dtypes))}; convert it to one dtype first")
         self.dtypes: dict[Kind, str] = {"weights": dtypes.pop()}
         self._files = OpenFiles(folder)
+        if self.tied and OUTPUT.hugging_face[0] in self.tensors:
+            self._require_equal_embeddings()
 
     def read(self, kind: Kind, place: Place, first_row: int, last_row: int) -> np.ndarray:
         assert kind == "weights", f"a Hugging Face model holds no {kind}"
@@ -64,6 +67,18 @@ class HuggingFaceSource:
         if self.tied and place.entry is OUTPUT and OUTPUT.hugging_face[0] not in self.tensors:
             return EMBEDDING.hugging_face
         return place.hugging_face
+
+    def _require_equal_embeddings(self) -> None:
+        """A folder may tie its embeddings and store both; transformers then takes the one and leaves the other."""
+        used = self.shape.used_vocabulary
+        for first in range(0, used, _BLOCK_ROWS):
+            last = min(first + _BLOCK_ROWS, used)
+            first_rows, last_rows = (self.read("weights", Place(e, None), first, last) for e in (EMBEDDING, OUTPUT))
+            if not np.array_equal(first_rows, last_rows):
+                raise ConversionError(
+                    f"{self.folder}: config.json ties the embeddings, and the stored {OUTPUT.hugging_face[0]} differs "
+                    f"from {EMBEDDING.hugging_face[0]}; remove the tensor, or say tie_word_embeddings false"
+                )
 
     def _check(self, folder: Path) -> None:
         wanted: dict[str, tuple[int, ...]] = {}

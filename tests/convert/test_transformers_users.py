@@ -181,6 +181,22 @@ def test_a_wrong_folder_is_refused_in_one_line(tmp_path: Path, wrong: str) -> No
     assert not (tmp_path / "run").exists()
 
 
+def test_tied_embeddings_that_are_stored_twice_must_be_equal(tmp_path: Path) -> None:
+    write_llama(tmp_path / "hf", tied=True)
+    tensors = stored_tensors(tmp_path / "hf")
+    for path in (tmp_path / "hf").glob("model*"):
+        path.unlink()
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    import_model(tmp_path / "hf", tmp_path / "run")
+    export_model(tmp_path / "run", tmp_path / "back")
+    assert model_config(tmp_path / "back")["tie_word_embeddings"] is True
+    tensors["lm_head.weight"][127, 63] += 1
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(ConversionError, match="ties the embeddings, and the stored lm_head"):
+        import_model(tmp_path / "hf", tmp_path / "again")
+
+
 def test_an_old_config_json_means_what_it_says(tmp_path: Path) -> None:
     """As transformers 4 wrote it, and its first versions: RoPE base beside the sizes, no KV heads, no head size."""
     model = write_llama(tmp_path / "hf")
