@@ -136,6 +136,8 @@ def step_lines(run: Run, number: int, characters: int) -> Iterator[str]:
 
 def show_lines(run: Run, count: int, first_sample: int) -> Iterator[str]:
     """Samples decoded whole."""
+    if count < 1 or first_sample < 0:
+        raise ValueError(f"show {count} from {first_sample}: a count of 1 or more, from sample 0 or a later one")
     if run.tokenizer is None:
         raise ValueError(f"{run.folder}/config.toml: data.tokenizer is not set; it is needed to decode rows")
     for number, tokens in enumerate(run.feed.tokens(first_sample, count), start=first_sample):
@@ -145,6 +147,9 @@ def show_lines(run: Run, count: int, first_sample: int) -> Iterator[str]:
 
 def mix_lines(run: Run, first_step: int, last_step: int) -> Iterator[str]:
     """Rows of each source in steps first_step..last_step, against the whole plan's mixture."""
+    if first_step > last_step:
+        raise ValueError(f"mix {first_step} {last_step}: the first step comes after the last; exchange them")
+    check_has_rows(run)
     counts: Counter[int] = Counter()
     for number in range(first_step, last_step + 1):
         step = run.step(number)
@@ -168,6 +173,7 @@ def document_lines(run: Run, identity: str) -> Iterator[str]:
     name, _, number = identity.rpartition(":")
     if not name or not number.isdigit():
         raise ValueError(f"document {identity!r}: FILE:NUMBER, as `step` prints it")
+    check_has_rows(run)
     steps = run.steps
     if not steps:
         raise ValueError(f"{run.folder}/journal.jsonl tells of no step yet")
@@ -185,6 +191,15 @@ def document_lines(run: Run, identity: str) -> Iterator[str]:
             seen += 1
             yield f"step {step.number}, sample {sample}"
     yield f"{identity}: seen {seen} times" if seen else f"{identity}: never seen"
+
+
+def check_has_rows(run: Run) -> None:
+    """ValueError where the data is a blend file: its order is mcore's, which tells neither rows nor documents."""
+    if not isinstance(run.feed, Feed):
+        raise ValueError(
+            f"{run.config.data.train}: mcore's blended datasets tell neither documents nor a mixture by step; "
+            "`step`, `show` and `verify` work, and a plan (tools/build_plan.py) tells all"
+        )
 
 
 def _records_of_document(feed: Feed, name: str, document: int) -> np.ndarray:
@@ -242,7 +257,10 @@ def verify_lines(run: Run, contents: bool) -> Iterator[str]:
                 f"run recorded {entry['chain']}: it was trained on other rows than plan and ledger now say"
             )
         yield f"position {entry['consumed_samples']}: chain {chain} holds"
-    yield from verify_plan(run.feed, Path(run.config.data.train), contents)
+    if isinstance(run.feed, Feed):
+        yield from verify_plan(run.feed, Path(run.config.data.train), contents)
+    else:
+        yield f"{run.config.data.train}: mcore's blended datasets; the contents of their files have no hashes"
 
 
 def verify_plan(feed: Feed, path: Path, contents: bool) -> Iterator[str]:

@@ -141,11 +141,39 @@ def test_show_decodes_rows(folder, speeches):
         (lambda run: document_lines(run, "nothing:3"), "no token file 'nothing'"),
         (lambda run: document_lines(run, "old_text_document:99"), "has documents 0..19"),
         (lambda run: step_lines(run, 99, 10), r"step 99: the run has steps 1\.\.12"),
+        (lambda run: mix_lines(run, 5, 4), "mix 5 4: the first step comes after the last"),
+        (lambda run: mix_lines(run, 0, 4), r"step 0: the run has steps 1\.\.12"),
+        (lambda run: show_lines(run, 0, 4), "show 0 from 4: a count of 1 or more"),
+        (lambda run: show_lines(run, 2, -1), "show 2 from -1: .* from sample 0 or a later one"),
+        (lambda run: show_lines(run, 2, 319), r"samples 319\.\.320 asked for, the data has 320"),
     ],
 )
 def test_questions_without_an_answer(folder, question, message):
     with pytest.raises(ValueError, match=message):
         list(question(Run(folder)))
+
+
+def test_a_run_on_a_blend_answers_what_it_can(folder, tmp_path):
+    """Steps, rows and the chain; not documents and mixtures."""
+    tokens = folder.parent / "tokens"
+    source = '[[sources]]\nprefix = "{}"\nweight = 1.0\n'
+    sources = "".join(source.format(tokens / f"{name}_text_document") for name in ("old", "new"))
+    blend = tmp_path / "blend.toml"
+    blend.write_text(f'samples = 192\ncache = "{tmp_path / "cache"}"\n{sources}', encoding="utf-8")
+    config = (folder / "config.toml").read_text(encoding="utf-8")
+    (tmp_path / "config.toml").write_text(config.replace(str(folder.parent / "train"), str(blend)), encoding="utf-8")
+    write_steps(tmp_path / "journal.jsonl", range(1, 4), "2026-01-01T00:00:0{}.000+00:00")
+    opened = Run(tmp_path)
+    opened.ledger.attach(opened.feed)
+    opened.ledger.record_position(2 * BATCH, opened.ledger.chain("", 0, 2 * BATCH), step=2)
+    run = Run(tmp_path)
+    assert f"position {2 * BATCH}: chain" in list(verify_lines(run, contents=True))[1]
+    lines = list(step_lines(run, 2, 10))
+    assert (lines[0], len(lines)) == (f"step 2: samples {BATCH}..{2 * BATCH - 1}", 1 + 3 * BATCH)
+    assert len(list(show_lines(run, 2, 0))) == 4
+    for question in (mix_lines(run, 1, 2), document_lines(run, "old_text_document:1")):
+        with pytest.raises(ValueError, match="blended datasets tell neither documents nor a mixture"):
+            list(question)
 
 
 def test_the_command_line_has_no_traceback(tmp_path, tool_environment):
