@@ -6,6 +6,7 @@ Exit code 0: finished. 10: steps are left to do (or it never started). 2: the co
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -21,7 +22,9 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides")
     arguments = parser.parse_args()
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        # In a batch script the layout follows from the job's tasks, as it will for the ranks.
+        tasks = os.environ.get("SLURM_NTASKS")
+        config = load_config(arguments.config, arguments.overrides, world_size=int(tasks) if tasks else None)
     except ValueError as error:
         print(error, file=sys.stderr)
         return MISTAKE
@@ -43,9 +46,8 @@ def _tell(folder: str, journal: Path, total: int) -> int:
     if saved >= total:
         print(f"{folder}: finished, {total} steps")
         return FINISHED
-    print(
-        f"{folder}: step {reached} of {total}, saved at {saved}; last event: {last.get('event')} at {last.get('time')}"
-    )
+    what = f"stopped by {last['reason']}" if last.get("event") == "stop" else f"last event: {last.get('event')}"
+    print(f"{folder}: step {reached} of {total}, saved at {saved}; {what} at {last.get('time')}")
     return UNFINISHED
 
 

@@ -1,43 +1,46 @@
-"""Kill a run again and again at random instants, and require what an uninterrupted run gives, to the bit.
+"""Wound a run again and again at random instants, and require what an uninterrupted run gives, to the bit.
 
-    python tests/faults/drill.py --kills 50 --folder /tmp/drill       what `make drill` runs; ends with a table
+    python tests/faults/drill.py --kills 50 --others 12 --folder /tmp/drill     `make drill`; ends with a table
 
-In:  a configuration, a number of kills, a seed. Each life of the run is a set of rank processes. Out: for each kind of
-kill how many were tried and survived, the seconds until training went on, and what was lost (nothing).
+In:  a configuration, how many kills and how many other faults, a seed. Each life of the run is a set of rank processes.
+Out: for each fault how often it was tried and survived, the steps that had to be repeated, the seconds until training
+went on, and what was lost (nothing).
 """
 
 import argparse
-import os
 import random
 import shutil
-import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2])]  # tests/ and the checkout, when started as a program
 
-from rank_processes import Rank, pretrain, rank_environment, results_of, run_pretrain  # noqa: E402
+from drill_faults import KILLS, OTHERS, Fault, Life  # noqa: E402
+from rank_processes import pretrain, results_of  # noqa: E402
 from run_results import events_of, steps_of, stored_state  # noqa: E402
 from small_run import write_small_config, write_text  # noqa: E402
-from torch.distributed import TCPStore  # noqa: E402
 
+from k2_megatron.config import load_config  # noqa: E402
 from k2_megatron.data.ledger import Ledger  # noqa: E402
 
 STEPS = 60
 SETTINGS = [
-    f"train.steps={STEPS}",
-    "checkpoint.every_steps=4",
-    "checkpoint.keep_last=3",
-    "train.evaluate_every_steps=10",
+    *(f"train.steps={STEPS}", "train.evaluate_every_steps=10"),
+    *("checkpoint.every_steps=4", "checkpoint.keep_last=3"),
+    *("watchdog.minimum_seconds=15.0", "watchdog.pause_seconds=40.0"),
 ]
-LAYOUTS = (["parallel.tensor=2"], ["parallel.pipeline=2"], ["parallel.data=2", "parallel.distributed_optimizer=true"])
-# What is killed, and when: each is tried in turn
-KINDS = ("all ranks, any instant", "all ranks, while saving", "one rank, any instant", "one rank, while saving")
-END_SECONDS = 60.0  # ranks left alone by a killed one must be gone by then
+SHARDED = "parallel.distributed_optimizer=true"
+LAYOUTS = (
+    ["parallel.tensor=2"],
+    ["parallel.pipeline=2"],
+    ["parallel.data=2", SHARDED, "train.compare_replicas_every_steps=1"],
+    ["parallel.tensor=2", "parallel.pipeline=2"],
+    ["parallel.tensor=2", "parallel.data=2", SHARDED, "train.compare_replicas_every_steps=1"],
+)
 
 
 @dataclass
@@ -47,116 +50,97 @@ class Row:
     fault: str
     tried: int = 0
     survived: int = 0
+    steps_repeated: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
+
+    def add(self, other: "Row") -> None:
+        self.tried += other.tried
+        self.survived += other.survived
+        self.steps_repeated += other.steps_repeated
+        self.seconds += other.seconds
+        self.lost += other.lost
 
     def text(self) -> str:
         seconds = sorted(self.seconds)
         recovery = f"{seconds[len(seconds) // 2]:.1f} / {seconds[-1]:.1f}" if seconds else "-"
+        repeated = str(max(self.steps_repeated)) if self.steps_repeated else "-"
         lost = "; ".join(self.lost) or "nothing"
-        return f"{self.fault:34} {self.tried:>5} {self.survived:>8}   {recovery:>13}   {lost}"
+        return f"{self.fault:42} {self.tried:>5} {self.survived:>8} {repeated:>8}   {recovery:>13}   {lost}"
 
 
-class Life:
-    """The ranks of a run from one start to its end or its killing."""
+@dataclass
+class Wound:
+    """A fault that was made: its row, when, and how many steps had been trained by then."""
 
-    def __init__(self, config: Path, settings: list[str], world_size: int, output: Path) -> None:
-        arguments = [str(config), *(part for setting in settings for part in ("--set", setting))]
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self.ranks = [
-            Rank(run_pretrain, (arguments,), rank_environment(rank, world_size, self._store.port), output / f"{rank}")
-            for rank in range(world_size)
-        ]
-
-    @property
-    def ended(self) -> bool:
-        return all(rank.process.exitcode is not None for rank in self.ranks)
-
-    def kill(self, victims: list[int]) -> bool:
-        """SIGKILL the victims, wait for the rest. Whether nobody was left behind and nobody claimed success."""
-        for victim in victims:
-            if self.ranks[victim].process.exitcode is None:
-                os.kill(self.ranks[victim].process.pid, signal.SIGKILL)
-        deadline = time.monotonic() + END_SECONDS
-        while not self.ended and time.monotonic() < deadline:
-            time.sleep(0.02)
-        in_time = self.ended
-        for rank in self.ranks:
-            rank.kill()
-        return in_time and all(rank.process.exitcode != 0 for rank in self.ranks)
+    row: Row
+    at: float
+    steps: int
 
 
-def drill(config: Path, folder: Path, kills: int, seed: int, layout: list[str]) -> dict[str, Row]:
-    """Kill `kills` times, over as many runs as that takes; the last of each is compared with an uninterrupted run."""
-    rows = {kind: Row(kind) for kind in KINDS}
+def drill(config: Path, folder: Path, faults: Sequence[Fault], seed: int, layout: list[str]) -> dict[str, Row]:
+    """Make every one of `faults`, over as many runs as that takes; each run is compared with an uninterrupted one."""
+    rows = {fault.name: Row(fault.name) for fault in faults}
     settings = [*SETTINGS, *layout]
-    results_of(pretrain(2, config, [*settings, f"run.folder={folder / 'whole'}"], folder / "whole_output"))
-    chance = random.Random(seed)
-    kinds, round_number = _in_turn(chance), 0
-    while kills > 0:
-        run = folder / f"killed_{round_number}"
-        tried: list[Row] = []
-        kills = _one_run(config, [*settings, f"run.folder={run}"], run, kills, chance, kinds, rows, tried)
+    world_size = load_config(config, settings).world_size
+    results_of(pretrain(world_size, config, [*settings, f"run.folder={folder / 'whole'}"], folder / "whole_output"))
+    chance, left, number = random.Random(seed), list(faults), 0
+    chance.shuffle(left)
+    while left:
+        run = folder / f"wounded_{number}"
+        wounds = _one_run(config, [*settings, f"run.folder={run}"], world_size, run, left, chance, rows)
         differences = compare(folder / "whole", run)
-        for row in tried:
-            row.survived += not differences
-            row.lost += [f"{difference} (see {run})" for difference in differences]
+        for wound in wounds:
+            wound.row.survived += not differences
+            wound.row.lost += [f"{difference} (see {run})" for difference in differences]
         if not differences:
             shutil.rmtree(run)
-        round_number += 1
+        number += 1
     return rows
 
 
-def _in_turn(chance: random.Random) -> Iterator[str]:
-    while True:
-        yield from chance.sample(KINDS, len(KINDS))
-
-
-def _one_run(config, settings, run: Path, kills: int, chance, kinds, rows, tried: list[Row]) -> int:
-    """Start, kill, start again ... until the run ends by itself or the kills are used up; how many are left."""
-    killed_at: tuple[Row, float] | None = None
-    for life_number in range(1000):
+def _one_run(config, settings, world_size: int, run: Path, left: list[Fault], chance, rows) -> list[Wound]:
+    """Start, wound, start again ... until the run ends by itself; takes the faults it made out of `left`."""
+    wounds: list[Wound] = []
+    for number in range(1000):
+        fault = left[0] if left else None
+        arm = fault.arm(chance) if fault and fault.arm else None
         known = len(events_of(run, "step"))
-        life = Life(config, settings, 2, run.with_name(f"{run.name}_output_{life_number}"))
+        life = Life(config, settings, world_size, run.with_name(f"{run.name}_output_{number}"), arm)
         while len(events_of(run, "step")) == known and not life.ended:
             time.sleep(0.01)
-        if killed_at is not None:
-            killed_at[0].seconds.append(time.monotonic() - killed_at[1])
-        if kills == 0:
-            outcomes = [rank.finish() for rank in life.ranks]
-            assert all(outcome.exit_code == 0 for outcome in outcomes), outcomes
-            return 0
-        kind = next(kinds)
-        if not _reach(kind, life, run, chance):
-            assert all(rank.process.exitcode == 0 for rank in life.ranks), [rank.finish() for rank in life.ranks]
-            return kills
-        victims = [0, 1] if kind.startswith("all") else [chance.randrange(2)]
-        kills -= 1
-        row = rows[kind]
-        row.tried += 1
-        tried.append(row)
-        killed_at = (row, time.monotonic())
-        if not life.kill(victims):
-            row.lost.append(f"a rank outlived the killed one, or called it success ({run}, life {life_number})")
+        if wounds and len(wounds[-1].row.seconds) < wounds[-1].row.tried:
+            _went_on(wounds[-1], run)
+        if fault is None:
+            assert life.end(), f"{run} does not end"
+        else:
+            early = life.ended and not fault.arm
+            assert not early or set(life.codes) == {0}, [rank.finish() for rank in life.ranks]
+            complaint = None if early else fault.strike(life, run, chance)
+            if life.codes != [0] * world_size or "asked" in fault.name:
+                row = rows[fault.name]
+                row.tried += 1
+                row.lost += [f"{complaint} ({run}, life {number})"] if complaint else []
+                wounds.append(Wound(row, time.monotonic(), last_step(run)))
+                left.pop(0)
+        if life.codes == [0] * world_size and last_step(run) == STEPS and events_of(run, "stop"):
+            return wounds
+        assert fault is not None, [rank.finish() for rank in life.ranks]
     raise AssertionError(f"{run} makes no progress")
 
 
-def _reach(kind: str, life: Life, run: Path, chance: random.Random) -> bool:
-    """Wait for the instant of a kill of this kind; False when the run ended before."""
-    if kind.endswith("saving"):
-        while not any((run / "checkpoints").glob(".step_*.writing")):
-            if life.ended:
-                return False
-        time.sleep(chance.uniform(0.0, 0.15))  # a save of this size takes about that long
-    else:
-        deadline = time.monotonic() + chance.uniform(0.0, 1.0)
-        while time.monotonic() < deadline and not life.ended:
-            time.sleep(0.005)
-    return not life.ended
+def _went_on(wound: Wound, run: Path) -> None:
+    wound.row.seconds.append(time.monotonic() - wound.at)
+    resumes = events_of(run, "resume")
+    wound.row.steps_repeated.append(wound.steps - (resumes[-1]["step"] if resumes else 0))
+
+
+def last_step(run: Path) -> int:
+    return max((event["step"] for event in events_of(run, "step")[-1:]), default=0)
 
 
 def compare(whole: Path, run: Path) -> list[str]:
-    """What differs between two finished runs: nothing, when the kills did no harm."""
+    """What differs between two finished runs: nothing, when the faults did no harm."""
     differences = []
     if steps_of(run) != steps_of(whole):
         differences.append("losses or gradient norms in the journal")
@@ -170,31 +154,45 @@ def compare(whole: Path, run: Path) -> list[str]:
     return differences
 
 
-def table(rows: list[Row]) -> str:
-    head = f"{'fault':34} {'tried':>5} {'survived':>8}   {'s to go on':>13}   lost"
-    return "\n".join([head, f"{'':49}   {'median / most':>13}", *(row.text() for row in rows)])
+def table(rows: Sequence[Row]) -> str:
+    head = f"{'fault':42} {'tried':>5} {'survived':>8} {'repeated':>8}   {'s to go on':>13}   lost"
+    units = f"{'':42} {'':5} {'':8} {'steps':>8}   {'median / most':>13}"
+    return "\n".join([head, units, *(row.text() for row in rows)])
+
+
+def in_turn(faults: Sequence[Fault], chance: random.Random) -> Iterator[Fault]:
+    """Every fault once in random order, again and again."""
+    while True:
+        yield from chance.sample(faults, len(faults))
+
+
+def share(total: int, number: int) -> int:
+    """The part of `total` that layout `number` gets."""
+    return total // len(LAYOUTS) + (number < total % len(LAYOUTS))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--others", type=int, default=30, help="faults that are no kills")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--layouts", type=int, nargs="*", default=range(len(LAYOUTS)), help="numbers; default all")
     parser.add_argument("--folder", type=Path, required=True, help="an empty folder for the runs")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True)
     write_text(arguments.folder)
     config = write_small_config(arguments.folder, arguments.folder)
-    total = {kind: Row(kind) for kind in KINDS}
-    for number, layout in enumerate(LAYOUTS):
-        share = arguments.kills // len(LAYOUTS) + (number < arguments.kills % len(LAYOUTS))
-        rows = drill(config, arguments.folder / f"layout_{number}", share, arguments.seed + number, layout)
-        for kind, row in rows.items():
-            total[kind].tried += row.tried
-            total[kind].survived += row.survived
-            total[kind].seconds += row.seconds
-            total[kind].lost += row.lost
-        print(f"{' '.join(layout)}: {share} kills done", flush=True)
-    print(table(list(total.values())))
+    total = {fault.name: Row(fault.name) for fault in (*KILLS, *OTHERS)}
+    for number in arguments.layouts:
+        layout, chance = LAYOUTS[number], random.Random(f"{arguments.seed} {number}")
+        kills, others = share(arguments.kills, number), share(arguments.others, number)
+        made = in_turn(KILLS, chance), in_turn([fault for fault in OTHERS if fault.fits(layout)], chance)
+        faults = [next(made[0]) for _ in range(kills)] + [next(made[1]) for _ in range(others)]
+        rows = drill(config, arguments.folder / f"layout_{number}", faults, arguments.seed + number, layout)
+        for name, row in rows.items():
+            total[name].add(row)
+        print(f"{' '.join(layout)}: {kills} kills and {others} other faults done", flush=True)
+    print(table([row for row in total.values() if row.tried]))
     return 0 if all(row.survived == row.tried and not row.lost for row in total.values()) else 1
 
 

@@ -26,6 +26,7 @@ fi
 exit "$code"
 """
 PYTHON = """#!/bin/bash
+cat told 2> /dev/null
 exit "$(cat state)"
 """
 SCONTROL = """#!/bin/bash
@@ -105,8 +106,24 @@ def test_asked_to_end_waits_for_the_ranks_and_does_not_start_them_again(batch, t
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     assert process.poll() is None
+    (tmp_path / "told").write_text("stopped by SIGTERM")
     # Slurm sends TERM to the ranks itself; here the step is ended as it would end.
     step = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "srun"], capture_output=True, text=True).stdout
     os.kill(int(step.split()[0]), signal.SIGKILL)
     process.communicate(timeout=30)
     assert (process.returncode, count(tmp_path / "calls"), count(tmp_path / "requeues")) == (137, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("told", "code", "requeues"),
+    [
+        ("step 3 of 9, saved at 3; stopped by SIGTERM at 12:00", 0, 1),  # the grace time of a preemption
+        ("step 3 of 9, saved at 3; stopped by --until at 12:00", 0, 0),
+        ("step 3 of 9, saved at 2; stopped by SIGTERM at 12:00", 2, 0),
+    ],
+)
+def test_ranks_that_were_preempted_are_requeued(batch, tmp_path, told, code, requeues):
+    (tmp_path / "told").write_text(told)
+    ended = batch([code])
+    ended.communicate(timeout=30)
+    assert (ended.returncode, count(tmp_path / "requeues")) == (code, requeues)

@@ -18,8 +18,14 @@ pytestmark = [
         reason=f"no Slurm here: {', '.join(missing_programs())} not found; install Debian's slurm-wlm and munge",
     ),
 ]
+STEPS = 40
 # No decay, so that runs of different lengths have their first steps in common
-SETTINGS = ("parallel.pipeline=2", "optimizer.schedule=constant", "optimizer.min_learning_rate=", "train.steps=12")
+SETTINGS = (
+    "parallel.pipeline=2",
+    "optimizer.schedule=constant",
+    "optimizer.min_learning_rate=",
+    f"train.steps={STEPS}",
+)
 
 
 @pytest.fixture(scope="module")
@@ -121,17 +127,17 @@ def test_two_nodes_give_the_losses_of_a_plain_start(slurm, folder, submit, plain
     assert (facts["JobState"], facts["NumNodes"]) == ("COMPLETED", "2"), log_of(folder, job)
     assert events_of(folder / "nodes", "start")[0]["launcher"] == "srun"
     assert steps_of(folder / "nodes") == steps_of(plain)
-    assert stored_state(folder / "nodes", 12) == stored_state(plain, 12)
+    assert stored_state(folder / "nodes", STEPS) == stored_state(plain, STEPS)
     assert (folder / "logs" / f"k2-toy-{job}" / "rank_1.log").exists()
 
     # Submitted again, as the next link of a chain would be, a finished run starts no rank.
     job = submit("nodes", "checkpoint.every_steps=4")
     assert slurm.wait(job, ("COMPLETED", "FAILED"))["JobState"] == "COMPLETED"
-    assert "finished, 12 steps" in log_of(folder, job)
+    assert f"finished, {STEPS} steps" in log_of(folder, job)
     assert len(events_of(folder / "nodes", "start")) == 1
 
 
-def test_killed_rank_fails_the_job_and_a_requeue_loses_nothing(slurm, folder, submit, plain):
+def test_killed_rank_and_then_a_lost_node_cost_nothing(slurm, folder, submit, plain):
     run = folder / "killed"
     job = submit("killed", "checkpoint.every_steps=4")
     wait_for_step(run, 5)  # the last checkpoint is that of step 4
@@ -144,8 +150,39 @@ def test_killed_rank_fails_the_job_and_a_requeue_loses_nothing(slurm, folder, su
 
     slurm.run("scontrol", "requeue", job)
     slurm.wait(job, ("RUNNING",))
+    wait_for_step(run, 20)
+    slurm.run("scontrol", "update", "nodename=n2", "state=down", "reason=lost")  # Slurm requeues the job by itself
+    slurm.wait(job, ("PENDING",))
+    slurm.run("scontrol", "update", "nodename=n2", "state=resume")
+    facts = slurm.wait(job, ("COMPLETED", "FAILED"))
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "2"), log_of(folder, job)
+    assert [event["step"] % 4 for event in events_of(run, "resume")] == [0, 0]
+    assert steps_of(run) == steps_of(plain)
+    assert stored_state(run, STEPS) == stored_state(plain, STEPS)
+
+
+def test_preempted_job_saves_and_comes_back(slurm, folder, submit, plain):
+    run = folder / "preempted"
+    job = submit("preempted", "checkpoint.every_steps=1000")
+    wait_for_step(run, 3)
+    urgent = slurm.run("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true")
+    slurm.wait(urgent, ("COMPLETED",))
     facts = slurm.wait(job, ("COMPLETED", "FAILED"))
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), log_of(folder, job)
-    assert events_of(run, "resume")[0]["step"] in (4, 8)
+    stop, resume = events_of(run, "stop")[0], events_of(run, "resume")[0]
+    assert stop["reason"] == "SIGTERM"
+    assert stop["saved_step"] == stop["step"] == resume["step"], "nothing is trained twice and nothing is lost"
     assert steps_of(run) == steps_of(plain)
-    assert stored_state(run, 12) == stored_state(plain, 12)
+    assert stored_state(run, STEPS) == stored_state(plain, STEPS)
+
+
+def test_chain_of_jobs_with_two_ranks_a_node(slurm, folder, submit, plain):
+    options = ("--array=1-2%1", "--ntasks-per-node=2")
+    job = submit("chain", "train.steps=3", "parallel.distributed_optimizer=true", options=options, REQUEUE="0")
+    last = slurm.wait(f"{job}_2", ("COMPLETED", "FAILED"))
+    assert last["JobState"] == "COMPLETED"
+    assert "finished, 3 steps" in log_of(folder, last["JobId"]), "the second link found nothing to do"
+    (start,) = events_of(folder / "chain", "start")
+    assert (start["launcher"], start["layout"]) == ("srun", "tp1-pp2-vp1-cp1-dp2")
+    expected = [step["loss"] for step in steps_of(plain).values()][:3]
+    assert [step["loss"] for step in steps_of(folder / "chain").values()] == pytest.approx(expected, rel=1e-5)

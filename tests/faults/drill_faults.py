@@ -1,0 +1,199 @@
+"""The faults that a drill tries: how each is made, at which instant, and how the ranks must end.
+
+A fault is chosen before the ranks start: some are armed in the ranks themselves (`arm`), the others are done to them
+from outside (`strike`). Afterwards the run is started again, and must come out as if nothing had happened.
+"""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rank_processes import Rank, rank_environment, run_pretrain
+from torch.distributed import TCPStore
+
+from k2_megatron.train.checkpoint_files import complete_checkpoints
+
+END_SECONDS = 60.0  # ranks that are left alone by another must be gone by then
+
+
+class Life:
+    """The ranks of a run from one start to its end."""
+
+    def __init__(
+        self,
+        config: Path,
+        settings: Sequence[str],
+        world_size: int,
+        output: Path,
+        arm: Callable[[], None] | None = None,
+    ) -> None:
+        arguments = ([str(config), *(part for setting in settings for part in ("--set", setting))], arm)
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.ranks = [
+            Rank(run_pretrain, arguments, rank_environment(rank, world_size, self._store.port), output / f"{rank}")
+            for rank in range(world_size)
+        ]
+
+    @property
+    def ended(self) -> bool:
+        return all(rank.process.exitcode is not None for rank in self.ranks)
+
+    @property
+    def codes(self) -> list[int]:
+        return [rank.process.exitcode for rank in self.ranks]
+
+    def send(self, number: signal.Signals, victims: Sequence[int]) -> None:
+        for victim in victims:
+            if self.ranks[victim].process.exitcode is None:
+                os.kill(self.ranks[victim].process.pid, number)
+
+    def end(self, but: Sequence[int] = ()) -> bool:
+        """Wait until all ranks are gone, but those named; whether they were in time. Whoever is left is killed."""
+        deadline = time.monotonic() + END_SECONDS
+        waited = [rank for number, rank in enumerate(self.ranks) if number not in but]
+        while any(rank.process.exitcode is None for rank in waited) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        in_time = all(rank.process.exitcode is not None for rank in waited)
+        for rank in self.ranks:
+            rank.kill()
+        return in_time
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`strike(life, run, chance)` does it and returns what was wrong with the end, or None; `arm(chance)` gives what
+    each rank runs before it trains; `fits(layout)` is False where the fault cannot be made."""
+
+    name: str
+    strike: Callable[[Life, Path, random.Random], str | None]
+    arm: Callable[[random.Random], Callable[[], None]] | None = None
+    fits: Callable[[Sequence[str]], bool] = lambda _layout: True
+
+
+def _wait_a_while(life: Life, chance: random.Random) -> None:
+    deadline = time.monotonic() + chance.uniform(0.0, 1.0)
+    while time.monotonic() < deadline and not life.ended:
+        time.sleep(0.005)
+
+
+def _wait_for_a_save(life: Life, run: Path, chance: random.Random) -> None:
+    while not any((run / "checkpoints").glob(".step_*.writing")) and not life.ended:
+        time.sleep(0.001)
+    time.sleep(chance.uniform(0.0, 0.15))  # a save of this size takes about that long
+
+
+def _kill(life: Life, run: Path, chance: random.Random, *, every: bool, saving: bool) -> str | None:
+    _wait_for_a_save(life, run, chance) if saving else _wait_a_while(life, chance)
+    life.send(signal.SIGKILL, range(len(life.ranks)) if every else [chance.randrange(len(life.ranks))])
+    if not life.end():
+        return "a rank outlived the killed one"
+    return None if all(code != 0 for code in life.codes) else "a rank called it success"
+
+
+def _damage_the_newest(life: Life, run: Path, chance: random.Random) -> str | None:
+    """Kill the run; flip a byte of a file of its newest checkpoint, when there is one before."""
+    complaint = _kill(life, run, chance, every=True, saving=False)
+    folders = complete_checkpoints(run / "checkpoints")
+    if len(folders) > 1:
+        path = chance.choice(sorted(folders[0].iterdir()))
+        content = bytearray(path.read_bytes())
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        path.write_bytes(content)
+    return complaint
+
+
+def _cut_the_pointer(life: Life, run: Path, chance: random.Random) -> str | None:
+    complaint = _kill(life, run, chance, every=True, saving=False)
+    pointer = run / "checkpoints" / "latest"
+    if pointer.exists():
+        pointer.write_text(pointer.read_text()[: chance.randrange(10)])
+    return complaint
+
+
+def _ask(life: Life, run: Path, chance: random.Random) -> str | None:
+    """One rank is asked to stop; all save and leave."""
+    _wait_a_while(life, chance)
+    number = chance.choice([signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+    life.send(number, [chance.randrange(len(life.ranks))])
+    if not life.end():
+        return f"not gone after {number.name}"
+    return None if set(life.codes) == {0} else f"codes {life.codes} after {number.name}"
+
+
+def _stop_one(life: Life, run: Path, chance: random.Random) -> str | None:
+    """One rank is stopped by the system; the others end themselves, and the launcher kills it."""
+    _wait_a_while(life, chance)
+    victim = chance.randrange(len(life.ranks))
+    life.send(signal.SIGSTOP, [victim])
+    if not life.end(but=[victim]):
+        return "ranks wait for ever for the stopped one"
+    return None if all(code != 0 for code in life.codes) else "a rank called it success"
+
+
+def _ends_with_3(life: Life, run: Path, chance: random.Random) -> str | None:
+    """The armed fault stops the run by itself."""
+    if not life.end():
+        return "the run did not stop"
+    return None if set(life.codes) == {3} else f"codes {life.codes}, not 3"
+
+
+def _gradient_not_finite(call: int, rank: str) -> None:
+    import k2_megatron.train.step as step
+
+    finalize, calls = step.finalize_model_grads, []
+
+    def spoiled(model, *arguments, **keywords):
+        finalize(model, *arguments, **keywords)
+        calls.append(1)
+        if len(calls) == call and os.environ["RANK"] == rank:
+            next(model[0].parameters()).main_grad.view(-1)[3] = float("inf")
+
+    step.finalize_model_grads = spoiled
+
+
+def _flip_a_bit(call: int, rank: str) -> None:
+    import torch
+
+    import k2_megatron.train.step as step
+    from k2_megatron.train.checkpoint_state import unwrapped
+
+    run, calls = step._run_schedule, []
+
+    def run_and_flip(config, groups, chunks, *rest, **keywords):
+        result = run(config, groups, chunks, *rest, **keywords)
+        calls.append(1)
+        if len(calls) == call and os.environ["RANK"] == rank:
+            bits = unwrapped(chunks[0]).decoder.layers[1].mlp.linear_fc2.weight.data.view(-1).view(torch.int32)
+            bits[5] ^= 1 << 21
+        return result
+
+    step._run_schedule = run_and_flip
+
+
+def _armed(what: Callable[[int, str], None], chance: random.Random) -> Callable[[], None]:
+    return partial(what, chance.randrange(3, 9), str(chance.randrange(2)))
+
+
+KILLS = tuple(
+    Fault(f"{who} killed, {when}", partial(_kill, every=who == "all ranks", saving=when == "while saving"))
+    for who in ("all ranks", "one rank")
+    for when in ("any instant", "while saving")
+)
+OTHERS = (
+    Fault("one rank asked to stop (TERM, USR1, INT)", _ask),
+    Fault("one rank stopped by the system", _stop_one),
+    Fault("killed, newest checkpoint damaged", _damage_the_newest),
+    Fault("killed, `latest` cut", _cut_the_pointer),
+    Fault("gradient not finite on one rank", _ends_with_3, partial(_armed, _gradient_not_finite)),
+    Fault(
+        "bit flipped in one replica",
+        _ends_with_3,
+        partial(_armed, _flip_a_bit),
+        lambda layout: any(setting.startswith("parallel.data=") for setting in layout),
+    ),
+)
