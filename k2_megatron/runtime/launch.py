@@ -137,7 +137,11 @@ def _end_all(ranks: Sequence[subprocess.Popen], failed: list[tuple[int, int]]) -
     rank, code = failed[0]
     if code < 0:
         name = signal.Signals(-code).name
-        print(f"rank {rank} was killed by {name}; the other ranks were ended. Start again to resume.", file=sys.stderr)
+        memory = " Unless somebody did that, dmesg tells whether it was for want of memory." if code == -9 else ""
+        print(
+            f"rank {rank} was killed by {name}; the other ranks were ended. Start again to resume.{memory}",
+            file=sys.stderr,
+        )
         return 128 - code
     if code not in (2, 3):  # 2: a user's mistake, 3: a stop for a reason; both were explained by the rank itself
         print(
