@@ -18,7 +18,7 @@ from k2_megatron.runtime.devices import find_device
 from k2_megatron.runtime.groups import build_groups, connect, disconnect
 from k2_megatron.runtime.launch import read_environment
 from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
-from k2_megatron.train.replicas import compare_replicas, majority_of, replicated_tensors
+from k2_megatron.train.replicas import _sum_of_bits, compare_replicas, majority_of, replicated_tensors
 from k2_megatron.train.run_data import open_run_data
 from k2_megatron.train.step import train_step
 
@@ -33,7 +33,7 @@ def flip_bit(tensor: torch.Tensor, element: int, bit: int) -> None:
     """Flip one bit of one element, in place."""
     integer = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
     flipped = 1 << bit if bit < 8 * tensor.element_size() - 1 else -(1 << bit)
-    tensor.detach().view(integer).view(-1)[element] ^= flipped
+    tensor.detach().view(-1).view(integer)[element] ^= flipped
 
 
 def _flip_and_compare(config_path: Path, settings: list[str]) -> list[tuple[str, str, str]]:
@@ -76,6 +76,20 @@ def test_every_flipped_bit_is_found_and_its_rank_and_tensor_named(small_config, 
     assert [case for case in cases if not case[2].endswith(f"{case[0]} in {case[1]}")] == []
     kinds = {name.split(" of ")[0] for _, name, _ in cases if " of " in name}
     assert kinds == {"exp_avg", "exp_avg_sq", *(["main parameter"] if precision == "bfloat16" else [])}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sum_is_of_every_bit_wherever_the_tensor_begins(dtype):
+    values = torch.randn(40, dtype=dtype)
+    for first in range(5):
+        for size in (1, 2, 3, 4, 7, 32):
+            tensor = values[first : first + size]
+            before = int(_sum_of_bits(tensor))
+            assert before == int(_sum_of_bits(tensor.clone())), "also in another place"
+            for element, bit in ((0, 0), (size - 1, 15), (size // 2, 8 * tensor.element_size() - 1)):
+                flip_bit(tensor, element, bit)
+                assert int(_sum_of_bits(tensor)) != before
+                flip_bit(tensor, element, bit)
 
 
 def test_majority_of_two_is_nobody():

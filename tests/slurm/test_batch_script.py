@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -127,3 +128,13 @@ def test_ranks_that_were_preempted_are_requeued(batch, tmp_path, told, code, req
     ended = batch([code])
     ended.communicate(timeout=30)
     assert (ended.returncode, count(tmp_path / "requeues")) == (code, requeues)
+
+
+def test_run_state_takes_the_layout_from_the_job(small_config, tmp_path):
+    """A sharded optimizer needs replicas, and how many there are follows from the job's tasks."""
+    tool = [sys.executable, str(REPOSITORY / "tools" / "run_state.py"), str(small_config)]
+    command = [*tool, "--set", f"run.folder={tmp_path / 'run'}", "--set", "parallel.distributed_optimizer=true"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    for tasks, code in (({"SLURM_NTASKS": "2"}, 10), ({}, 2)):
+        ended = subprocess.run(command, env={**environment, **tasks}, capture_output=True, text=True)
+        assert ended.returncode == code, ended.stderr
