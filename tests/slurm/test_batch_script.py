@@ -27,10 +27,12 @@ fi
 exit "$code"
 """
 PYTHON = """#!/bin/bash
+if [[ -e slow ]]; then touch asked; sleep 1; fi
 cat told 2> /dev/null
 exit "$(cat state)"
 """
 SCONTROL = """#!/bin/bash
+[[ -e refuse ]] && exit 1
 echo "$*" >> requeues
 """
 
@@ -99,6 +101,26 @@ def test_time_limit_is_passed_on_and_requeues_what_is_unfinished(batch, tmp_path
     process.communicate(timeout=30)
     assert (tmp_path / "signals").read_text() == "USR1\n"
     assert (process.returncode, count(tmp_path / "requeues")) == (0, requeues)
+
+
+@pytest.mark.parametrize(("number", "requeues"), [(signal.SIGUSR1, 1), (signal.SIGTERM, 0)])
+def test_signal_before_the_ranks_are_started_starts_none(batch, tmp_path, number, requeues):
+    (tmp_path / "slow").touch()
+    process = batch([0])
+    wait_for(tmp_path / "asked")
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert (process.returncode, count(tmp_path / "calls"), count(tmp_path / "requeues")) == (0, 0, requeues)
+
+
+def test_job_that_cannot_be_requeued_does_not_end_as_a_success(batch, tmp_path):
+    (tmp_path / "refuse").touch()
+    process = batch(["wait"])
+    wait_for(tmp_path / "waiting")
+    process.send_signal(signal.SIGUSR1)
+    told, _ = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "it could not be requeued: submit it again" in told
 
 
 def test_asked_to_end_waits_for_the_ranks_and_does_not_start_them_again(batch, tmp_path):

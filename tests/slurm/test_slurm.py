@@ -1,5 +1,6 @@
 """pretrain.sbatch on a real Slurm of two nodes: same losses as a plain start, requeued and resumed to the bit."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -157,7 +158,8 @@ def test_killed_rank_and_then_a_lost_node_cost_nothing(slurm, folder, submit, pl
     wait_for_step(run, 20)
     slurm.run("scontrol", "update", "nodename=n2", "state=down", "reason=lost")  # Slurm requeues the job by itself
     slurm.wait(job, ("PENDING",))
-    slurm.run("scontrol", "update", "nodename=n2", "state=resume")
+    with contextlib.suppress(AssertionError):  # a node that was never really gone may have come back by itself
+        slurm.run("scontrol", "update", "nodename=n2", "state=resume")
     facts = slurm.wait(job, ("COMPLETED", "FAILED"))
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "2"), log_of(folder, job)
     assert [event["step"] % 4 for event in events_of(run, "resume")] == [0, 0]
