@@ -102,3 +102,18 @@ def test_before_the_ranks_have_met_it_ends_at_once(small_config, tmp_path, numbe
     os.kill(rank.process.pid, number)
     assert rank.finish(seconds=20).exit_code == -number
     assert not (tmp_path / "run").exists()
+
+
+def _second_ctrl_c_in_the_save() -> None:
+    from k2_megatron.train.checkpoint_save import CheckpointWriter
+
+    CheckpointWriter._write = lambda *_: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]
+
+
+def test_second_ctrl_c_waits_for_nothing(small_config, tmp_path):
+    (outcome,) = run(small_config, tmp_path, fault=_second_ctrl_c_in_the_save)
+    assert outcome.exit_code == 130
+    assert outcome.stderr == "interrupted; start again to resume from the last save\n"
+    assert not list((tmp_path / "run").glob("checkpoints/step_*"))
+    results_of(run(small_config, tmp_path))
+    assert stopped(tmp_path / "run") == ("finished", 6, 6)
