@@ -3,6 +3,7 @@
 import fcntl
 import platform
 import subprocess
+import time
 from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,6 +13,7 @@ import k2_megatron
 from k2_megatron.config import Config, load_config
 from k2_megatron.config.changes import changes
 from k2_megatron.runtime.durable import make_folder, write_file
+from k2_megatron.train.watchdog import HEARTBEATS, read_heartbeats
 
 CONFIG = "config.toml"
 
@@ -52,9 +54,27 @@ def hold_run_folder(config: Config) -> IO[str]:
             f"another process is training in {folder}; wait for it or stop it (SIGTERM saves and leaves), "
             "or give run.folder another name"
         ) from None
-    except OSError:
-        pass  # a file system without locks: go on as before there were any
+    except OSError:  # a file system without locks, such as Lustre mounted without "flock"
+        _refuse_living_run(folder / HEARTBEATS, config.watchdog.heartbeat_seconds)
     return lock
+
+
+def _refuse_living_run(heartbeats: Path, heartbeat_seconds: float) -> None:
+    """ValueError when a heartbeat that a run left here changes while we look, whatever the clocks say."""
+
+    def beats() -> dict[int, float]:
+        return {beat["rank"]: beat["time"] for beat in read_heartbeats(heartbeats)}
+
+    before, deadline = beats(), time.monotonic() + 2 * heartbeat_seconds
+    while before and time.monotonic() < deadline:
+        time.sleep(min(1.0, heartbeat_seconds / 4))
+        now = beats()
+        changed = [rank for rank, told in now.items() if before.get(rank) != told]
+        if changed:
+            raise ValueError(
+                f"another process is training in {heartbeats.parent}: rank {changed[0]} has just given a sign of life; "
+                "wait for it or stop it (SIGTERM saves and leaves), or give run.folder another name"
+            )
 
 
 def write_config(config: Config) -> None:

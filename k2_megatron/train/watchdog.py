@@ -28,6 +28,7 @@ from k2_megatron.runtime.durable import write_file
 from k2_megatron.train.journal import Journal
 
 HUNG = 4  # exit code
+HEARTBEATS = "heartbeats"  # the folder in the run folder
 STEP = "step"
 RECENT_STEPS = 50
 FEWEST_STEPS = 3  # before that, the first step with its compilations decides too much
@@ -71,7 +72,7 @@ class Watchdog:
         self._settings, self._folder, self._rank = settings, folder, rank
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self._progress = Progress("start", 0, time.monotonic())
-        self._heartbeats = folder / "heartbeats"
+        self._heartbeats = folder / HEARTBEATS
         self._heartbeats.mkdir(parents=True, exist_ok=True)
         self._world_size = world_size
         self._main_thread = threading.main_thread().ident

@@ -1,5 +1,7 @@
 """A run folder has one run: a second start is refused, a stranger's line in the ledger is kept, orphans leave."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -26,6 +28,27 @@ def test_a_second_run_in_the_folder_is_refused(small_config, tmp_path):
         hold_run_folder(config)
     lock.close()
     hold_run_folder(config).close()
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_without_locks_a_heartbeat_that_changes_refuses_the_second_run(small_config, tmp_path, monkeypatch, alive):
+    folder = tmp_path / "run"
+    config = load_config(small_config, [f"run.folder={folder}", "watchdog.heartbeat_seconds=0.4"])
+
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    hold_run_folder(config).close()  # nobody was ever here
+    (folder / "heartbeats").mkdir()
+    beat = folder / "heartbeats" / "rank_00003.json"
+    beat.write_text('{"rank": 3, "time": 5.0}')
+    if alive:
+        monkeypatch.setattr(time, "sleep", lambda _: beat.write_text('{"rank": 3, "time": 6.0}'))
+        with pytest.raises(ValueError, match=r"another process is training in .*run: rank 3 has just given a sign"):
+            hold_run_folder(config)
+    else:
+        hold_run_folder(config).close()
 
 
 def test_a_line_that_another_process_appended_is_not_cut_off(tmp_path):
