@@ -171,7 +171,8 @@ def test_preempted_job_saves_and_comes_back(slurm, folder, submit, plain):
     run = folder / "preempted"
     job = submit("preempted", "checkpoint.every_steps=1000")
     wait_for_step(run, 3)
-    urgent = slurm.run("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true")
+    options = ("--partition=urgent", "--nodes=2", "--exclusive", f"--output={folder}/%j.log", "--wrap=true")
+    urgent = slurm.run("sbatch", "--parsable", *options)
     slurm.wait(urgent, ("COMPLETED",))
     facts = slurm.wait(job, ("COMPLETED", "FAILED"))
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), log_of(folder, job)
