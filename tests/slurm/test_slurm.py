@@ -123,7 +123,8 @@ def test_near_its_time_limit_the_job_saves_requeues_itself_and_resumes(slurm, fo
     assert stop["saved_step"] == stop["step"] == resume["step"], "nothing is trained twice and nothing is lost"
     losses = {number: step["loss"] for number, step in steps_of(run).items()}
     assert list(losses) == list(range(1, len(losses) + 1))
-    assert [losses[number] for number in range(1, 13)] == [step["loss"] for step in steps_of(plain).values()]
+    expected = {number: step["loss"] for number, step in steps_of(plain).items() if number in losses}
+    assert len(expected) >= 12 and {number: losses[number] for number in expected} == expected
 
 
 def test_two_nodes_give_the_losses_of_a_plain_start(slurm, folder, submit, plain):
