@@ -37,6 +37,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from k2_megatron.data.texts import Texts
 
@@ -164,17 +165,31 @@ def cpu_of_children() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def ours(tokenizer: str, path: Path, workers: int, shard: str) -> tuple[float, float, int]:
-    """(wall seconds, CPU seconds, tokens) of the tool."""
+def largest_worker(process: subprocess.Popen) -> int:
+    """The most bytes in memory that any one child of a process has until it ends."""
+    largest = 0
+    while process.poll() is None:
+        try:
+            workers = psutil.Process(process.pid).children()
+            largest = max([largest, *(worker.memory_info().rss for worker in workers)])
+        except psutil.NoSuchProcess:
+            pass  # it ended in between
+        time.sleep(0.02)
+    return largest
+
+
+def ours(tokenizer: str, path: Path, workers: int, shard: str) -> tuple[float, float, int, int]:
+    """(wall seconds, CPU seconds, tokens, bytes of the largest worker) of the tool."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", str(path), "--append-eod"]
         command += ["--tokenizer", tokenizer, "--output-prefix", f"{folder}/x", "--workers", str(workers)]
         start, cpu = time.monotonic(), cpu_of_children()
         silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        subprocess.run([*command, "--shard-size", shard], check=True, **silent)
+        process = subprocess.Popen([*command, "--shard-size", shard], **silent)
+        largest = largest_worker(process)
         seconds, cpu = time.monotonic() - start, cpu_of_children() - cpu
         manifest = json.loads(Path(folder, "x_text_document.manifest.json").read_text(encoding="utf-8"))
-    return seconds, cpu, manifest["tokens"]
+    return seconds, cpu, manifest["tokens"], largest
 
 
 def start_cpu_seconds(tokenizer: str, workers: int, folder: Path) -> float:
@@ -191,13 +206,14 @@ def measure(tokenizer: str, path: Path, workers: int, rounds: int) -> None:
     print("M tokens/s by wall | CPU s | M tokens by CPU second: ours, raw encoder, ours/raw, own library, ours/own")
     for _ in range(rounds):
         empty = start_cpu_seconds(tokenizer, workers, path.parent)
-        seconds, cpu, tokens = ours(tokenizer, path, workers, shard)
+        seconds, cpu, tokens, largest = ours(tokenizer, path, workers, shard)
         raw = raw_encoder(tokenizer, path, workers, size)
         slow = raw_encoder(tokenizer, path, workers, min(size, 8_000_000), own=True)
         inside = tokens / 1e6 / (cpu - empty)
         print(
             f"{tokens / 1e6 / seconds:8.2f} ({size / 1e6 / seconds:.1f} MB/s) | {cpu:.2f}, {empty:.2f} to start | "
-            f"{inside:8.2f} {raw:8.2f} {inside / raw:6.2f} {slow:8.2f} {inside / slow:6.1f}",
+            f"{inside:8.2f} {raw:8.2f} {inside / raw:6.2f} {slow:8.2f} {inside / slow:6.1f} | "
+            f"largest worker {largest / 1e6:.0f} MB",
             flush=True,
         )
 
@@ -222,8 +238,6 @@ def main() -> None:
         elif options.text is None:
             make_text(path, options.megabytes)
         measure(tokenizer, path, options.workers, options.rounds)
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-        print(f"largest process: {peak / 1e6:.0f} MB (the raw encoders hold their texts)")
 
 
 if __name__ == "__main__":
