@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -143,6 +144,18 @@ def test_ordinary_lines_never_reach_orjson(monkeypatch):
     monkeypatch.setattr(json_lines, "parse_every_line", None)
     piece = scan_lines(compiled(), "\n".join(lines).encode(), "text", 0)
     assert list(piece.texts["text"]) == TEXTS * 2
+
+
+def test_without_the_scanner_orjson_reads_every_line(monkeypatch):
+    """Not built, or built before it had one."""
+    monkeypatch.setitem(sys.modules, "k2_megatron._cpu", SimpleNamespace(instruction_set="portable"))
+    assert compiled.__wrapped__() is None
+    monkeypatch.setitem(sys.modules, "k2_megatron._cpu", None)
+    assert compiled.__wrapped__() is None
+    block = random_block(1)
+    expected = parse_every_line(block, ["text"], 0)
+    monkeypatch.setattr(json_lines, "compiled", lambda: None)
+    assert json_lines.parse_lines(block, ["text"], 0) == expected
 
 
 def test_other_keys_and_empty_blocks():
