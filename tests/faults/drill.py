@@ -87,6 +87,7 @@ def drill(config: Path, folder: Path, faults: Sequence[Fault], seed: int, layout
     chance, left, number = random.Random(seed), list(faults), 0
     chance.shuffle(left)
     while left:
+        assert number < 4 * len(faults), f"{left[0].name} cannot be made under {layout}"
         run = folder / f"wounded_{number}"
         wounds = _one_run(config, [*settings, f"run.folder={run}"], world_size, run, left, chance, rows)
         differences = compare(folder / "whole", run)

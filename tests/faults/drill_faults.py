@@ -148,10 +148,10 @@ def _gradient_not_finite(call: int, rank: str) -> None:
     finalize, calls = step.finalize_model_grads, []
 
     def spoiled(model, *arguments, **keywords):
-        finalize(model, *arguments, **keywords)
         calls.append(1)
-        if len(calls) == call and os.environ["RANK"] == rank:
+        if len(calls) == call and os.environ["RANK"] == rank:  # before the sum: after it a rank may hold a shard alone
             next(model[0].parameters()).main_grad.view(-1)[3] = float("inf")
+        finalize(model, *arguments, **keywords)
 
     step.finalize_model_grads = spoiled
 
