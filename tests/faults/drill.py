@@ -192,7 +192,8 @@ def main() -> int:
         rows = drill(config, arguments.folder / f"layout_{number}", faults, arguments.seed + number, layout)
         for name, row in rows.items():
             total[name].add(row)
-        print(f"{' '.join(layout)}: {kills} kills and {others} other faults done", flush=True)
+        lost = "; ".join(item for row in rows.values() for item in row.lost) or "nothing"
+        print(f"{' '.join(layout)}: {kills} kills and {others} other faults done, lost: {lost}", flush=True)
     print(table([row for row in total.values() if row.tried]))
     return 0 if all(row.survived == row.tried and not row.lost for row in total.values()) else 1
 
