@@ -3,9 +3,12 @@
 import os
 from pathlib import Path
 
+_MOST = 64  # a checkpoint of many ranks has more files than a process may hold open
+
 
 class OpenFiles:
-    """Descriptors opened when first asked for; a copy in another process starts with none."""
+    """Descriptors opened when first asked for, the oldest closed when they are many; a copy in another process starts
+    with none. A descriptor is good until the next is asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -13,6 +16,8 @@ class OpenFiles:
 
     def descriptor(self, name: str) -> int:
         if name not in self._descriptors:
+            if len(self._descriptors) >= _MOST:
+                os.close(self._descriptors.pop(next(iter(self._descriptors))))
             self._descriptors[name] = os.open(self.folder / name, os.O_RDONLY)
         return self._descriptors[name]
 

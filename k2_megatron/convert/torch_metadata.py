@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from k2_megatron.convert.errors import ConversionError
+from k2_megatron.runtime.collector import collector_paused
 
 METADATA = ".metadata"
 _DISTRIBUTED = "torch.distributed.checkpoint."
@@ -62,9 +63,8 @@ def read_metadata(folder: Path) -> Stored:
     """The tables of a torch_dist folder. ConversionError when the file is missing, damaged or holds other things."""
     path = folder / METADATA
     try:
-        with path.open("rb") as stream:
-            found = _MetadataUnpickler(stream).load()
-        return _stored(found)
+        with path.open("rb") as stream, collector_paused():
+            return _stored(_MetadataUnpickler(stream).load())
     except FileNotFoundError:
         raise ConversionError(f"{folder} has no {METADATA}: it is not a torch_dist checkpoint") from None
     except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, IndexError, KeyError, ValueError) as error:
@@ -124,6 +124,11 @@ def _all_chunks(tensors: dict[str, Tensor], objects: dict[str, Chunk]):
 
 def write_metadata(folder: Path, stored: Stored) -> None:
     """Write the tables as torch's reader expects them."""
+    with collector_paused():
+        _write_metadata(folder, stored)
+
+
+def _write_metadata(folder: Path, stored: Stored) -> None:
     import torch
     from torch.distributed.checkpoint import metadata as records
     from torch.distributed.checkpoint.filesystem import _StorageInfo

@@ -10,6 +10,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -198,8 +200,9 @@ def _each(job: Check, units: Sequence[Unit], workers: int) -> Iterator[tuple[Uni
         for unit in units:
             yield unit, job.run(unit)
         return
+    pickled = pickle.dumps(job)  # once: of a large checkpoint its tables are megabytes
     with process_pool(min(workers, len(units))) as pool:
-        pending = {pool.submit(job.run, unit): unit for unit in units}
+        pending = {pool.submit(_run_pickled, pickled, unit): unit for unit in units}
         try:
             for done in as_completed(pending):
                 yield pending[done], done.result()
@@ -211,6 +214,16 @@ def _each(job: Check, units: Sequence[Unit], workers: int) -> Iterator[tuple[Uni
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _run_pickled(job: bytes, unit: Unit) -> dict[str, Any]:
+    return _unpickled(job).run(unit)
+
+
+@lru_cache(maxsize=1)
+def _unpickled(job: bytes) -> Check:
+    """A worker's job, the same for all its units: unpickled once."""
+    return pickle.loads(job)
 
 
 def process_pool(workers: int) -> ProcessPoolExecutor:

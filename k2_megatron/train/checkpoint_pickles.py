@@ -12,6 +12,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from k2_megatron.runtime.collector import collector_paused
+
 TABLES = ".metadata"
 _TABLE_NAMES = {
     *(
@@ -41,7 +43,7 @@ def pickle_problems(folder: Path) -> list[str]:
     """What in the pickles of a torch_dist folder is no data, naming the file; nothing when all is well."""
     path = folder / TABLES
     try:
-        with path.open("rb") as stream:
+        with path.open("rb") as stream, collector_paused():
             tables = _Inspector(stream, _TABLE_NAMES).load()
         for index, info in tables.storage_data.items():
             if not hasattr(tables.state_dict_metadata[index.fqn], "chunks"):

@@ -12,6 +12,7 @@ from legacy_checkpoint import legacy_folder, options
 
 from k2_megatron.convert import logits
 from k2_megatron.convert.errors import ConversionError
+from k2_megatron.convert.files import OpenFiles
 from k2_megatron.convert.fingerprint import fingerprint_rows, fingerprint_rows_reference
 from k2_megatron.convert.import_legacy import import_legacy
 from k2_megatron.convert.names import places
@@ -191,3 +192,14 @@ def test_old_shards_that_changed_are_not_gone_on_with(tmp_path: Path, die_after,
     os.utime(next(folder.rglob("*.pt")))
     with pytest.raises(ConversionError, match="was begun by a conversion of other files or options"):
         import_legacy(options(tmp_path), optimizer=True)
+
+
+def test_a_checkpoint_of_many_files_is_read_with_few_of_them_open(tmp_path: Path) -> None:
+    files = OpenFiles(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    for number in [*range(100), *range(100)]:
+        (tmp_path / str(number)).write_bytes(bytes([number]))
+        assert os.pread(files.descriptor(str(number)), 1, 0) == bytes([number])
+        assert len(os.listdir("/proc/self/fd")) <= before + 64
+    files.close()
+    assert len(os.listdir("/proc/self/fd")) == before
