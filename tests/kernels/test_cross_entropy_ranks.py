@@ -108,7 +108,9 @@ def test_ranks_equal_one_process(case, ranked):
         torch.testing.assert_close(found, loss, rtol=1e-6, atol=1e-6)
         assert torch.equal(found, results[0][0]), "ranks disagree about the loss"
         assert gathers == (case.ranks > 1)
-    tolerance = {"rtol": 2**-7, "atol": 0} if case.dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    # Sums of products of the projection cancel; the loss's own gradient does not.
+    float32 = 1e-5 if case.op == "linear" else 1e-6
+    tolerance = {"rtol": 2**-7, "atol": 0} if case.dtype == torch.bfloat16 else {"rtol": float32, "atol": float32}
     sharded = torch.cat([found[-1] for _, found, _, _ in results], dim=-1 if case.op == "logits" else 0)
     torch.testing.assert_close(sharded, gradients[-1], **tolerance)
     if case.op == "linear":
