@@ -46,6 +46,7 @@ from k2_megatron.train.journal import Journal
 from k2_megatron.train.layer_norms import ActivationSquares
 from k2_megatron.train.not_finite import count_as_update, ranks_not_finite, samples_not_finite
 from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
+from k2_megatron.train.phases import StepPhases, gather_phases
 from k2_megatron.train.replicas import compare_replicas, stop_when_different
 from k2_megatron.train.run_data import open_run_data
 from k2_megatron.train.run_folder import check_run_folder, hold_run_folder, provenance, write_config
@@ -154,7 +155,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
     saved_step = kept_step = step  # published; the same, or still being written
     passed_over, leaving = 0, "--until"
     saver = CheckpointWriter(checkpoints, groups, asynchronous=config.checkpoint.asynchronous)
-    peak = peak_bf16_flops(device)
+    peak, checkpoint_seconds = peak_bf16_flops(device), 0.0
 
     # The loop: one step, what is told of it, then the rare events
     while step < min(until, config.train.steps):
@@ -166,7 +167,9 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
         learning_rate = learning_rate_at(config, step)
         set_learning_rate(optimizer, learning_rate, config.optimizer.weight_decay)
         measured = activations if (step + 1) % config.log.layers_every_steps == 0 else None
-        result = train_step(config, groups, chunks, optimizer, data.train, step, device.torch, measured)
+        every = config.log.phases_every_steps
+        phases = StepPhases(device.torch) if every and (step + 1) % every == 0 else None
+        result = train_step(config, groups, chunks, optimizer, data.train, step, device.torch, measured, phases)
         seconds = time.monotonic() - began
         first_sample, step = config.consumed_samples_at(step), step + 1
         consumed = config.consumed_samples_at(step)
@@ -204,6 +207,15 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
                     f"{', '.join(map(str, samples)) or 'none'} is not finite. The last save was step {saved_step}"
                 )
             count_as_update(optimizer)
+        if phases:
+            own = {**phases.collect(result.data_seconds), "checkpoint": checkpoint_seconds}
+            every_rank, slow = gather_phases(own, groups)
+            journal.write("phases", step=step, seconds=every_rank, slow=slow and asdict(slow))
+            if slow:
+                views.say(
+                    f"step {step}: {slow.place} is slow in {slow.phase}, {slow.ratio} times the median of its like"
+                )
+            checkpoint_seconds = 0.0
         data.consumed(first_sample, consumed)
         spike = spikes.observe(event, result.sample_losses) if result.updated else None
         if spike:
@@ -238,7 +250,9 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
             journal.sync()
             data.record_position(step, consumed)
             facts = {**data.position(), **spikes.position(), "origin": origin}
+            began = time.monotonic()
             saver.save(step, config, chunks, optimizer, device.torch, facts)
+            checkpoint_seconds = time.monotonic() - began
             kept_step = step
         saved_step = tell_of_save(saver.finished(), config, journal, checkpoints, spikes) or saved_step
         if leaving and not last:

@@ -257,6 +257,9 @@ class Log(Section):
     layers_every_steps: PositiveInt = 1
     """Steps between two step events that tell of each layer: the norm of its gradient, the root mean square of its
     output. The spike detector watches them at these steps. The cost is small, the lines of the journal are long."""
+    phases_every_steps: PositiveInt | None = None
+    """Steps between two straggler reports: what each rank spent the step on (data, forward, backward, optimizer, the
+    last save), and the rank that is slower than its like, if one is. Left out: none."""
     tensorboard: bool = False
     """Mirror the journal into TensorBoard files in the run folder."""
     wandb: PathText | None = None

@@ -6,6 +6,7 @@ Out: a `StepResult` that is equal on every rank.
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,6 +24,7 @@ from k2_megatron.model.context_parallel import context_positions
 from k2_megatron.runtime.groups import Groups
 from k2_megatron.train.layer_norms import ActivationSquares, LayerNorms, layer_norms
 from k2_megatron.train.optimizer import gradient_squares, update
+from k2_megatron.train.phases import StepPhases
 from k2_megatron.train.replicas import Difference, compare_replicas
 
 
@@ -131,11 +133,12 @@ def train_step(
     step: int,
     device: torch.device,
     activations: ActivationSquares | None = None,
+    phases: StepPhases | None = None,
 ) -> StepResult:
     """Gradients over the step's global batch, clipped; then the update, unless something was not finite or replicas
     differed. Before the update, because a sharded optimizer's writes all replicas anew and hides a flipped bit.
 
-    With `activations` the result tells of the layers.
+    With `activations` the result tells of the layers; with `phases` it is measured what this rank spends the step on.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
@@ -144,9 +147,10 @@ def train_step(
         activations.begin()
     first_sample, global_batch = config.consumed_samples_at(step), config.global_batch_at(step)
     waited = feed.seconds_waited
-    loss, sample_losses = _run_schedule(
-        config, groups, chunks, feed, first_sample, global_batch, device, forward_only=False
-    )
+    with phases.within(chunks[0].config) if phases else nullcontext():
+        loss, sample_losses = _run_schedule(
+            config, groups, chunks, feed, first_sample, global_batch, device, forward_only=False
+        )
 
     squares = gradient_squares(optimizer, config.model.layers, device)
     norm = squares.sum().sqrt()
@@ -156,7 +160,11 @@ def train_step(
         difference = compare_replicas(chunks, optimizer, groups)
     updated = finite and difference is None
     if updated:
+        if phases:
+            phases.start("optimizer")
         update(optimizer, norm, config.optimizer.clip_grad_norm)
+        if phases:
+            phases.stop("optimizer")
     layers = None
     if activations:
         elements = global_batch * config.model.sequence_length * config.model.hidden_size
