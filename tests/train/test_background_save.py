@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from rank_processes import run_ranks
+from small_run import checkpoint_tensors
 
 from k2_megatron.config import load_config
 from k2_megatron.kernels.dispatch import OPS
@@ -17,10 +18,12 @@ from k2_megatron.runtime.seeds import seed_everything
 from k2_megatron.train.checkpoint import load_weights
 from k2_megatron.train.checkpoint_files import CheckpointError, complete_checkpoints, read_manifest, verify_files
 from k2_megatron.train.checkpoint_save import CheckpointWriter
-from k2_megatron.train.checkpoint_state import weight_fingerprint
+from k2_megatron.train.checkpoint_state import model_state, optimizer_state, weight_fingerprint
 from k2_megatron.train.optimizer import build_optimizer, wrap_model
 
 SETTINGS = ["parallel.tensor=2", "model.layers=2"]
+SHARED = ["parallel.distributed_optimizer=true", "model.layers=2"]
+KERNELS = dict.fromkeys(OPS, "torch")
 
 
 def _change_at_once(config_path: Path, checkpoints: Path, copies: bool) -> tuple[str, str, str, float, float]:
@@ -32,9 +35,8 @@ def _change_at_once(config_path: Path, checkpoints: Path, copies: bool) -> tuple
         connect(environment, device, 60.0)
         groups = build_groups(config.parallel)
         seed_everything(config.run.seed, groups)
-        kernels = dict.fromkeys(OPS, "torch")
-        chunks = wrap_model(config, build_model(config, kernels, groups.collection), groups.collection)
-        optimizer = build_optimizer(config, chunks, kernels, groups.collection)
+        chunks = wrap_model(config, build_model(config, KERNELS, groups.collection), groups.collection)
+        optimizer = build_optimizer(config, chunks, KERNELS, groups.collection)
         asked = weight_fingerprint(chunks, device.torch)
         saver = CheckpointWriter(checkpoints, groups, asynchronous=True)
         if not copies:
@@ -97,3 +99,47 @@ def test_a_background_save_is_as_complete_as_any(changed_at_once):
 def test_without_the_copy_the_fingerprint_tells(small_config: Path, tmp_path: Path):
     outcomes = run_ranks(_change_at_once, 2, (small_config, tmp_path / "checkpoints", False), tmp_path / "ranks")
     assert "fingerprint" in outcomes[0].result[2], outcomes[0].stderr
+
+
+def _held_by_a_save(config_path: Path, checkpoints: Path) -> tuple[int, int]:
+    """(bytes of the storages that a save in the background keeps, bytes of the tensors in them), of this rank."""
+    import k2_megatron.train.checkpoint_save as checkpoint_save
+
+    held = []
+
+    class Watched(checkpoint_save._Plan):
+        def write(self, folder, group):
+            shards = [shard for value in self.tensors.values() for shard in getattr(value, "_local_shards", [value])]
+            parts = [shard._sh_ten.data for shard in shards if hasattr(shard, "_sh_ten")]
+            parts += [shard.tensor for shard in shards if hasattr(shard, "tensor")]
+            storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
+            held.append((sum(storages.values()), sum(part.nbytes for part in parts)))
+            return super().write(folder, group)
+
+    checkpoint_save._Plan = Watched
+    environment = read_environment()
+    config = load_config(config_path, SHARED, world_size=environment.world_size)
+    device = find_device(environment.local_rank)
+    with cpu_stands_in_for_cuda(device.type):
+        connect(environment, device, 60.0)
+        groups = build_groups(config.parallel)
+        seed_everything(config.run.seed, groups)
+        chunks = wrap_model(config, build_model(config, KERNELS, groups.collection), groups.collection)
+        optimizer = build_optimizer(config, chunks, KERNELS, groups.collection)
+        optimizer_state(optimizer, model_state(chunks), loading=True)  # makes the moments, as a first step would
+        saver = CheckpointWriter(checkpoints, groups, asynchronous=True)
+        saver.save(2, config, chunks, optimizer, device.torch, {})
+        saver.wait()
+        disconnect()
+    return held[0]
+
+
+def test_a_background_save_keeps_its_rank_s_part_alone(small_config: Path, tmp_path: Path):
+    """Of two replicas each holds half of the state once, and no view of anything larger."""
+    outcomes = run_ranks(_held_by_a_save, 2, (small_config, tmp_path / "checkpoints"), tmp_path / "ranks")
+    assert [outcome.exit_code for outcome in outcomes] == [0, 0], outcomes[0].stderr
+    parts = [outcome.result for outcome in outcomes]
+    assert all(storages == tensors > 0 for storages, tensors in parts), parts
+    stored = sum(tensor.nbytes for tensor in checkpoint_tensors(tmp_path / "checkpoints" / "step_00000002").values())
+    assert sum(tensors for _, tensors in parts) == stored
+    assert max(tensors for _, tensors in parts) < 0.55 * stored
