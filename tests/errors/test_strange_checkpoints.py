@@ -1,6 +1,7 @@
 """Folders of checkpoints that may not be written or read, that are links, or that another version wrote."""
 
 import ctypes
+import errno
 import json
 import os
 import shutil
@@ -140,3 +141,29 @@ def test_links_to_checkpoints_and_latest_that_is_a_link(attempt, newest, tmp_pat
     assert (elsewhere / "k2.json").is_file()
     assert not os.path.lexists(checkpoints / ".step_00000002.removed")
     assert (checkpoints / "latest").read_text() == "step_00000006\n"
+
+
+def no_space_left() -> None:
+    """Every write of a checkpoint's file fails, as on a full disk."""
+    import k2_megatron.train.checkpoint_files as checkpoint_files
+
+    def write(self, data) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    checkpoint_files._HashingStream.write = write
+
+
+def test_full_disk_under_a_save_in_the_background(attempt, newest):
+    checkpoints = without_newest(newest)
+    outcomes = attempt({**SETTINGS, "checkpoint.asynchronous": True}, fault=no_space_left)
+    says_one_line(outcomes, MISTAKE, "step 6 could not be saved", "No space left on device", "earlier checkpoints are")
+    assert (checkpoints / "latest").read_text() == "step_00000004\n"
+    (outcome,) = attempt({**SETTINGS, "checkpoint.asynchronous": True})
+    assert outcome.exit_code == 0, outcome.stderr
+    assert last_resume(checkpoints)["step"] == 4
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "latest",
+        "step_00000002",
+        "step_00000004",
+        "step_00000006",
+    ]
