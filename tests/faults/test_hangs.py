@@ -99,7 +99,8 @@ def test_hung_rank_is_named_with_its_place(small_config, tmp_path, place, call, 
     outcomes = pretrain(2, small_config, [*SETTINGS, f"run.folder={folder}"], tmp_path / "output", fault)
     print(f"{place}: {time.monotonic() - began:.1f} s in all")
     codes = {outcome.exit_code for outcome in outcomes}
-    assert 4 in codes and codes <= {4, -9}, "the first ends by itself, the other too, or is killed as by its launcher"
+    # The first ends by itself; the other too, or it loses its connection (1), or is killed as by its launcher (-9).
+    assert 4 in codes and codes <= {4, 1, -9}
     (incident,) = events_of(folder, "incident")
     assert (incident["kind"], incident["phase"]) == ("hang", phase)
     assert list(incident["behind"]) == [rank], incident
