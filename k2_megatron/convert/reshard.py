@@ -7,7 +7,7 @@ from pathlib import Path
 
 from k2_megatron.config import Config
 from k2_megatron.convert.errors import ConversionError
-from k2_megatron.convert.record import versions
+from k2_megatron.convert.record import carry_record, require_own_record, versions
 from k2_megatron.convert.to_torch_dist import TorchDistJob
 from k2_megatron.convert.torch_dist import TorchDistSource, checkpoint_folder, read_manifest
 from k2_megatron.convert.training_side import aside_folder, check_layout, require_new, seal, write_checkpoint
@@ -21,6 +21,7 @@ def reshard(load: Path, save: Path, tensor: int, pipeline: int, workers: int) ->
     folder = checkpoint_folder(load)
     manifest = read_manifest(folder)
     require_new(save, manifest["step"])
+    require_own_record(folder, manifest, save)
     problems = verify_training(folder, workers)
     if problems:
         raise ConversionError(f"{folder} is not sound: {'; '.join(problems)}; use another checkpoint")
@@ -48,4 +49,5 @@ def reshard(load: Path, save: Path, tensor: int, pipeline: int, workers: int) ->
             f"{product.folder})"
         )
     seal(product, job, workers)
+    carry_record(folder, manifest, save)
     return product.publish()

@@ -5,7 +5,7 @@ layout, and where they come from, for the journal and for every checkpoint of th
 
 Weights and fp32 main parameters are taken to the bit. Adam's moments begin at zero ("fresh"), or go on ("kept"); then
 Adam's count of updates, which its bias correction needs, goes on too. Step, samples, schedule and random generators
-are the new run's own.
+are the new run's own. The record and tokenizer that from-hf left beside an imported model come along, for the way back.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from k2_megatron.config import Config
 from k2_megatron.config.changes import SHAPES
+from k2_megatron.convert.record import carry_record, require_own_record
 from k2_megatron.runtime.groups import Groups
 from k2_megatron.train.checkpoint import load_state, shared_problems
 from k2_megatron.train.checkpoint_files import CheckpointError, complete_checkpoints, latest_checkpoint, read_manifest
@@ -38,6 +39,7 @@ def source_of(config: Config) -> tuple[Path, dict]:
     assert folder is not None
     manifest = read_manifest(folder)
     require_same_shapes(config, manifest, folder)
+    require_own_record(folder, manifest, Path(config.run.folder))
     return folder, manifest
 
 
@@ -74,6 +76,8 @@ def start_from_checkpoint(
     load_state(folder, manifest, config, groups, chunks, optimizer, device, updates=updates, generators=False)
     if not kept:
         _forget_moments(optimizer)
+    if groups.rank == 0:
+        carry_record(folder, manifest, Path(config.run.folder))
     return {
         "checkpoint": str(folder.resolve()),
         "step": manifest["step"],

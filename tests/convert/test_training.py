@@ -1,5 +1,6 @@
 """Where training meets conversion: it starts from a converted model, and what it saves under TP and PP comes out."""
 
+import shutil
 from pathlib import Path
 
 import numpy
@@ -9,14 +10,17 @@ from legacy_checkpoint import known_model, write_legacy
 from rank_processes import pretrain
 from run_results import events_of, steps_of
 
+from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.import_legacy import import_legacy
 from k2_megatron.convert.import_model import ImportOptions
 from k2_megatron.convert.logits import Bound, compare_logits
 from k2_megatron.convert.model_facts import ModelFacts
 from k2_megatron.convert.names import places
+from k2_megatron.convert.reshard import reshard
 from k2_megatron.convert.transformers_model import TransformersModel
 from k2_megatron.convert.verify import verify_training
 
+TOKENIZER = Path(__file__).resolve().parents[2] / "examples" / "toy" / "tokenizer.json"
 CONFIG = """
 [run]
 folder = "{folder}"
@@ -54,6 +58,7 @@ def write_config(path: Path, run: Path, text_folder: Path, **chosen) -> Path:
 def train(tmp_path: Path, text_folder: Path, precision: str, ranks: int, layout: str) -> Path:
     """Import a model of 250 pieces under a training configuration with 256, train a step; the run folder."""
     write_llama(tmp_path / "hf", kv_heads=2, vocabulary=250, layers=4)
+    shutil.copyfile(TOKENIZER, tmp_path / "hf" / "tokenizer.json")
     run = tmp_path / "run"
     config = write_config(tmp_path / "train.toml", run, text_folder, precision=precision, layout=layout)
     import_model(tmp_path / "hf", run, config=config, tensor=1)
@@ -91,6 +96,31 @@ def test_training_starts_from_a_converted_model_and_its_checkpoint_comes_out(
     assert facts.rope_base == 50000.0
     proof = compare_logits(TransformersModel(tmp_path / "out"), trained, facts, Bound.for_weights(equal=True))
     assert proof.difference <= 1e-5 * max(1.0, proof.largest_logit), proof
+
+
+def test_the_record_of_an_imported_model_follows_its_weights(tmp_path: Path, text_folder: Path) -> None:
+    """from-hf with padding, a step of training, then another folder by reshard, or by a second stage: to-hf still
+    knows the padding, the token ids and the tokenizer."""
+    run = train(tmp_path, text_folder, "float32", 1, "")
+    reshard(run, tmp_path / "resharded", tensor=2, pipeline=2, workers=1)
+    second = write_config(tmp_path / "second.toml", tmp_path / "second", text_folder, layout="")
+    second.write_text(second.read_text() + f'[checkpoint]\nstart_from = "{run}"\n')
+    outcomes = pretrain(1, second, [], tmp_path / "second-ranks")
+    assert outcomes[0].exit_code == 0, outcomes[0].stderr
+    for name in ("resharded", "second"):
+        saved = export_model(tmp_path / name, tmp_path / f"{name}-hf")
+        assert model_config(saved)["vocab_size"] == 250, name
+        assert model_config(saved)["bos_token_id"] == 1, name
+        assert (saved / "tokenizer.json").read_bytes() == TOKENIZER.read_bytes(), name
+
+
+def test_the_record_of_another_model_is_not_mixed_in(tmp_path: Path) -> None:
+    for name, vocabulary in (("one", 128), ("other", 132)):
+        write_llama(tmp_path / f"{name}-hf", vocabulary=vocabulary)
+        import_model(tmp_path / f"{name}-hf", tmp_path / name)
+    shutil.rmtree(tmp_path / "other" / "checkpoints")
+    with pytest.raises(ConversionError, match=r"conversion\.json is the record of another model"):
+        reshard(tmp_path / "one", tmp_path / "other", tensor=1, pipeline=1, workers=1)
 
 
 def test_training_goes_on_from_old_shards_with_their_adam_state(tmp_path: Path, text_folder: Path) -> None:
