@@ -174,6 +174,12 @@ inline bool pass_word(Line& line, const char* word) {
   return true;
 }
 
+// Space is not passed behind the opening quote: there it belongs to the key.
+inline bool pass_key(Line& line) {
+  pass_space(line);
+  return line.at < line.end && *line.at++ == '"' && skip_string(line);
+}
+
 bool pass_value(Line& line, int depth) {
   if (line.at >= line.end || depth > kDeepest) return false;
   switch (*line.at) {
@@ -188,7 +194,7 @@ bool pass_value(Line& line, int depth) {
   const Byte close = object ? '}' : ']';
   if (pass(line, close)) return true;
   do {
-    if (object && !(pass(line, '"') && skip_string(line) && pass(line, ':'))) return false;
+    if (object && !(pass_key(line) && pass(line, ':'))) return false;
     if (!pass_value(line, depth + 1)) return false;
   } while (pass(line, ','));
   return pass(line, close);
