@@ -88,7 +88,7 @@ def main() -> int:
     start = time.monotonic()
     try:
         job = Job(
-            sources=tuple(find_sources(options.input)),
+            sources=tuple(find_sources(options.input, options.output_prefix)),
             keys=tuple(options.json_keys),
             tokenizer_path=options.tokenizer,
             end_of_document_piece=options.eod_token,

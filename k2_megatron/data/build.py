@@ -135,7 +135,7 @@ def _manifest_paths(source: SourceRecipe) -> list[Path]:
     found = []
     for pattern in source.tokens:
         name = str(manifest_path(pattern))
-        paths = sorted(glob.glob(name))
+        paths = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
         if not paths:
             raise ValueError(
                 f"{name}: no such manifest; make the tokens with tools/preprocess_data.py, or write a manifest for "

@@ -44,13 +44,14 @@ class Source:
         return self.kind == "jsonl" and not self.compression
 
 
-def find_sources(inputs: Sequence[str]) -> list[Source]:
-    """Every text file that `inputs` (files, folders, globs) name, in the order of their names. ValueError if none."""
+def find_sources(inputs: Sequence[str], output_prefix: str | None = None) -> list[Source]:
+    """Every text file that `inputs` (files, folders, globs) name, in the order of their names; what a job writes under
+    `output_prefix` is none, should it lie among them. ValueError where there is no text file."""
     found: dict[str, Source] = {}
     for asked in inputs:
-        folder = asked if os.path.isdir(asked) else os.path.dirname(_fixed_part(asked))
-        paths = sorted(str(p) for p in Path(asked).rglob("*")) if os.path.isdir(asked) else glob.glob(asked)
-        sources = [_source(path, os.path.relpath(path, folder or ".")) for path in paths if os.path.isfile(path)]
+        folder, paths = _files_of(asked)
+        paths = [path for path in paths if not (output_prefix and _is_output(path, output_prefix))]
+        sources = [_source(path, os.path.relpath(path, folder or ".")) for path in paths]
         chosen = [source for source in sources if source is not None]
         if not chosen:
             raise ValueError(
@@ -63,10 +64,24 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
     return [found[name] for name in sorted(found)]
 
 
-def _fixed_part(pattern: str) -> str:
-    """The path up to its first wildcard."""
-    wildcards = [pattern.index(mark) for mark in "*?[" if mark in pattern]
-    return pattern[: min(wildcards)] if wildcards else pattern
+def _files_of(asked: str) -> tuple[str, list[str]]:
+    """(the folder below which sources are named, the files there); a name that exists is no pattern."""
+    if os.path.isdir(asked):
+        folder, paths = asked, sorted(str(path) for path in Path(asked).rglob("*"))
+    elif os.path.exists(asked):
+        folder, paths = os.path.dirname(asked), [asked]
+    else:
+        wildcards = [asked.index(mark) for mark in "*?[" if mark in asked]
+        folder, paths = os.path.dirname(asked[: min(wildcards, default=None)]), glob.glob(asked, recursive=True)
+    return folder, [path for path in paths if os.path.isfile(path)]
+
+
+def _is_output(path: str, prefix: str) -> bool:
+    """Whether preprocessing under `prefix` writes a file of this name that looks like text."""
+    name, begin = os.path.realpath(path), os.path.join(os.path.realpath(os.path.dirname(prefix)), "")
+    begin += os.path.basename(prefix)
+    manifest = name.startswith(begin + "_") and name.endswith("_document.manifest.json")
+    return manifest or name == begin + ".rejects.jsonl" or name.startswith(os.path.join(begin + ".shards", ""))
 
 
 def _source(path: str, name: str) -> Source | None:

@@ -112,6 +112,20 @@ def test_parts_do_not_change_the_shards(tmp_path, corpus, toy_tokenizer):
     assert outputs(tmp_path / "parts") == whole
 
 
+def test_outputs_below_the_input_are_not_read(tmp_path, corpus, toy_tokenizer):
+    """Records, rejects and manifests are named like text; they are there when the second part and the merge begin."""
+    folder = shutil.copytree(corpus, tmp_path / "in")
+    settings = {"one_file": False, "shard_bytes": 9000}
+    run(corpus, toy_tokenizer, tmp_path / "clean" / "x", **settings)
+    for index in range(2):
+        run(folder, toy_tokenizer, folder / "tokens" / "x", part=(index, 2), **settings)
+    run(folder, toy_tokenizer, folder / "tokens" / "x", merge_only=True, **settings)
+    totals = run(folder, toy_tokenizer, folder / "tokens" / "x", **settings)
+    assert (folder / "tokens/x.rejects.jsonl").is_file()
+    assert totals["rejected"] == 2
+    assert outputs(folder / "tokens") == outputs(tmp_path / "clean")
+
+
 def test_several_keys_become_several_files(tmp_path, toy_tokenizer, speeches):
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps({"q": t[:50], "a": t[50:]}) + "\n" for t in speeches), encoding="utf-8")

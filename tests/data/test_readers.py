@@ -53,6 +53,23 @@ def test_folders_globs_and_files_are_found_once_in_order(tmp_path):
         find_sources([str(tmp_path / "*.md")])
 
 
+def test_a_pattern_of_two_stars_goes_to_every_depth(tmp_path):
+    (tmp_path / "d/one/two").mkdir(parents=True)
+    for folder in ("d", "d/one", "d/one/two"):
+        (tmp_path / folder / "a.jsonl").write_bytes(LINES)
+    found = find_sources([str(tmp_path / "d/**/*.jsonl")])
+    assert [source.name for source in found] == ["a.jsonl", "one/a.jsonl", "one/two/a.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["q[1].jsonl", "what?.jsonl", "star*.jsonl"])
+def test_a_file_whose_name_looks_like_a_pattern_is_found(tmp_path, name):
+    folder = tmp_path / "d[0]"
+    folder.mkdir()
+    for file in (name, "star two.jsonl"):
+        (folder / file).write_bytes(LINES)
+    assert [source.name for source in find_sources([str(folder / name)])] == [name]
+
+
 def test_two_files_of_one_name_are_refused(tmp_path):
     for folder in ("x", "y"):
         (tmp_path / folder).mkdir()

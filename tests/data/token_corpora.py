@@ -20,7 +20,7 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
 
 def make_job(inputs: list[Path], tokenizer: str, prefix: Path, **changes) -> Job:
     settings = {
-        "sources": tuple(find_sources([str(path) for path in inputs])),
+        "sources": tuple(find_sources([str(path) for path in inputs], str(prefix))),
         "keys": ("text",),
         "tokenizer_path": tokenizer,
         "end_of_document_piece": None,
