@@ -127,8 +127,8 @@ class BlendedFeed:
     def describe(self, sample: int) -> list[DocumentSpan]:
         """The source a sample is of; mcore does not tell documents apart."""
         dataset, number = self._dataset_and_sample(sample)
-        name = self.source_names[dataset]
-        return [DocumentSpan(name, name, number, 0, self.sequence_length + 1, False)]
+        name, size = self.source_names[dataset], self.sequence_length + 1
+        return [DocumentSpan(name, name, number, 0, size, False, 0, size)]
 
     def after(self, amendment: dict[str, Any]) -> Schedule:
         """ValueError: mcore's order cannot be amended."""

@@ -1,4 +1,4 @@
-"""Where the tokens of a row came from: document, file, and line of the source text.
+"""Where the tokens of a sample came from: document, file, and line of the source text.
 
 In: a row of a source, and the manifest of its token file. Out: the documents in it, and the line each was read from.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from k2_megatron.data.rows import RowStore
@@ -15,7 +15,12 @@ from k2_megatron.data.rows import RowStore
 
 @dataclass(frozen=True)
 class DocumentSpan:
-    """A document's share of a row: tokens first_token..end_token-1 of one file; `ends`: the document ends there."""
+    """A document's share of a row or of a sample: tokens first_token..end_token-1 of one file, which are tokens
+    start..end-1 of the sample; `ends`: with the document's end.
+
+    Where fill-in-the-middle `reordered` them, the tokens of the file are all that were reordered together: of these the
+    sample holds what it has room for, and three pieces more.
+    """
 
     source: str
     file: str  # name of the token file
@@ -23,19 +28,38 @@ class DocumentSpan:
     first_token: int
     end_token: int
     ends: bool
+    start: int
+    end: int
+    reordered: bool = False
+
+    def within(self, first: int, end: int, at: int) -> DocumentSpan | None:
+        """What lies in tokens first..end-1 of that in which start and end count, `first` now numbered `at`; None for
+        nothing."""
+        low, high = max(first, self.start), min(end, self.end)
+        if low >= high:
+            return None
+        moved = replace(self, start=low - first + at, end=high - first + at, ends=self.ends and high == self.end)
+        if self.reordered:
+            return moved
+        return replace(
+            moved, first_token=self.first_token + low - self.start, end_token=self.end_token + high - self.end
+        )
 
 
 def describe_row(store: RowStore, source: int, row: int, source_name: str) -> list[DocumentSpan]:
     """The documents of one row, in order."""
     stream, position = store.locate(source, row)
-    found = []
+    found: list[DocumentSpan] = []
+    start = 0
     for first, end in stream.parts(position, store.row_length + 1):
         while first < end:
             document = stream.file.document_at(first)
             stop = int(stream.file.document_start(document + 1))
             name = os.path.basename(stream.file.prefix)
-            found.append(DocumentSpan(source_name, name, document, first, min(end, stop), stop <= end))
-            first = min(end, stop)
+            last = min(end, stop)
+            size = last - first
+            found.append(DocumentSpan(source_name, name, document, first, last, stop <= end, start, start + size))
+            first, start = last, start + size
     return found
 
 

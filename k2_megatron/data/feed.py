@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import numpy as np
 
 from k2_megatron.data.amendments import amended, amended_by
 from k2_megatron.data.documents import DocumentSpan, describe_row
-from k2_megatron.data.fim import FimRates, Segment, reorder
+from k2_megatron.data.fim import FimRates, Segment, reorder, reordered_segments
 from k2_megatron.data.held_out import complement, held_out_spans
 from k2_megatron.data.ledger import Ledger
 from k2_megatron.data.manifest import CheckedTokenFile, open_token_files
@@ -99,7 +100,7 @@ class Feed:
         self._prefetch_next_chunk(first_row + rows)
         tokens = self.store.read(records)
         for number in np.flatnonzero(np.isin(unpack(records)[0], list(self._fim))) if self._fim else ():
-            tokens[number] = self._filled_in(tokens[number], records[number])
+            tokens[number] = reorder(tokens[number], *self._filling_in(*self._documents(records[number])))
         return self._cut(tokens, first_sample, count)
 
     def row_range(self, first_sample: int, count: int) -> tuple[int, int]:
@@ -129,16 +130,29 @@ class Feed:
         parts = np.stack([rows[:, part : part + wanted + 1] for part in range(0, length, wanted)], axis=1)
         return parts.reshape(-1, wanted + 1)[first_sample % self.samples_a_row :][:count]
 
-    def _filled_in(self, row: np.ndarray, record: np.uint64) -> np.ndarray:
+    def _documents(self, record: np.uint64) -> tuple[int, list[DocumentSpan]]:
+        """A row's source and its documents, before any is reordered."""
         source, number = (int(part[0]) for part in unpack(np.array([record])))
-        spans = describe_row(self.store, source, number, self.source_names[source])
-        segments, start = [], 0
-        for span in spans:
-            size = span.end_token - span.first_token
-            segments.append(Segment(span.document, span.first_token, start, start + size, span.ends))
-            start += size
+        return source, describe_row(self.store, source, number, self.source_names[source])
+
+    def _filling_in(self, source: int, spans: list[DocumentSpan]) -> tuple[list[Segment], FimRates, int]:
+        """What fim.py needs beside the tokens of a row."""
+        segments = [Segment(span.document, span.first_token, span.start, span.end, span.ends) for span in spans]
         key = hash64(self._fim_seed, "fim", self.source_names[source], spans[0].file)
-        return reorder(row, segments, self._fim[source], key)
+        return segments, self._fim[source], key
+
+    def _trained_documents(self, record: np.uint64) -> list[DocumentSpan]:
+        """A row's documents where they are trained; the last may reach beyond the row's end, or lie beyond it."""
+        source, spans = self._documents(record)
+        if source not in self._fim:
+            return spans
+        row = self.store.read(np.array([record]))[0]
+        sizes = [len(part) for part in reordered_segments(row, *self._filling_in(source, spans))]
+        starts = np.cumsum([0, *sizes]).tolist()
+        return [
+            replace(span, start=start, end=start + size, reordered=size > span.end - span.start)
+            for span, start, size in zip(spans, starts, sizes, strict=False)
+        ]
 
     def after(self, amendment: dict[str, Any]) -> Schedule:
         """The schedule that one more amendment would give. ValueError where it does not fit."""
@@ -159,14 +173,17 @@ class Feed:
         )
 
     def describe(self, sample: int) -> list[DocumentSpan]:
-        """The documents that the rows of a sample hold, in order."""
+        """The documents that a sample holds, in order, with their places in its S + 1 tokens."""
         first_row, rows = self.row_range(sample, 1)
         records = self.order.records(self.schedule.positions(first_row, rows))
-        return [
-            span
-            for source, row in zip(*unpack(records), strict=True)
-            for span in describe_row(self.store, int(source), int(row), self.source_names[int(source)])
+        length = min(self.sequence_length, self.store.row_length)  # of each row; of the last one token more
+        first = sample % self.samples_a_row * self.sequence_length
+        found = [
+            span.within(first, first + length + (number == rows - 1), number * length)
+            for number, record in enumerate(records)
+            for span in self._trained_documents(record)
         ]
+        return [span for span in found if span is not None]
 
 
 def open_feed(

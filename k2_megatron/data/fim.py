@@ -54,23 +54,29 @@ class Segment:
 
 def reorder(row: np.ndarray, segments: Sequence[Segment], rates: FimRates, key: int) -> np.ndarray:
     """`row` int [L + 1] with its chosen documents reordered; the last token of an ending document stays last."""
-    parts: list[np.ndarray] = []
+    return np.concatenate(reordered_segments(row, segments, rates, key)).astype(row.dtype)[: len(row)]
+
+
+def reordered_segments(row: np.ndarray, segments: Sequence[Segment], rates: FimRates, key: int) -> list[np.ndarray]:
+    """The tokens of each segment as `reorder` lays them end to end; one that was reordered has grown, by the three
+    pieces or more."""
+    found: list[np.ndarray] = []
     for segment in segments:
         tokens = row[segment.start : segment.end]
         body = tokens[:-1] if segment.ends else tokens
         draw = _uniform(key, segment.document)
         if draw >= rates.psm + rates.spm or len(body) < SHORTEST:
-            parts.append(tokens)
+            found.append(tokens)
             continue
         places = sorted(_uniform(key ^ mark, segment.first_token) for mark in (1, 2))
         prefix, middle, suffix = _cut(body, places, rates.tokenizer)
         before, after, then = (np.array([token]) for token in (rates.prefix, rates.suffix, rates.middle))
         if draw < rates.psm:
-            parts += [before, prefix, after, suffix, then, middle]
+            parts = [before, prefix, after, suffix, then, middle]
         else:
-            parts += [before, after, suffix, then, prefix, middle]
-        parts.append(tokens[len(body) :])
-    return np.concatenate(parts).astype(row.dtype)[: len(row)]
+            parts = [before, after, suffix, then, prefix, middle]
+        found.append(np.concatenate([*parts, tokens[len(body) :]]))
+    return found
 
 
 def _cut(body: np.ndarray, places: Sequence[float], tokenizer: Tokenizer | None) -> list[np.ndarray]:

@@ -113,25 +113,23 @@ class Run:
         manifest = self.manifests.get(span.file)
         line = line_of_document(manifest, span.file, span.document) if manifest else None
         origin = f"{line[0]} line {line[1]}" if line else "source text not recorded"
-        return f"{span.source}  {span.file}:{span.document}  {origin}  tokens {span.first_token}..{span.end_token - 1}"
+        tokens = f"tokens {span.first_token}..{span.end_token - 1}{' reordered' if span.reordered else ''}"
+        return f"{span.source}  {span.file}:{span.document}  {origin}  {tokens}"
 
 
 def step_lines(run: Run, number: int, characters: int) -> Iterator[str]:
-    """The documents of a step, sample by sample, with the beginning of their text."""
+    """The documents of a step, sample by sample, with the beginning of their text as it was trained."""
     step = run.step(number)
     feed = run.feed_at(step.ledger_entries)
     yield f"step {number}: samples {step.first}..{step.end - 1}"
     for sample in range(step.first, step.end):
         tokens = feed.tokens(sample, 1)[0]
-        start = 0
         yield f"sample {sample}"
         for span in feed.describe(sample):
-            size = span.end_token - span.first_token
             yield f"  {run.where(span)}"
             if run.tokenizer is not None and characters:
-                text = run.tokenizer.decode(tokens[start : start + size].tolist())
+                text = run.tokenizer.decode(tokens[span.start : span.end].tolist())
                 yield f"    {text[:characters]!r}"
-            start += size
 
 
 def show_lines(run: Run, count: int, first_sample: int) -> Iterator[str]:
@@ -180,12 +178,15 @@ def document_lines(run: Run, identity: str) -> Iterator[str]:
     feed = run.feed
     wanted = _records_of_document(feed, name, int(number))
     seen = 0
+    end = max(step.end for step in steps)
     cache: dict[int, np.ndarray] = {}
     for step in steps:
         amendments = len(run.ledger.before(step.ledger_entries).amendments)
         if amendments not in cache:
-            end = max(other.end for other in steps)
-            cache[amendments] = _samples_with(run.feed_at(step.ledger_entries), wanted, end)
+            under = run.feed_at(step.ledger_entries)
+            possible = _samples_of_rows(under, wanted, end).tolist()
+            held = [sample for sample in possible if _holds(under, sample, name, int(number))]
+            cache[amendments] = np.array(held, dtype=np.int64)
         hits = cache[amendments]
         for sample in hits[(hits >= step.first) & (hits < step.end)].tolist():
             seen += 1
@@ -222,8 +223,13 @@ def _records_of_document(feed: Feed, name: str, document: int) -> np.ndarray:
     return np.array(found, dtype=np.uint64)
 
 
-def _samples_with(feed: Feed, wanted: np.ndarray, end: int) -> np.ndarray:
-    """Samples below `end` that hold any of the `wanted` records, ascending."""
+def _holds(feed: Feed, sample: int, name: str, document: int) -> bool:
+    """Whether a sample, which may be a part of its row, holds a token of a document."""
+    return any((span.file, span.document) == (name, document) for span in feed.describe(sample))
+
+
+def _samples_of_rows(feed: Feed, wanted: np.ndarray, end: int) -> np.ndarray:
+    """Samples below `end` that are made of any of the `wanted` records, ascending."""
     found = [np.zeros(0, dtype=np.int64)]
     for first in range(0, end, SAMPLES_A_SLICE):
         count = min(SAMPLES_A_SLICE, end - first)
@@ -232,7 +238,8 @@ def _samples_with(feed: Feed, wanted: np.ndarray, end: int) -> np.ndarray:
         if feed.samples_a_row > 1:
             hit = (hit[:, None] * feed.samples_a_row + np.arange(feed.samples_a_row)).reshape(-1)
         found.append(np.unique(hit // feed.rows_a_sample))
-    return np.concatenate(found)
+    samples = np.unique(np.concatenate(found))  # two slices may share a row
+    return samples[samples < end]
 
 
 def verify_lines(run: Run, contents: bool) -> Iterator[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +14,14 @@ from token_corpora import ROOT, tokenize
 
 from k2_megatron.config import load_config
 from k2_megatron.data.build import build_plans
+from k2_megatron.data.indexed import TokenFile
 from k2_megatron.data.inspect import Run, document_lines, mix_lines, show_lines, step_lines, verify_lines
 from k2_megatron.data.recipe import Recipe
+from k2_megatron.data.training import train_byte_level_bpe
 
 LENGTH, BATCH, STEPS = 256, 16, 12
 DEFER_AT = 5 * BATCH
+PIECES = ["<fim_prefix>", "<fim_middle>", "<fim_suffix>"]
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +110,78 @@ def test_document_lists_every_step_that_saw_it(folder):
     assert len(expected) > 30
     for identity, sightings in list(expected.items())[:12]:
         assert list(document_lines(run, identity)) == [*sightings, f"{identity}: seen {len(sightings)} times"]
+
+
+@pytest.fixture(scope="module", params=["none", "tokens", "characters"])
+def cut_plan(request, tmp_path_factory, speeches):
+    """A plan with rows of 64 tokens, and its tokenizer; two thirds of the documents filled in by the cut named."""
+    folder = tmp_path_factory.mktemp("cut")
+    tokenizer = str(folder / "tokenizer.json")
+    train_byte_level_bpe(speeches, 500, ["<|endoftext|>", *PIECES]).save(tokenizer)
+    prefix = tokenize([text[: 60 + 9 * number] for number, text in enumerate(speeches)], folder, tokenizer)
+    rates = {} if request.param == "none" else {"fim_psm": 0.3, "fim_spm": 0.4}
+    sources = {"code": {"tokens": (prefix,), "repeats": 2.0, **rates}}
+    fim = {"fim": {"tokenizer": tokenizer, "cut": request.param}} if rates else {}
+    recipe = {"sequence_length": 64, "chunks": 2, "seed": 3, **fim, "sources": sources}
+    build_plans(Recipe.model_validate(recipe), folder / "train", None)
+    return folder / "train", tokenizer, prefix
+
+
+def run_over(cut_plan, folder: Path, length: int) -> Run:
+    """A run folder of a configuration alone: 6 steps of 4 samples of `length` tokens."""
+    settings = {"run.folder": folder, "data.train": cut_plan[0], "data.held_out": cut_plan[0]}
+    settings |= {"data.tokenizer": cut_plan[1], "train.steps": 6, "optimizer.warmup_steps": 2}
+    settings |= {"model.sequence_length": length, "train.global_batch": 4, "train.micro_batch": 1}
+    config = load_config(ROOT / "examples/toy/toy.toml", [f"{key}={value}" for key, value in settings.items()])
+    (folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    return Run(folder)
+
+
+@pytest.mark.parametrize("length", [64, 32, 16, 128])
+def test_a_document_stands_with_its_own_text(cut_plan, tmp_path, speeches, length):
+    """Documents reordered or not, in whole rows, parts of rows and several rows: what is printed joins to the sample,
+    is of the document named, and is the tokens named (all of them where they are in order, else some)."""
+    run, file = run_over(cut_plan, tmp_path, length), TokenFile(cut_plan[2])
+    assert run.tokenizer is not None
+    reordered, decode = 0, run.tokenizer.decode
+    for number in range(1, 7):
+        samples = "\n".join(step_lines(run, number, 10000)).split("\nsample ")[1:]
+        for sample in samples:
+            tokens = run.feed.tokens(int(sample.split("\n")[0]), 1)[0].tolist()
+            entries = re.findall(r"code  \S+:(\d+)  \S+ line (\d+)  tokens (\d+)\.\.(\d+)(.*)\n    (.*)", sample)
+            texts = [ast.literal_eval(entry[5]) for entry in entries]
+            assert len(entries) == len(sample.splitlines()) // 2
+            assert "".join(texts) == decode(tokens)
+            for (document, line, first, last, mark, _), text in zip(entries, texts, strict=True):
+                whole = speeches[int(document)][: 60 + 9 * int(document)] + "<|endoftext|>"
+                named = decode(file.tokens[int(first) : int(last) + 1].tolist())
+                pieces = re.split("|".join(PIECES), text.removesuffix("<|endoftext|>"))
+                assert int(line) == int(document) + 1
+                assert named in whole
+                assert all(piece in named for piece in pieces)
+                assert mark in (" reordered", "")
+                assert mark or text == named
+                reordered += mark != ""
+    assert (reordered > 10) == bool(run.feed._fim)
+
+
+@pytest.mark.parametrize("length", [64, 16, 128])
+def test_a_document_is_seen_where_a_sample_holds_it(cut_plan, tmp_path, length):
+    """Not in the parts of a row without it, nor where fill-in-the-middle pushed it over the row's end."""
+    run = run_over(cut_plan, tmp_path, length)
+    expected: dict[str, list[str]] = {}
+    with open(tmp_path / "journal.jsonl", "w", encoding="utf-8") as journal:
+        for number in range(1, 7):
+            event = {"event": "step", "time": "2026", "step": number, "samples": [4 * number - 4, 4 * number]}
+            journal.write(json.dumps(event) + "\n")
+            lines = "\n".join(step_lines(run, number, 0)).split("\nsample ")[1:]
+            for sample, *entries in (part.split("\n") for part in lines):
+                for document in dict.fromkeys(entry.split()[1] for entry in entries):
+                    expected.setdefault(document, []).append(f"step {number}, sample {sample}")
+    run = Run(tmp_path)  # with the journal
+    assert len(expected) > 8
+    for document, sightings in expected.items():
+        assert list(document_lines(run, document)) == [*sightings, f"{document}: seen {len(sightings)} times"]
 
 
 def test_a_deferred_chunk_was_seen_before_the_rollback_and_not_after(folder):
