@@ -219,13 +219,14 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
         data.consumed(first_sample, consumed)
         spike = spikes.observe(event, result.sample_losses) if result.updated else None
         if spike:
+            if spike.kind == "malignant":  # what is decided on is what stays: no save, and no retention, comes between
+                saved_step = tell_of_save(saver.wait(), config, journal, checkpoints, spikes) or saved_step
             decision = decide_together(config, spike, checkpoints, data)
             dossier = spikes.write_dossier(spike, data.train, decision.reason)
             journal.write("spike", dossier=dossier and dossier.name, decision=decision.kind, **asdict(spike))
             views.say(f"step {step}: {decision.reason} ({decision.kind})")
             if decision.kind != "watch":
                 watchdog.at("rollback", step)
-                tell_of_save(saver.wait(), config, journal, checkpoints, spikes)
                 amended = go_back(config, spike, decision, checkpoints, data)
                 data = open_run_data(config, writer=is_writer)
                 newest, _ = find_checkpoint(checkpoints, groups)

@@ -69,6 +69,23 @@ def test_going_back_and_skipping_equals_a_fresh_start_under_the_ledger(small_con
     assert stored_state(again, 72) == stored_state(tmp_path / "skip", 72)
 
 
+def _saves_seen_when_waited_for() -> None:
+    """As slow storage does, a save in the background is still in flight when the verdict comes."""
+    from k2_megatron.train.checkpoint_save import CheckpointWriter
+
+    CheckpointWriter.finished = lambda self: None
+    poison()
+
+
+def test_save_in_flight_at_the_verdict_does_not_cost_the_checkpoint_to_go_back_to(small_config, tmp_path):
+    more = ["spikes.policy=skip", "spikes.scope=batches", "spikes.max_rollbacks=30", "train.steps=60"]
+    more += ["checkpoint.every_steps=4", "checkpoint.asynchronous=true", f"run.folder={tmp_path / 'run'}"]
+    fault = _saves_seen_when_waited_for
+    results_of(pretrain(1, small_config, [*SETTINGS, *more], tmp_path / "output", fault=fault))
+    (back, *_) = events_of(tmp_path / "run", "rollback")
+    assert back["step"] == 44
+
+
 def test_limits_and_impossible_amendments_stop_the_run(small_config, tmp_path):
     policy = ["spikes.policy=rollback", "spikes.max_rollbacks=1"]
     for scope, reason in (("batches", "moves rows to the end, and this feed has none"), ("chunk", "to be a plan")):

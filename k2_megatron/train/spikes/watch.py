@@ -19,6 +19,9 @@ from k2_megatron.train.spikes.detector import Finding, State, observe, restore
 from k2_megatron.train.spikes.layer_signals import signals
 
 DOSSIERS = "dossiers"
+# A checkpoint from before a malignant spike that nothing was done about is kept for this many times benign_steps, for a
+# person to go back to: with the default 10,000 steps, some two days of a run of 65B.
+KEPT_FOR = 100
 SAMPLES_DESCRIBED = 256  # the documents of more would make the dossier unreadable; tools/inspect_data.py tells the rest
 _OF_A_STEP = ("step", "loss", "grad_norm", "learning_rate", "samples", "layers")
 
@@ -42,16 +45,18 @@ class SpikeWatch:
     def __init__(self, settings: Spikes, folder: Path, *, writer: bool) -> None:
         self.settings = settings
         self.state = State()
+        self._malignant: tuple[int, ...] = ()  # onsets of spikes judged so, which a person may want to go back before
         self._folder, self._writer = folder / DOSSIERS, writer
         self._steps: deque[Watched] = deque(maxlen=settings.window_steps + settings.benign_steps)
 
     def position(self) -> dict:
         """What a checkpoint's manifest keeps."""
-        return {"spikes": self.state.plain()}
+        return {"spikes": self.state.plain(), "malignant_spikes": self._malignant}
 
     def resume_at(self, manifest: dict) -> None:
         """Go on with the state of a checkpoint; a checkpoint from elsewhere has none."""
         self.state = restore(manifest["spikes"]) if "spikes" in manifest else State()
+        self._malignant = tuple(manifest.get("malignant_spikes", ()))
         self._steps.clear()
 
     def observe(self, event: dict, sample_losses: Sequence[float]) -> Finding | None:
@@ -61,16 +66,21 @@ class SpikeWatch:
         # What is judged and not over is measured anew: its sums are gone, and it is not.
         lasts = finding and finding.kind != "spike" and not finding.over
         disturbed = _disturbed(before if lasts else self.state, self.settings.threshold, event)
+        oldest = event["step"] - KEPT_FOR * self.settings.benign_steps
+        self._malignant = tuple(onset for onset in self._malignant if onset >= oldest)
+        if finding and finding.kind == "malignant":
+            self._malignant += (finding.onset,)
         kept = {key: event[key] for key in _OF_A_STEP if key in event}
         self._steps.append(Watched(kept, sample_losses, disturbed))
         return finding
 
     def pinned(self, checkpoints: Path) -> set[int]:
-        """The checkpoint to go back to if what is going on turns out malignant: retention must leave it alone."""
-        if self.state.onset is None:
-            return set()
-        before = [step for step in map(step_of, complete_checkpoints(checkpoints)) if step < self.state.onset]
-        return set(before[:1])
+        """The checkpoints to go back to, which retention must leave alone: from before what is going on now, as it may
+        turn out malignant, and from before each spike that did, for KEPT_FOR times benign_steps."""
+        onsets = self._malignant if self.state.onset is None else (*self._malignant, self.state.onset)
+        saved = [step_of(folder) for folder in complete_checkpoints(checkpoints)]
+        before = [[step for step in saved if step < onset] for onset in onsets]
+        return {max(steps) for steps in before if steps}
 
     def write_dossier(self, finding: Finding, feed: Feed, decision: str) -> Path | None:
         """Write what is known of the spike, in place of what was written when it was called."""

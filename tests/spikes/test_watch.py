@@ -1,0 +1,56 @@
+"""What the watch keeps of a spike: the checkpoint from before it, and a dossier that a restart does not empty."""
+
+import json
+from pathlib import Path
+
+from k2_megatron.config.schema import Spikes
+from k2_megatron.train.checkpoint_files import MANIFEST, apply_retention, complete_checkpoints, folder_name, step_of
+from k2_megatron.train.spikes.watch import KEPT_FOR, SpikeWatch
+
+SETTINGS = Spikes(window_steps=16, benign_steps=10)
+FIRST_BAD, TRIP = 46, 49  # steps; loss and gradient norm stay up
+BATCH = 2
+
+
+class Documents:
+    """A feed without documents."""
+
+    def describe(self, _sample: int) -> list:
+        return []
+
+
+def watched(watch: SpikeWatch, steps: range) -> list[tuple]:
+    """[(finding, the dossier written)] of a run whose loss and gradient norm go up at FIRST_BAD, and stay up."""
+    found = []
+    for step in steps:
+        wobble, up = step * 7919 % 101 / 5000, step >= FIRST_BAD
+        event = {"step": step, "loss": 2.0 + up + wobble, "grad_norm": 1.0 + 3 * up + wobble}
+        event["samples"] = [(step - 1) * BATCH, step * BATCH]
+        finding = watch.observe(event, [event["loss"]] * BATCH)
+        if finding:
+            found.append((finding, watch.write_dossier(finding, Documents(), "watch")))
+    return found
+
+
+def saved(checkpoints: Path, *steps: int) -> list[int]:
+    """Save these steps, let older ones go, and say which are left."""
+    for step in steps:
+        (checkpoints / folder_name(step)).mkdir(parents=True)
+        (checkpoints / folder_name(step) / MANIFEST).write_text("{}")
+    return [step_of(folder) for folder in complete_checkpoints(checkpoints)]
+
+
+def test_checkpoint_from_before_a_malignant_spike_is_kept_for_a_person(tmp_path):
+    watch = SpikeWatch(SETTINGS, tmp_path, writer=True)
+    saved(tmp_path, 20, 40, 60)
+    assert [finding.kind for finding, _ in watched(watch, range(1, 70))] == ["spike", "malignant"]
+    saved(tmp_path, 80, 100)
+    assert apply_retention(tmp_path, 2, None, watch.pinned(tmp_path)) == [60, 20]
+    again = SpikeWatch(SETTINGS, tmp_path, writer=True)
+    again.resume_at(json.loads(json.dumps(watch.position())))
+    assert again.pinned(tmp_path) == {40}, "a restart forgets nothing of it"
+    last = FIRST_BAD + KEPT_FOR * SETTINGS.benign_steps
+    watched(again, range(last, last + 1))
+    assert again.pinned(tmp_path) == {40}
+    watched(again, range(last + 1, last + 2))
+    assert again.pinned(tmp_path) == set(), "but not for ever"
