@@ -49,7 +49,13 @@ from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap
 from k2_megatron.train.phases import StepPhases, gather_phases
 from k2_megatron.train.replicas import compare_replicas, stop_when_different
 from k2_megatron.train.run_data import open_run_data
-from k2_megatron.train.run_folder import check_run_folder, hold_run_folder, provenance, write_config
+from k2_megatron.train.run_folder import (
+    check_run_folder,
+    hold_run_folder,
+    provenance,
+    refuse_lost_checkpoints,
+    write_config,
+)
 from k2_megatron.train.schedule import learning_rate_at
 from k2_megatron.train.spikes.rollback import decide_together, go_back
 from k2_megatron.train.spikes.watch import SpikeWatch
@@ -130,6 +136,8 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
     # Resume from the newest complete checkpoint, whatever layout wrote it
     step, origin = 0, None
     newest, doubts = find_checkpoint(checkpoints, groups)
+    if newest is None:
+        refuse_lost_checkpoints(folder)
     if newest is None and config.checkpoint.start_from:
         origin = start_from_checkpoint(config, groups, chunks, optimizer, device.torch)
         journal.write("start_from", **origin)

@@ -12,10 +12,14 @@ from typing import IO
 import k2_megatron
 from k2_megatron.config import Config, load_config
 from k2_megatron.config.changes import changes
+from k2_megatron.data.ledger import Ledger
 from k2_megatron.runtime.durable import make_folder, write_file
+from k2_megatron.train.journal import JOURNAL, read_events
 from k2_megatron.train.watchdog import HEARTBEATS, read_heartbeats
 
 CONFIG = "config.toml"
+# A node that died holds its lock until the file server's lease ends (NFS: about 90 s), and Slurm requeues at once.
+TAKEOVER_SECONDS = 300.0
 
 
 def check_run_folder(config: Config, given: Collection[str] = ()) -> None:
@@ -39,42 +43,81 @@ def check_run_folder(config: Config, given: Collection[str] = ()) -> None:
         )
 
 
+def refuse_lost_checkpoints(folder: Path) -> None:
+    """ValueError when the run in `folder`, which has no checkpoint, had saved one: it must not begin again by itself.
+
+    The journal tells of saves, so does a checkpoint that was set aside; and a ledger with positions, where the journal
+    was lost (each is recorded just before a save, so alone it may be one that a kill ended).
+    """
+    journal, checkpoints = folder / JOURNAL, folder / "checkpoints"
+    found = []
+    events = [event for event in read_events(journal) if event["event"] in ("step", "checkpoint")]
+    saved = [event["step"] for event in events if event["event"] == "checkpoint"]
+    if saved:
+        found.append(f"{JOURNAL} tells of one of step {saved[-1]}")
+    aside = sorted(path.name for path in checkpoints.glob("damaged_*"))
+    if aside:
+        found.append(f"{', '.join(aside)} was set aside as damaged")
+    positions = Ledger(folder).positions
+    if positions and not events:
+        found.append(
+            f"the ledger tells of one before sample {positions[-1]['consumed_samples']}, and {JOURNAL} of no step"
+        )
+    if found:
+        raise ValueError(
+            f"{checkpoints} holds no checkpoint, but this run had been saved: {'; '.join(found)}. It is not started "
+            "over by itself: put a checkpoint back, or give run.folder another name"
+        )
+
+
 def hold_run_folder(config: Config) -> IO[str]:
     """Lock the run folder for as long as the returned file is open. ValueError when another process holds it.
 
-    The kernel lets go of the lock when its holder dies, so nothing is left to clean up.
+    The kernel lets go of the lock when its holder dies; when the holder's machine dies, its file server does later.
+    So a lock whose holder gives no sign of life is waited for, up to `TAKEOVER_SECONDS`.
     """
     folder = Path(config.run.folder)
     make_folder(folder)
     lock = (folder / ".lock").open("a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(
-            f"another process is training in {folder}; wait for it or stop it (SIGTERM saves and leaves), "
-            "or give run.folder another name"
-        ) from None
-    except OSError:  # a file system without locks, such as Lustre mounted without "flock"
-        _refuse_living_run(folder / HEARTBEATS, config.watchdog.heartbeat_seconds)
-    return lock
+    before, deadline = _beats(folder), time.monotonic() + TAKEOVER_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            _refuse_living_run(folder, before)
+            if time.monotonic() >= deadline:
+                last = next(iter(before.values()), None)
+                who = f"the last sign of life is {_whose(last)}, an old one" if last else "it gave no sign of life"
+                raise ValueError(
+                    f"another process is training in {folder}: it has held the lock for {TAKEOVER_SECONDS:.0f} s and "
+                    f"{who}; stop it, or give run.folder another name"
+                ) from None
+        except OSError:  # a file system without locks, such as Lustre mounted without "flock"
+            deadline = time.monotonic() + 2 * config.watchdog.heartbeat_seconds
+            while before and time.monotonic() < deadline:
+                time.sleep(min(1.0, config.watchdog.heartbeat_seconds / 4))
+                _refuse_living_run(folder, before)
+            return lock
+        time.sleep(min(1.0, config.watchdog.heartbeat_seconds / 4))
 
 
-def _refuse_living_run(heartbeats: Path, heartbeat_seconds: float) -> None:
-    """ValueError when a heartbeat that a run left here changes while we look, whatever the clocks say."""
+def _beats(folder: Path) -> dict[int, dict]:
+    return {beat["rank"]: beat for beat in read_heartbeats(folder / HEARTBEATS)}
 
-    def beats() -> dict[int, float]:
-        return {beat["rank"]: beat["time"] for beat in read_heartbeats(heartbeats)}
 
-    before, deadline = beats(), time.monotonic() + 2 * heartbeat_seconds
-    while before and time.monotonic() < deadline:
-        time.sleep(min(1.0, heartbeat_seconds / 4))
-        now = beats()
-        changed = [rank for rank, told in now.items() if before.get(rank) != told]
-        if changed:
+def _refuse_living_run(folder: Path, before: dict[int, dict]) -> None:
+    """ValueError when a heartbeat that a run left in `folder` is not as it was `before`, whatever the clocks say."""
+    for rank, beat in _beats(folder).items():
+        if before.get(rank, {}).get("time") != beat["time"]:
             raise ValueError(
-                f"another process is training in {heartbeats.parent}: rank {changed[0]} has just given a sign of life; "
-                "wait for it or stop it (SIGTERM saves and leaves), or give run.folder another name"
+                f"another process is training in {folder}: rank {rank} has just given a sign of life "
+                f"({_whose(beat)}); wait for it or stop it (SIGTERM saves and leaves), or give run.folder another name"
             )
+
+
+def _whose(beat: dict) -> str:
+    return f"of process {beat.get('pid')} on {beat.get('host')}"
 
 
 def write_config(config: Config) -> None:

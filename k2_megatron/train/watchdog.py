@@ -8,6 +8,7 @@ The limit of a step follows from the recent ones. All ranks hang together when o
 ends itself; one that is stopped by the system cannot, and is killed by its launcher (run_local_ranks, srun).
 """
 
+import contextlib
 import faulthandler
 import json
 import linecache
@@ -108,9 +109,12 @@ class Watchdog:
             if now - progress.since > limit and progress is self._progress:
                 frame = sys._current_frames().get(self._main_thread or 0)
                 self._write_heartbeat(progress, now, place_of(frame))
-                self._report(progress, now - progress.since, limit, last_collective(frame))
+                try:
+                    self._report(progress, now - progress.since, limit, last_collective(frame))
+                except Exception as error:  # such as a disk that is gone: the end must come whatever the report does
+                    _say(f"rank {self._rank}: hung in {progress.phase}, and could not tell all of it: {error}")
                 if self._stopped.wait(GRACE_SECONDS) or progress is not self._progress:
-                    print(f"rank {self._rank}: it went on after all, and so does the run", file=sys.stderr, flush=True)
+                    _say(f"rank {self._rank}: it went on after all, and so does the run")
                     continue
                 os._exit(HUNG)  # the main thread waits inside a library and cannot be asked to leave
 
@@ -128,7 +132,7 @@ class Watchdog:
         try:
             write_file(self._heartbeats / _file_name(self._rank, "json"), json.dumps(beat))
         except OSError as error:  # a full disk must not look like a hang
-            print(f"rank {self._rank}: heartbeat cannot be written: {error}", file=sys.stderr)
+            _say(f"rank {self._rank}: heartbeat cannot be written: {error}")
 
     def _report(self, progress: Progress, seconds: float, limit: float, collective: str | None) -> None:
         """Stacks into a file; from the lowest rank alive, the incident into the journal and onto stderr."""
@@ -151,18 +155,16 @@ class Watchdog:
         beats = self._beats_of_all()
         behind = ranks_behind(beats, self._world_size, self._settings.heartbeat_seconds, time.time())
         if self._rank == min([beat["rank"] for beat in beats if beat["rank"] not in behind] or [self._rank]):
-            journal = Journal(self._folder, writer=True)
-            places = {beat["rank"]: beat["place"] for beat in beats if "place" in beat}
-            journal.write("incident", kind="hang", behind=behind, places=places, stacks=str(incident), **facts)
-            journal.close()
             named = ", ".join(f"rank {rank} ({why})" for rank, why in behind.items()) or "none: all wait for each other"
-            print(
+            _say(
                 f"no progress for {seconds:.0f} s in {progress.phase} after step {progress.step} (limit "
                 f"{limit:.0f} s); last collective {facts['last_collective']}. Behind: {named}. "
-                f"Stacks of every rank: {incident}",
-                file=sys.stderr,
-                flush=True,
+                f"Stacks of every rank: {incident}"
             )
+            places = {beat["rank"]: beat["place"] for beat in beats if "place" in beat}
+            journal = Journal(self._folder, writer=True)
+            journal.write("incident", kind="hang", behind=behind, places=places, stacks=str(incident), **facts)
+            journal.close()
 
     def _beats_of_all(self) -> list[dict]:
         """The heartbeats when every rank has reported where it is, or when those that can have had the time to."""
@@ -173,6 +175,11 @@ class Watchdog:
             if sum("place" in beat for beat in beats) == self._world_size or time.monotonic() >= deadline:
                 return beats
             time.sleep(0.1)
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # a terminal or log that is gone
+        print(text, file=sys.stderr, flush=True)
 
 
 def place_of(frame: FrameType | None) -> Place | None:

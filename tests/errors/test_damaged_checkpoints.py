@@ -155,3 +155,30 @@ def test_no_sound_checkpoint_left(attempt, checkpoints):
     )
     lines = (checkpoints.parent / "journal.jsonl").read_text().splitlines()[steps:]
     assert [json.loads(line)["event"] for line in lines] == ["start"], "nothing was trained"
+
+
+@pytest.mark.parametrize("left", ["the journal", "a damaged checkpoint", "the ledger"])
+def test_run_that_lost_its_checkpoints_does_not_begin_again(attempt, checkpoints, left):
+    """The chain's next job must not train from step 0 over what the folder knows to be further."""
+    folder = checkpoints.parent
+    (checkpoints / "latest").unlink()
+    (checkpoints / "step_00000002").rename(checkpoints / "damaged_step_00000002")
+    shutil.rmtree(checkpoints / "step_00000004")
+    if left != "a damaged checkpoint":
+        shutil.rmtree(checkpoints / "damaged_step_00000002")
+    if left != "the journal":
+        (folder / "journal.jsonl").unlink()
+    if left == "a damaged checkpoint":
+        (folder / "ledger.jsonl").unlink()
+    reasons = {
+        "the journal": "journal.jsonl tells of one of step 6",
+        "a damaged checkpoint": "damaged_step_00000002 was set aside as damaged",
+        "the ledger": "the ledger tells of one before sample 48, and journal.jsonl of no step",
+    }
+    says_one_line(
+        attempt(SETTINGS),
+        MISTAKE,
+        f"{checkpoints} holds no checkpoint, but this run had been saved: {reasons[left]}. It is not started over",
+        "put a checkpoint back, or give run.folder another name",
+    )
+    assert not [path for path in checkpoints.iterdir() if path.name.startswith("step_")], "nothing was trained"

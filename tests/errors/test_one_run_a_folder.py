@@ -16,18 +16,58 @@ from small_run import overrides
 
 from k2_megatron.config import load_config
 from k2_megatron.data.ledger import Ledger
+from k2_megatron.train import run_folder
 from k2_megatron.train.run_folder import hold_run_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def test_a_second_run_in_the_folder_is_refused(small_config, tmp_path):
+def test_a_second_run_in_the_folder_is_refused(small_config, tmp_path, monkeypatch):
     config = load_config(small_config, [f"run.folder={tmp_path / 'run'}"])
+    monkeypatch.setattr(run_folder, "TAKEOVER_SECONDS", 0.2)
+    beats = tmp_path / "run" / "heartbeats"
+    beats.mkdir(parents=True)
+    (beats / "rank_00000.json").write_text('{"rank": 0, "time": 5.0, "host": "n1", "pid": 77}')
     lock = hold_run_folder(config)
-    with pytest.raises(ValueError, match=r"another process is training in .*run"):
+    who = "the last sign of life is of process 77 on n1, an old one"
+    with pytest.raises(ValueError, match=rf"another process is training in .*run: it has held the lock .* {who}"):
         hold_run_folder(config)
     lock.close()
     hold_run_folder(config).close()
+
+
+def test_lock_of_a_machine_that_died_is_taken_over_when_its_lease_ends(small_config, tmp_path, monkeypatch):
+    """NFS lets go of a dead client's lock after its lease; Slurm starts the job again before that."""
+    config = load_config(small_config, [f"run.folder={tmp_path / 'run'}"])
+    dead, looks = hold_run_folder(config), []
+
+    def sleep(_seconds):
+        looks.append(1)
+        if len(looks) == 3:
+            dead.close()
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    hold_run_folder(config).close()
+    assert len(looks) == 3
+
+
+def test_lock_of_a_run_that_lives_is_refused_at_its_next_heartbeat(small_config, tmp_path, monkeypatch):
+    config = load_config(small_config, [f"run.folder={tmp_path / 'run'}"])
+    (tmp_path / "run" / "heartbeats").mkdir(parents=True)
+    beat = tmp_path / "run" / "heartbeats" / "rank_00003.json"
+    beat.write_text('{"rank": 3, "time": 5.0, "host": "n1", "pid": 77}')
+    lock, looks = hold_run_folder(config), []
+
+    def sleep(_seconds):
+        looks.append(1)
+        if len(looks) == 2:
+            beat.write_text('{"rank": 3, "time": 6.0, "host": "n1", "pid": 77}')
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    with pytest.raises(ValueError, match=r"rank 3 has just given a sign of life \(of process 77 on n1\)"):
+        hold_run_folder(config)
+    assert len(looks) == 2
+    lock.close()
 
 
 @pytest.mark.parametrize("alive", [True, False])

@@ -111,13 +111,19 @@ def test_ledger_that_cannot_be_written_ends_the_run_before_the_save(small_config
     assert_same(folder, whole)
 
 
+def _wait_for_no_lock() -> None:
+    from k2_megatron.train import run_folder
+
+    run_folder.TAKEOVER_SECONDS = 0.2
+
+
 def test_second_start_in_a_folder_is_refused_and_does_the_first_no_harm(small_config, tmp_path, whole):
     folder = tmp_path / "run"
     config = load_config(small_config, overrides({"run.folder": folder, **SETTINGS}))
     shutil.copytree(whole, folder)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with hold_run_folder(config):
-        ended = run(small_config, folder)
+        ended = run(small_config, folder, _wait_for_no_lock)
     assert ended.exit_code == 2
     assert f"error: another process is training in {folder}" in ended.stderr
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

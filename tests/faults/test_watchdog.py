@@ -1,7 +1,9 @@
 """A rank that stops moving ends the whole run, within half a minute, with its name and every stack on disk."""
 
+import errno
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -10,6 +12,7 @@ from run_results import events_of
 from torch.distributed import TCPStore
 
 from k2_megatron.config.schema import Watchdog as Settings
+from k2_megatron.train import watchdog
 from k2_megatron.train.watchdog import HUNG, limit_seconds, ranks_behind
 
 LIMITS = ["watchdog.minimum_seconds=6.0", "watchdog.heartbeat_seconds=0.5", "watchdog.step_factor=2.0"]
@@ -44,8 +47,6 @@ def test_ranks_behind_are_named_with_the_reason():
 
 
 def _end_soon() -> None:
-    from k2_megatron.train import watchdog
-
     watchdog.GRACE_SECONDS = 1.5  # it also decides when a rank counts as silent
 
 
@@ -79,3 +80,19 @@ def test_stopped_rank_ends_the_run_and_is_named(small_config, tmp_path, stopped)
     stacks = next((folder / "incidents").glob(f"*/rank_{1 - stopped:05d}.txt")).read_text()
     assert "pretrain_k2.py" in stacks
     assert "distributed_c10d" in stacks or "step.py" in stacks
+
+
+@pytest.mark.parametrize("lost", ["journal", "stderr"])
+def test_rank_ends_although_its_report_cannot_be_written(tmp_path, monkeypatch, lost):
+    """A disk or terminal that is gone must not keep a hung rank alive."""
+    ended = threading.Event()
+
+    def fail(*_arguments, **_keywords):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(watchdog, "Journal" if lost == "journal" else "print", fail, raising=False)
+    monkeypatch.setattr(watchdog, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(watchdog.os, "_exit", lambda _code: ended.set())
+    guard = watchdog.Watchdog(Settings(minimum_seconds=0.1, pause_seconds=0.2, heartbeat_seconds=0.1), tmp_path, 0, 1)
+    assert ended.wait(10), "the thread died before it ended the rank"
+    guard.stop()
