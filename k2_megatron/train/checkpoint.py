@@ -28,6 +28,7 @@ from k2_megatron.train.checkpoint_files import (
     verify_files,
 )
 from k2_megatron.train.checkpoint_pickles import pickle_problems
+from k2_megatron.train.checkpoint_reader import RestrictedLoading
 from k2_megatron.train.checkpoint_state import (
     layout_name,
     model_state,
@@ -151,7 +152,7 @@ def load_weights(folder: Path, chunks: Sequence, device: torch.device) -> None:
 
 def _read(state: dict, folder: Path) -> dict:
     try:
-        return dist_checkpointing.load(state, str(folder))
+        return dist_checkpointing.load(state, str(folder), sharded_strategy=RestrictedLoading())
     except (CheckpointException, CheckpointingException) as error:
         raise CheckpointError(f"{folder} does not load: {first_cause(error)}; use another checkpoint") from None
 

@@ -5,10 +5,12 @@ the manifest has hashes, hashes are in order, as they would be from somebody who
 """
 
 import functools
+import io
 import json
 import os
 import pickle
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,10 @@ import pytest
 import torch
 from conversions import export_model, import_model, model_config, write_llama
 from legacy_checkpoint import change, legacy_folder, options
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from rank_processes import Rank
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from k2_megatron.convert.describe import describe
 from k2_megatron.convert.errors import ConversionError
@@ -28,9 +34,13 @@ from k2_megatron.convert.torch_dist import checkpoint_folder
 from k2_megatron.convert.torch_metadata import read_metadata, write_metadata
 from k2_megatron.convert.transformers_model import TransformersModel
 from k2_megatron.convert.verify import verify_training
+from k2_megatron.runtime.devices import find_device
+from k2_megatron.runtime.groups import connect, disconnect
+from k2_megatron.runtime.launch import single_rank
 from k2_megatron.train.checkpoint import _problems_of
-from k2_megatron.train.checkpoint_files import hash_file
+from k2_megatron.train.checkpoint_files import first_cause, hash_file
 from k2_megatron.train.checkpoint_pickles import pickle_problems
+from k2_megatron.train.checkpoint_reader import RestrictedLoading
 
 
 class Attack:
@@ -108,6 +118,106 @@ def test_a_byte_object_of_a_checkpoint(run: Path, tmp_path: Path, attack: str) -
     with pytest.raises(ConversionError, match="which no checkpoint of ours holds"):
         reshard(run, tmp_path / "other", tensor=1, pipeline=1, workers=1)
     assert not (tmp_path / "evil").exists()
+
+
+def replace_object(checkpoint: Path, blob: bytes) -> None:
+    """Let every byte object of the checkpoint be `blob`."""
+    tables = read_metadata(checkpoint)
+    stored = next(iter(tables.objects.values()))
+    content = (checkpoint / stored.file).read_bytes()
+    tables.objects.update(dict.fromkeys(tables.objects, stored._replace(position=len(content), length=len(blob))))
+    write(checkpoint, stored.file, content + blob)
+    write_metadata(checkpoint, tables)
+    write(checkpoint, ".metadata", (checkpoint / ".metadata").read_bytes())
+
+
+def change_tables(checkpoint: Path, change: Callable[[Any], object]) -> None:
+    """Change the tables as torch's own classes have them."""
+    whole = pickle.loads((checkpoint / ".metadata").read_bytes())
+    change(whole)
+    write(checkpoint, ".metadata", pickle.dumps(whole))
+
+
+class FilledAtOnce(OrderedDict):
+    """Pickled as OrderedDict([...]): its entries are arguments."""
+
+    def __reduce__(self):
+        return OrderedDict, (list(self.items()),)
+
+
+def a_bare_pickle_before_an_innocent_zip(checkpoint: Path, evil: Path) -> None:
+    """zipfile looks at the end of a file, torch.load at its beginning."""
+    old = io.BytesIO()
+    torch.save(Attack(os.mkdir, str(evil)), old, _use_new_zipfile_serialization=False)
+    replace_object(checkpoint, old.getvalue() + object_blob(pickle.dumps({}, 2)))
+
+
+def an_object_that_looks_like_a_tensor(checkpoint: Path, evil: Path) -> None:
+    replace_object(checkpoint, object_blob(pickle.dumps(Attack(os.mkdir, str(evil)), 2)))
+
+    def disguise(whole: Any) -> None:
+        for entry in whole.state_dict_metadata.values():
+            if isinstance(entry, BytesStorageMetadata):
+                vars(entry)["chunks"] = []
+
+    change_tables(checkpoint, disguise)
+
+
+def places_that_come_as_arguments(checkpoint: Path, evil: Path) -> None:
+    replace_object(checkpoint, object_blob(pickle.dumps(Attack(os.mkdir, str(evil)), 2)))
+    change_tables(checkpoint, lambda whole: vars(whole).update(storage_data=FilledAtOnce(whole.storage_data)))
+
+
+def places_in_another_folder(checkpoint: Path, evil: Path) -> None:
+    blob = object_blob(pickle.dumps(Attack(os.mkdir, str(evil)), 2))
+    (checkpoint.parent / "elsewhere").write_bytes(blob)
+
+    def lead_away(whole: Any) -> None:
+        for index, info in whole.storage_data.items():
+            if index.offset is None:
+                info.relative_path, info.offset, info.length = "../elsewhere", 0, len(blob)
+
+    change_tables(checkpoint, lead_away)
+
+
+DISGUISES = {
+    a_bare_pickle_before_an_innocent_zip: "does not begin as a zip does",
+    an_object_that_looks_like_a_tensor: "which no checkpoint of ours holds",
+    places_that_come_as_arguments: "which no checkpoint of ours holds",
+    places_in_another_folder: "it points outside its folder",
+}
+
+
+@pytest.mark.parametrize("disguise", DISGUISES, ids=lambda disguise: disguise.__name__)
+def test_a_disguised_byte_object_is_seen_and_loading_it_runs_nothing(run: Path, tmp_path: Path, disguise) -> None:
+    """Also what the inspection would let pass meets a reader that calls nothing."""
+    checkpoint, evil = checkpoint_folder(run), tmp_path / "evil"
+    key = next(iter(read_metadata(checkpoint).objects))
+    disguise(checkpoint, evil)
+    (problem,) = pickle_problems(checkpoint)
+    assert DISGUISES[disguise] in problem
+    outcome = Rank(load_one_object, (checkpoint, key), {}, tmp_path / "rank").finish()
+    assert not evil.exists()
+    assert outcome.exit_code == 0, outcome.stderr
+    assert outcome.result.startswith("refused: "), outcome.result
+
+
+def load_one_object(checkpoint: Path, key: str) -> str:
+    """Load one byte object as training does, uninspected: what was loaded, or why not."""
+    connect(single_rank(), find_device(0), 60.0)
+    try:
+        return str(RestrictedLoading().load({"found": ShardedObject.empty_from_unique_key(key)}, checkpoint))
+    except CheckpointException as error:
+        return f"refused: {first_cause(error)}"
+    finally:
+        disconnect()
+
+
+def test_an_honest_byte_object_loads(run: Path, tmp_path: Path) -> None:
+    checkpoint = checkpoint_folder(run)
+    key = next(iter(read_metadata(checkpoint).objects))
+    outcome = Rank(load_one_object, (checkpoint, key), {}, tmp_path / "rank").finish()
+    assert outcome.result == "{'found': None}", outcome.stderr
 
 
 def require_refused_by_training(checkpoint: Path) -> None:
