@@ -8,7 +8,6 @@ they can be, one whole pass. Each chunk takes its number of rows (mixture.py) an
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import shutil
@@ -21,32 +20,13 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from k2_megatron.data.held_out import complement, held_out_spans
-from k2_megatron.data.indexed import TokenFile
-from k2_megatron.data.manifest import manifest_path, read_manifest
 from k2_megatron.data.mixture import rows_of_sources, used_after_chunks
 from k2_megatron.data.permutation import Permutation, hash64
-from k2_megatron.data.plan import FORMAT, check_sizes, chunk_path
-from k2_megatron.data.recipe import Recipe, SourceRecipe, chunk_order
+from k2_megatron.data.plan import FORMAT, chunk_path
+from k2_megatron.data.recipe import Recipe, chunk_order
+from k2_megatron.data.recipe_files import FimPieces, SourceFile, fim_pieces, open_sources
 from k2_megatron.data.rows import pack
 from k2_megatron.data.store import write_sealed
-from k2_megatron.data.tokenizer import load_tokenizer
-
-ROUND_TRIP = "for (int i = 0; i < 3; ++i)\n\tsum += naïve;  // the tokens of this must decode to it"
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """One token file of a source: where it is, its manifest's entry, and the spans to train on and to hold out."""
-
-    prefix: Path
-    manifest: int
-    entry: dict[str, Any]
-    trained: np.ndarray  # int64 [n, 2]: first and end token
-    held_out: np.ndarray
-
-    def spans(self, held_out: bool) -> np.ndarray:
-        return self.held_out if held_out else self.trained
 
 
 def build_plans(
@@ -71,8 +51,8 @@ def build_plans(
     for folder in (train_folder, held_out_folder):
         if folder is not None and folder.exists():
             raise ValueError(f"{folder}: exists; remove it, or name another folder")
-    fim = _fim_pieces(recipe)
-    manifests, sources = _open_sources(recipe, threads)
+    manifests, sources = open_sources(recipe, threads)
+    fim = fim_pieces(recipe, manifests)
     report(f"{sum(len(files) for files in sources)} token files, {len(manifests)} manifests")
     available = [_rows(files, recipe.sequence_length, False) for files in sources]
     rows_per_chunk, totals = rows_of_sources(recipe, available)
@@ -80,17 +60,8 @@ def build_plans(
     used = used_after_chunks(totals, recipe.chunks)
     if held_out_folder is not None:  # after all that can be refused, so that a refusal leaves no folder behind
         _write_held_out_plan(recipe, held_out_folder, manifests, sources)
-    return _write_plan(
-        recipe,
-        train_folder,
-        manifests,
-        sources,
-        available,
-        used,
-        chunk_order(recipe.order, recipe.chunks),
-        threads,
-        fim,
-    )
+    order = chunk_order(recipe.order, recipe.chunks)
+    return _write_plan(_Part(recipe, manifests, sources, available, used, order, fim), train_folder, threads)
 
 
 def _write_held_out_plan(
@@ -104,59 +75,7 @@ def _write_held_out_plan(
             "tokens; raise it, or give more text"
         )
     used = [[0] * len(sources), available]
-    _write_plan(recipe, folder, manifests, sources, available, used, [0], 1, None, held_out=True)
-
-
-def _open_sources(recipe: Recipe, threads: int) -> tuple[list[dict[str, Any]], list[list[SourceFile]]]:
-    """Every manifest once (with its path under "path"), and for each source its files."""
-    paths = sorted({path for source in recipe.sources.values() for path in _manifest_paths(source)})
-    manifests = [{**read_manifest(path), "path": path} for path in paths]
-    known = [manifest["tokenizer"]["fingerprint"] for manifest in manifests if manifest.get("tokenizer")]
-    if len(set(known)) > 1:
-        other = next(path for path, print_ in zip(paths, known, strict=False) if print_ != known[0])
-        raise ValueError(f"{other}: made with another tokenizer than {paths[0]}; a plan needs one tokenizer")
-    numbers = {path: number for number, path in enumerate(paths)}
-    jobs = [
-        (source, numbers[path], path.parent / entry["name"], entry)
-        for source in recipe.sources.values()
-        for path in _manifest_paths(source)
-        for entry in manifests[numbers[path]]["files"]
-    ]
-    with ThreadPoolExecutor(threads) as pool:
-        files = iter(list(pool.map(lambda job: _source_file(recipe, *job), jobs)))
-    counts = [
-        sum(len(manifests[numbers[path]]["files"]) for path in _manifest_paths(source))
-        for source in recipe.sources.values()
-    ]
-    return manifests, [[next(files) for _ in range(count)] for count in counts]
-
-
-def _manifest_paths(source: SourceRecipe) -> list[Path]:
-    found = []
-    for pattern in source.tokens:
-        name = str(manifest_path(pattern))
-        paths = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
-        if not paths:
-            raise ValueError(
-                f"{name}: no such manifest; make the tokens with tools/preprocess_data.py, or write a manifest for "
-                "Megatron's files with tools/inspect_data.py manifest PREFIX"
-            )
-        found += [Path(path) for path in paths]
-    return found
-
-
-def _source_file(recipe: Recipe, source: SourceRecipe, manifest: int, prefix: Path, entry: dict) -> SourceFile:
-    """Decide, document by document, what of a file is held out. The hash is of the file's name, not of the source's:
-    two sources over one file hold out the same documents."""
-    check_sizes(prefix, entry)
-    file = TokenFile(prefix)
-    first, end = source.documents or (0, file.documents)
-    if end > file.documents:
-        raise ValueError(f"{prefix}: has {file.documents} documents, the recipe asks for {first}..{end}")
-    start, stop = int(file.document_start(first)), int(file.document_start(end))
-    key = hash64(recipe.seed, "held out", entry["name"])
-    held_out = held_out_spans(file, first, end, recipe.held_out_fraction, key)
-    return SourceFile(prefix, manifest, entry, complement(held_out, start, stop), held_out)
+    _write_plan(_Part(recipe, manifests, sources, available, used, [0], held_out=True), folder, 1)
 
 
 def _rows(files: Sequence[SourceFile], row_length: int, held_out: bool) -> int:
@@ -164,74 +83,93 @@ def _rows(files: Sequence[SourceFile], row_length: int, held_out: bool) -> int:
     return sum(max(0, (count - 1) // row_length) for count in tokens)
 
 
-def _write_plan(
-    recipe: Recipe,
-    folder: Path,
-    manifests: list[dict[str, Any]],
-    sources: list[list[SourceFile]],
-    available: list[int],
-    used: list[list[int]],
-    order: list[int],
-    threads: int,
-    fim: FimPieces | None,
-    held_out: bool = False,
-) -> dict[str, Any]:
-    """Write a plan folder aside and rename it into place."""
+@dataclass(frozen=True)
+class _Part:
+    """What one of the two plans is made of. `rows` of each source there are, `used` of them before each chunk."""
+
+    recipe: Recipe
+    manifests: list[dict[str, Any]]
+    sources: list[list[SourceFile]]
+    rows: list[int]
+    used: list[list[int]]
+    order: list[int]
+    fim: FimPieces | None = None
+    held_out: bool = False
+
+    def spans(self) -> list[np.ndarray]:
+        return [file.spans(self.held_out) for files in self.sources for file in files]
+
+    def content(self, spans_xxh3: str, chunks_xxh3: list[str]) -> dict[str, Any]:
+        """plan.json."""
+        made_with = (manifest["tokenizer"] for manifest in self.manifests if manifest.get("tokenizer"))
+        return {
+            "format": FORMAT,
+            "part": "held_out" if self.held_out else "train",
+            "sequence_length": self.recipe.sequence_length,
+            "rows_per_chunk": sum(self.used[1]),
+            "chunk_order": self.order,
+            "tokenizer": next(made_with, None),
+            "fim": self.fim and self.fim.ids,
+            "fim_tokenizer": self.fim and self.fim.tokenizer,
+            "manifests": [manifest["xxh3"] for manifest in self.manifests],
+            "sources": self._content_of_sources(),
+            "rows_used_before_chunk": self.used,
+            "spans_xxh3": spans_xxh3,
+            "chunks_xxh3": chunks_xxh3,
+            "recipe": self.recipe.model_dump(mode="json"),
+        }
+
+    def _content_of_sources(self) -> list[dict[str, Any]]:
+        first_spans = iter(np.cumsum([0, *map(len, self.spans())]).tolist())
+        found = []
+        for number, (name, source) in enumerate(self.recipe.sources.items()):
+            rows, used = self.rows[number], self.used[-1][number]
+            files = [
+                {
+                    "manifest": file.manifest,
+                    "entry": {key: value for key, value in file.entry.items() if key != "parts"},
+                    "spans": [next(first_spans), len(file.spans(self.held_out))],
+                }
+                for file in self.sources[number]
+            ]
+            found.append(
+                {
+                    "name": name,
+                    "rows_available": rows,
+                    "rows_used": used,
+                    "repeats": used / rows if rows else 0.0,
+                    "fim_psm": 0.0 if self.held_out else source.fim_psm,
+                    "fim_spm": 0.0 if self.held_out else source.fim_spm,
+                    "files": files,
+                }
+            )
+        return found
+
+    def locations(self, folder: Path) -> dict[str, Any]:
+        """locations.json."""
+        paths = [os.path.relpath(manifest["path"], folder) for manifest in self.manifests]
+        if self.fim is None or self.fim.tokenizer is None:
+            return {"manifests": paths}
+        assert self.recipe.fim is not None, "pieces come of a recipe's [fim]"
+        return {"manifests": paths, "fim_tokenizer": os.path.relpath(self.recipe.fim.tokenizer, folder)}
+
+
+def _write_plan(part: _Part, folder: Path, threads: int) -> dict[str, Any]:
+    """Write a plan folder aside and rename it into place. Returns plan.json."""
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         (aside / "chunks").mkdir(parents=True)
     except OSError as error:
         raise ValueError(f"{folder}: cannot be made ({error.strerror}); name a folder that you may write to") from None
-    spans = [file.spans(held_out) for files in sources for file in files]
-    span_bytes = np.concatenate(spans).astype("<i8").tobytes()
+    span_bytes = np.concatenate(part.spans()).astype("<i8").tobytes()
     (aside / "spans.i64").write_bytes(span_bytes)
-    write_chunk = _ChunkWriter(aside, recipe.seed, list(recipe.sources), available, used)
+    write_chunk = _ChunkWriter(aside, part.recipe.seed, list(part.recipe.sources), part.rows, part.used)
     with ThreadPoolExecutor(threads) as pool:
-        chunk_hashes = list(pool.map(write_chunk, range(len(order))))
-    first_spans = iter(np.concatenate([[0], np.cumsum([len(part) for part in spans])]).tolist())
-    content = {
-        "format": FORMAT,
-        "part": "held_out" if held_out else "train",
-        "sequence_length": recipe.sequence_length,
-        "rows_per_chunk": sum(used[1]),
-        "chunk_order": order,
-        "tokenizer": next((manifest["tokenizer"] for manifest in manifests if manifest.get("tokenizer")), None),
-        "fim": fim and fim.ids,
-        "fim_tokenizer": fim and fim.tokenizer,
-        "manifests": [manifest["xxh3"] for manifest in manifests],
-        "sources": [
-            {
-                "name": name,
-                "rows_available": own,
-                "rows_used": total,
-                "repeats": total / own if own else 0.0,
-                "fim_psm": 0.0 if held_out else source.fim_psm,
-                "fim_spm": 0.0 if held_out else source.fim_spm,
-                "files": [
-                    {
-                        "manifest": file.manifest,
-                        "entry": {key: value for key, value in file.entry.items() if key != "parts"},
-                        "spans": [next(first_spans), len(file.spans(held_out))],
-                    }
-                    for file in files
-                ],
-            }
-            for (name, source), own, total, files in zip(
-                recipe.sources.items(), available, used[-1], sources, strict=True
-            )
-        ],
-        "rows_used_before_chunk": used,
-        "spans_xxh3": xxhash.xxh3_64_hexdigest(span_bytes),
-        "chunks_xxh3": chunk_hashes,
-        "recipe": recipe.model_dump(mode="json"),
-    }
+        chunk_hashes = list(pool.map(write_chunk, range(len(part.order))))
+    content = part.content(xxhash.xxh3_64_hexdigest(span_bytes), chunk_hashes)
     write_sealed(aside / "plan.json", content)
-    locations: dict[str, Any] = {"manifests": [os.path.relpath(manifest["path"], folder) for manifest in manifests]}
-    if fim and fim.tokenizer:
-        assert recipe.fim is not None, "pieces come of a recipe's [fim]"
-        locations["fim_tokenizer"] = os.path.relpath(recipe.fim.tokenizer, folder)
-    (aside / "locations.json").write_text(json.dumps(locations, indent=1) + "\n", encoding="utf-8")
+    (aside / "locations.json").write_text(json.dumps(part.locations(folder), indent=1) + "\n", encoding="utf-8")
     os.replace(aside, folder)
     return content
 
@@ -258,32 +196,3 @@ class _ChunkWriter:
         shuffled[Permutation(len(rows), hash64(self.seed, "chunk", chunk))(np.arange(len(rows)))] = rows
         chunk_path(self.folder, chunk).write_bytes(shuffled.data)
         return xxhash.xxh3_64_hexdigest(shuffled.data)
-
-
-@dataclass(frozen=True)
-class FimPieces:
-    """The ids of the three pieces, and the fingerprint of the tokenizer where reading rows needs it."""
-
-    ids: dict[str, int]
-    tokenizer: str | None
-
-
-def _fim_pieces(recipe: Recipe) -> FimPieces | None:
-    """What plan.json says of fill-in-the-middle. ValueError where the tokenizer has no such piece."""
-    if recipe.fim is None:
-        return None
-    tokenizer = load_tokenizer(recipe.fim.tokenizer)
-    pieces = {"prefix": recipe.fim.prefix, "middle": recipe.fim.middle, "suffix": recipe.fim.suffix}
-    found = {name: tokenizer.piece_id(piece) for name, piece in pieces.items()}
-    missing = [name for name, token in found.items() if token is None]
-    if missing:
-        raise ValueError(
-            f"fim.{missing[0]}: {recipe.fim.tokenizer} has no piece {pieces[missing[0]]!r}; name its pieces"
-        )
-    if recipe.fim.cut == "characters" and tokenizer.decode(tokenizer.encode(ROUND_TRIP)) != ROUND_TRIP:
-        raise ValueError(
-            f'fim.cut = "characters": {recipe.fim.tokenizer} does not decode its own ids to the text (has it a '
-            'decoder?); cut = "tokens" needs none'
-        )
-    ids = {name: token for name, token in found.items() if token is not None}
-    return FimPieces(ids, tokenizer.fingerprint if recipe.fim.cut == "characters" else None)

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 # The piece that ends a document, in the order they are looked for when the tokenizer's own files do not name it.
 END_OF_DOCUMENT_PIECES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|eot|>", "<eod>", "<eos>")
@@ -112,6 +112,16 @@ def load_tokenizer(
         raise ValueError(f"{path}: no such tokenizer; train one with tools/train_tokenizer.py or correct the path")
     kind = SentencePieceTokenizer if path.suffix == ".model" else HuggingFaceTokenizer
     return kind(path, end_of_document, special_pieces)
+
+
+def made_by(record: dict[str, Any], tokenizer: Tokenizer) -> bool:
+    """Whether a manifest's record of its tokenizer is of this one's file. Which piece ended a document, and whether
+    special pieces were looked for in the text, may differ: the pieces have the same ids."""
+    kind = "spm" if isinstance(tokenizer, SentencePieceTokenizer) else "hf"
+    content = tokenizer.path.read_bytes()
+    return record["fingerprint"] in [
+        _fingerprint(kind, content, special_pieces, record["end_of_document"]) for special_pieces in (False, True)
+    ]
 
 
 def _end_of_document(tokenizer: Tokenizer, piece: str | None) -> int:

@@ -204,3 +204,25 @@ def test_a_tokenizer_without_the_pieces_is_refused(tmp_path, toy_tokenizer, toke
     )
     with pytest.raises(ValueError, match="has no piece '<fim_prefix>'"):
         build_plans(recipe, tmp_path / "train", None)
+
+
+@pytest.mark.parametrize("made_with", ["another", "the same", "special pieces", "another end"])
+def test_the_pieces_must_be_those_of_the_tokens(tmp_path, code_plan, speeches, made_with):
+    """A tokenizer of other texts has pieces of these names too, but its ids are not the tokens'; how the tokens' own
+    tokenizer was told to end documents and to treat special pieces does not matter."""
+    own, tokenizer = str(code_plan[1].path), str(tmp_path / "tokenizer.json")
+    train_byte_level_bpe(speeches[::-3], 450, ["<fim_suffix>", "<fim_prefix>", "<|endoftext|>", "<fim_middle>"]).save(
+        tokenizer
+    )
+    options = {"special pieces": {"special_pieces": True}, "another end": {"end_of_document_piece": "<fim_middle>"}}
+    prefix = tokenize(speeches[:9], tmp_path, own, **options.get(made_with, {}))
+    sources = {"code": {"tokens": (prefix,), "repeats": 1.0, "fim_psm": 0.5}}
+    fim = {"tokenizer": tokenizer if made_with == "another" else own}
+    recipe = Recipe.model_validate({"sequence_length": 16, "chunks": 1, "seed": 3, "fim": fim, "sources": sources})
+    if made_with == "another":
+        named = rf"{tokenizer} \(fingerprint \w+\) is not the tokenizer that made {prefix}\.manifest\.json"
+        with pytest.raises(ValueError, match=named + rf" \(fingerprint {code_plan[1].fingerprint}\); name that one"):
+            build_plans(recipe, tmp_path / "train", None)
+        assert not (tmp_path / "train").exists()
+    else:
+        assert build_plans(recipe, tmp_path / "train", None)["fim"]["middle"] == code_plan[1].piece_id("<fim_middle>")

@@ -12,6 +12,7 @@ from token_corpora import outputs, tokenize
 
 from k2_megatron.data.build import build_plans
 from k2_megatron.data.feed import open_feed
+from k2_megatron.data.manifest import manifest_of_foreign_files, manifest_path
 from k2_megatron.data.plan import Plan
 from k2_megatron.data.recipe import Recipe
 from k2_megatron.data.rows import unpack
@@ -201,4 +202,16 @@ def test_missing_manifests_and_other_tokenizers_are_named(tmp_path, prefixes, sp
         build_plans(make_recipe({**prefixes, "d": "nowhere"}), tmp_path / "train", tmp_path / "held_out")
     (tmp_path / "train").mkdir()
     with pytest.raises(ValueError, match="exists; remove it, or name another"):
+        build_plans(make_recipe(prefixes), tmp_path / "train", tmp_path / "held_out")
+
+
+def test_an_error_names_the_files_whose_tokenizers_differ(tmp_path, speeches, toy_tokenizer, sentencepiece_model):
+    """The first file is of Megatron's own tool, whose files know no tokenizer."""
+    names, tokenizers = "abcd", [toy_tokenizer] * 3 + [sentencepiece_model]
+    prefixes = {
+        name: tokenize(speeches[:4], tmp_path, path, name) for name, path in zip(names, tokenizers, strict=True)
+    }
+    manifest_path(prefixes["a"]).unlink()
+    manifest_of_foreign_files(prefixes["a"])
+    with pytest.raises(ValueError, match=r"/d_text_document.*: made with another tokenizer than .*/b_text_document"):
         build_plans(make_recipe(prefixes), tmp_path / "train", tmp_path / "held_out")
