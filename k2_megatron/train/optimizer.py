@@ -7,6 +7,7 @@ done, for megatron-core 0.16.x, and it needs doing in both modules because each 
 """
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 
 import megatron.core.optimizer as core_optimizer
@@ -101,10 +102,12 @@ def _fill_adam_slot(backend: str) -> None:
 
 def gradient_squares(optimizer: MegatronOptimizer, layers: int, device: torch.device) -> torch.Tensor:
     """[layers + 2] fp64: sums of squares of the gradient of each layer, of the embedding, and of the output projection
-    with the final norm; the same on every rank. Their sum is the square of the global norm.
+    with the final norm; the same on every rank. Their sum is the square of the global norm. What is not finite is inf.
 
     One kernel for all tensors of a layer, of AdamW's backend (Apex has none that adds up in a fixed order: torch's
     then). Replicas count once: megatron-core says which gradients take part, and over which ranks they are summed.
+    Without the distributed optimizer each replica has sums of its own: equal, unless a machine erred, and then the
+    largest holds for all, so that every rank decides the same of the step.
     """
     optimizer.prepare_grads()
     squares = torch.zeros(layers + 2, dtype=torch.float64, device=device)
@@ -116,7 +119,11 @@ def gradient_squares(optimizer: MegatronOptimizer, layers: int, device: torch.de
         for place, tensors in gradients.items():
             backend = part.optimizer.backend
             squares[place] += gradient_norm_squared(tensors, backend="torch" if backend == "apex" else backend)
-    distributed.all_reduce(squares, group=optimizer.get_grad_stats_parallel_group())
+    summed_over = optimizer.get_grad_stats_parallel_group()
+    distributed.all_reduce(squares, group=summed_over)
+    squares.nan_to_num_(nan=math.inf, posinf=math.inf)  # gloo's and NCCL's maximum pass a NaN over
+    if summed_over.size() < distributed.get_world_size():
+        distributed.all_reduce(squares, op=distributed.ReduceOp.MAX)
     return squares
 
 

@@ -1,11 +1,13 @@
 """A gradient that is not finite on one rank changes nothing on any."""
 
+import math
 from pathlib import Path
 
-import torch
+import pytest
 from rank_processes import results_of, run_ranks
 from small_run import overrides
 
+import k2_megatron.train.step as step_module
 from k2_megatron.config import load_config
 from k2_megatron.kernels.dispatch import OPS
 from k2_megatron.model import build_model
@@ -17,11 +19,14 @@ from k2_megatron.runtime.seeds import seed_everything
 from k2_megatron.train.checkpoint_state import weight_fingerprint
 from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
 from k2_megatron.train.run_data import open_run_data
-from k2_megatron.train.step import StepResult, train_step
+from k2_megatron.train.step import StepResult, finalize_model_grads, train_step
 
 
-def steps_around_a_bad_gradient(config_path: Path, settings: list[str]) -> tuple[list[StepResult], list[str]]:
-    """Results of a good, a bad and a good step; fingerprints of the weights before and after each."""
+def steps_around_a_bad_gradient(
+    config_path: Path, settings: list[str], after_the_sum: float | None
+) -> tuple[list[StepResult], list[str]]:
+    """Results of a good, a bad and a good step; fingerprints of the weights before and after each. The bad gradient of
+    rank 0 is NaN before the data-parallel sum, or `after_the_sum` in one place after it."""
     environment = read_environment()
     config = load_config(config_path, settings, world_size=environment.world_size)
     device = find_device(environment.local_rank).torch
@@ -36,10 +41,18 @@ def steps_around_a_bad_gradient(config_path: Path, settings: list[str]) -> tuple
         weights, results = [weight_fingerprint(chunks, device)], []
         for step in range(3):
             set_learning_rate(optimizer, 1e-3, 0.1)
-            spoiling = None
-            if step == 1 and groups.rank == 0:  # of the first stage: the loss stays finite, on the last one
+            spoiling, step_module.finalize_model_grads = None, finalize_model_grads
+            bad = step == 1 and groups.rank == 0  # of the first stage: the loss stays finite, on the last one
+            if bad and after_the_sum is None:
                 parameter = next(chunks[0].parameters())
                 spoiling = parameter.register_hook(lambda gradient: gradient.clone().fill_(float("nan")))
+            if bad and after_the_sum is not None:
+
+                def finalize(model, *arguments, **keywords):
+                    finalize_model_grads(model, *arguments, **keywords)
+                    next(model[0].parameters()).main_grad.view(-1)[3] = after_the_sum
+
+                step_module.finalize_model_grads = finalize
             results.append(train_step(config, groups, chunks, optimizer, data.train, min(step, 1), device))
             if spoiling is not None:
                 spoiling.remove()
@@ -49,14 +62,25 @@ def steps_around_a_bad_gradient(config_path: Path, settings: list[str]) -> tuple
 
 
 def test_bad_gradient_on_one_rank_changes_nothing_on_any(small_config, tmp_path):
-    arguments = (small_config, overrides({"parallel.pipeline": 2}))
+    arguments = (small_config, overrides({"parallel.pipeline": 2}), None)
     first, second = results_of(run_ranks(steps_around_a_bad_gradient, 2, arguments, tmp_path))
     results, weights = first
     assert [result.updated for result in results] == [True, False, True]
     assert [result.updated for result in second[0]] == [True, False, True]
-    assert torch.isnan(torch.tensor(results[1].grad_norm))
+    assert results[1].grad_norm == second[0][1].grad_norm == math.inf
     assert weights[1] == weights[2]
     assert len({*weights}) == 3
     assert (results[2].loss, second[0][2].loss) == (results[1].loss, results[1].loss), (
         "the same batch, the same weights"
     )
+
+
+@pytest.mark.parametrize("value", [math.nan, 1e10])
+def test_gradient_that_goes_bad_in_one_replica_alone_is_judged_alike_by_all(small_config, tmp_path, value):
+    """After the data-parallel sum a replica is alone with it; ranks that judge for themselves would wait for ever."""
+    arguments = (small_config, overrides({"parallel.data": 2}), value)
+    (first, _), (second, _) = results_of(run_ranks(steps_around_a_bad_gradient, 2, arguments, tmp_path))
+    assert [result.updated for result in first] == [result.updated for result in second]
+    assert [result.grad_norm for result in first] == [result.grad_norm for result in second]
+    assert first[1].updated == math.isfinite(value)
+    assert first[1].grad_norm > 1e9
