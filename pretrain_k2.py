@@ -63,7 +63,7 @@ from k2_megatron.train.start_from import check_start, start_from_checkpoint, sta
 from k2_megatron.train.step import evaluate, train_step
 from k2_megatron.train.summary import resume_changes, resume_report, summary_text
 from k2_megatron.train.views import Views
-from k2_megatron.train.watchdog import STEP, Watchdog
+from k2_megatron.train.watchdog import STEP, Watchdog, collective_timeout_seconds
 
 RENDEZVOUS_TIMEOUT_SECONDS = 600.0
 
@@ -98,7 +98,8 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
     stop_with_launcher(environment)
     end_at_once()
     connect(environment, device, RENDEZVOUS_TIMEOUT_SECONDS)
-    groups = build_groups(config.parallel)
+    # A rank may wait for a dead node's lock before it meets the others again; after that the watchdog's limits decide.
+    groups = build_groups(config.parallel, max(RENDEZVOUS_TIMEOUT_SECONDS, collective_timeout_seconds(config.watchdog)))
     seed_everything(config.run.seed, groups)
     stop = StopSignals()
     folder = Path(config.run.folder)

@@ -6,6 +6,7 @@ instead. This file is the only one that touches the globals, to fill such a coll
 
 from dataclasses import dataclass
 from datetime import timedelta
+from math import ceil
 
 import torch.distributed as distributed
 from megatron.core import parallel_state
@@ -31,6 +32,7 @@ class Groups:
     context_size: int
     data_size: int
     pipeline_size: int
+    timeout: timedelta | None = None  # of a collective of these groups, and of others that are made beside them
 
     @property
     def is_first_stage(self) -> bool:
@@ -73,8 +75,15 @@ def connect(environment: RankEnvironment, device: Device, timeout_seconds: float
     )
 
 
-def build_groups(parallel: Parallel) -> Groups:
-    """Divide the world into TP x CP x DP x PP groups (tensor ranks adjacent, pipeline outermost)."""
+def build_groups(parallel: Parallel, timeout_seconds: float | None = None) -> Groups:
+    """Divide the world into TP x CP x DP x PP groups (tensor ranks adjacent, pipeline outermost).
+
+    A collective of the world or of a group may take `timeout_seconds`; left out, what `connect` said and 30 minutes.
+    """
+    timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
+    if timeout is not None:
+        # torch has no public name for it; init_process_group's own timeout also limits how long the ranks may meet.
+        distributed.distributed_c10d._set_pg_timeout(timeout)
     parallel_state.initialize_model_parallel(
         parallel.tensor,
         parallel.pipeline,
@@ -82,6 +91,7 @@ def build_groups(parallel: Parallel) -> Groups:
         context_parallel_size=parallel.context,
         # Checkpoints gather nothing over gloo in the fully reshardable format, and every gloo group costs threads.
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=30 if timeout_seconds is None else ceil(timeout_seconds / 60),
     )
     return Groups(
         collection=ProcessGroupCollection.use_mpu_process_groups(),
@@ -95,6 +105,7 @@ def build_groups(parallel: Parallel) -> Groups:
         context_size=parallel.context,
         data_size=parallel_state.get_data_parallel_world_size(),
         pipeline_size=parallel.pipeline,
+        timeout=timeout,
     )
 
 

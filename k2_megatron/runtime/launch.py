@@ -14,8 +14,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from k2_megatron.runtime.mistakes import LOST_PEER, MISTAKE, STOPPED
+
 TERMINATE_GRACE_SECONDS = 10.0
 _POLL_SECONDS = 0.1
+EXPLAINED = (MISTAKE, STOPPED, 4)  # 4: a hang (train/watchdog.py); the rank itself has told of each of them
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -129,12 +132,13 @@ def _end_all(ranks: Sequence[subprocess.Popen], failed: list[tuple[int, int]]) -
     deadline = time.monotonic() + TERMINATE_GRACE_SECONDS
     while time.monotonic() < deadline and any(process.poll() is None for process in ranks):
         time.sleep(_POLL_SECONDS)
+    ended = [(rank, process.poll()) for rank, process in enumerate(ranks)]
+    rank, code = _most_telling(failed) if any(code != LOST_PEER for _, code in failed) else _most_telling(ended)
     for process in ranks:
         if process.poll() is None:
             process.kill()
     for process in ranks:
         process.wait()
-    rank, code = failed[0]
     if code < 0:
         name = signal.Signals(-code).name
         memory = " Unless somebody did that, dmesg tells whether it was for want of memory." if code == -9 else ""
@@ -143,12 +147,18 @@ def _end_all(ranks: Sequence[subprocess.Popen], failed: list[tuple[int, int]]) -
             file=sys.stderr,
         )
         return 128 - code
-    if code not in (2, 3):  # 2: a user's mistake, 3: a stop for a reason; both were explained by the rank itself
+    if code not in EXPLAINED:
         print(
             f"rank {rank} failed with exit code {code}; the other ranks were ended. Its error stands above.",
             file=sys.stderr,
         )
     return code
+
+
+def _most_telling(codes: Sequence[tuple[int, int | None]]) -> tuple[int, int]:
+    """(rank, exit code) of the rank that knows why: ranks that lost it fail too, and may be seen to end before it."""
+    failed = [(rank, code) for rank, code in codes if code not in (None, 0)]
+    return min(failed, key=lambda one: (one[1] not in EXPLAINED, one[1] > 0))
 
 
 def stop_with_launcher(environment: RankEnvironment) -> None:

@@ -109,7 +109,7 @@ class CheckpointWriter:
         self._checkpoints = checkpoints
         self._rank = groups.rank
         self._groups = groups
-        self._group = distributed.new_group(backend="gloo")
+        self._group = distributed.new_group(backend="gloo", timeout=groups.timeout)
         self._asynchronous = asynchronous
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[SaveResult] | None = None

@@ -7,6 +7,7 @@ After a resume, the steps that a kill undid stand in the journal twice; `read_st
 
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import BinaryIO
 from k2_megatron.runtime.durable import sync
 
 JOURNAL = "journal.jsonl"
+_NOT_FINITE = ("nan", "inf", "-inf")
 
 
 class Journal:
@@ -38,7 +40,7 @@ class Journal:
         if self._file is None:
             return
         line = {"event": event, "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **fields}
-        self._unwritten += json.dumps(line).encode() + b"\n"
+        self._unwritten += _strict_json(line).encode() + b"\n"
         try:
             self._write()
             if event != "step":  # those are many, and are synced together
@@ -65,6 +67,31 @@ class Journal:
             self._file.close()
 
 
+def _strict_json(event: dict) -> str:
+    """One JSON object. JSON has no NaN and no infinity: such a number becomes a string, "nan", "inf" or "-inf"."""
+    try:
+        return json.dumps(event, allow_nan=False)
+    except ValueError:
+        return json.dumps(_named(event), allow_nan=False)
+
+
+def _named(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _named(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_named(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(value: object) -> object:
+    """The other way of `_named`: a reader gets the number that was written."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return float(value) if isinstance(value, str) and value in _NOT_FINITE else value
+
+
 def _end_last_line(path: Path) -> None:
     """A kill may have cut the last line; end it, so that the next event starts a line of its own."""
     if path.exists() and path.stat().st_size:
@@ -83,6 +110,8 @@ def read_events(path: Path) -> Iterator[dict]:
             except ValueError:
                 continue
             if isinstance(event, dict) and "event" in event:
+                if any(f'"{name}"' in line for name in _NOT_FINITE):
+                    event = {key: _numbers(value) for key, value in event.items()}
                 yield event
 
 

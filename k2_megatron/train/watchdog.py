@@ -63,7 +63,13 @@ def limit_seconds(settings: Settings, phase: str, recent: Sequence[float]) -> fl
     """How long the phase may last, given the seconds of the recent steps."""
     if phase != STEP or len(recent) < FEWEST_STEPS:
         return settings.pause_seconds
-    return max(settings.minimum_seconds, settings.step_factor * median(recent))
+    return max(settings.minimum_seconds, min(settings.step_factor * median(recent), settings.pause_seconds))
+
+
+def collective_timeout_seconds(settings: Settings) -> float:
+    """The libraries' own limit for a collective: above each of the watchdog, which tells more when it ends a run."""
+    longest = max(settings.minimum_seconds, settings.pause_seconds)
+    return longest + REPORT_SECONDS + GRACE_SECONDS + 2 * BACKSTOP_SECONDS
 
 
 class Watchdog:

@@ -2,13 +2,19 @@
 
 import json
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from rank_processes import Rank, run_pretrain
 from small_run import overrides
 
+from k2_megatron.config.schema import Watchdog
+from k2_megatron.runtime import launch
 from k2_megatron.runtime.launch import RankEnvironment, port_is_free, read_environment
+from k2_megatron.train.watchdog import BACKSTOP_SECONDS, GRACE_SECONDS, collective_timeout_seconds, limit_seconds
 
 TORCHRUN = {
     "RANK": "5",
@@ -127,3 +133,52 @@ def _draw_twice() -> tuple[list, list, list]:
         without = draw()
         disconnect()
     return first, again, without
+
+
+@pytest.mark.parametrize(
+    ("ends", "code"),
+    [
+        (["sys.exit(1)", "sys.exit(3)"], 3),  # rank 0 has lost rank 1, which knows why
+        (["sys.exit(1)", "time.sleep(0.5); sys.exit(2)"], 2),  # and is seen to end first
+        (["sys.exit(1)", "sys.exit(0)", "os.kill(os.getpid(), 9)"], 137),
+        (["os.kill(os.getpid(), 9)", "time.sleep(0.5); sys.exit(4)"], 137),
+        (["sys.exit(1)", "sys.exit(1)"], 1),
+    ],
+)
+def test_launcher_ends_with_the_code_of_the_rank_that_knows_why(ends, code):
+    hold = "import os, sys, time; sys.stdin.read(); "
+    ranks = [subprocess.Popen([sys.executable, "-c", hold + end], stdin=subprocess.PIPE) for end in ends]
+    for rank in ranks:
+        rank.stdin.close()
+    if "0.5" not in ends[1]:
+        for rank in ranks:
+            rank.wait()
+    assert launch._supervise(ranks) == code
+
+
+def _timeouts_of_all_groups(seconds: float, folder: Path) -> list[float]:
+    import torch.distributed as distributed
+
+    from k2_megatron.config.schema import Parallel
+    from k2_megatron.runtime.devices import find_device
+    from k2_megatron.runtime.groups import build_groups, connect, disconnect
+    from k2_megatron.train.checkpoint_save import CheckpointWriter
+
+    connect(launch.single_rank(), find_device(0), 60.0)
+    groups = build_groups(Parallel(), seconds)
+    saver = CheckpointWriter(folder, groups, asynchronous=True)
+    of_all = (distributed.group.WORLD, groups.collection.tp, groups.collection.dp_cp, saver._group)
+    found = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in of_all]
+    disconnect()
+    return found
+
+
+def test_libraries_wait_longer_than_the_watchdog(tmp_path):
+    """What they end by themselves leaves no incident, no stacks and no names."""
+    settings = Watchdog(step_factor=10.0, pause_seconds=3600.0)
+    seconds = collective_timeout_seconds(settings)
+    for limit in (limit_seconds(settings, "checkpoint", []), limit_seconds(settings, "step", [600.0] * 5)):
+        assert seconds > limit + GRACE_SECONDS + BACKSTOP_SECONDS
+    found = Rank(_timeouts_of_all_groups, (seconds, tmp_path), {}, tmp_path / "output").finish()
+    assert found.exit_code == 0, found.stderr
+    assert min(found.result) >= seconds, found.result

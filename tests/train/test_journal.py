@@ -1,6 +1,7 @@
 """The journal: whole lines, whatever a kill left behind; and the steps that a run really went through."""
 
 import json
+import math
 import resource
 
 from k2_megatron.train.journal import Journal, read_events, read_steps
@@ -13,6 +14,23 @@ def test_every_event_is_a_line_with_its_time(tmp_path):
     assert (line["event"], line["step"], line["loss"]) == ("step", 1, 2.5)
     assert line["time"].endswith("+00:00")
     journal.close()
+
+
+def test_numbers_that_are_not_finite_are_strict_json_and_are_read_as_they_were(tmp_path):
+    journal = Journal(tmp_path, writer=True)
+    layers = [[1.0, math.inf], (2.0, -math.inf)]
+    journal.write("incident", kind="not finite", loss=math.nan, layers={"gradients": layers}, names=["inf."])
+    journal.close()
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    written = json.loads(journal.path.read_text(), parse_constant=refuse)
+    assert (written["loss"], written["layers"]) == ("nan", {"gradients": [[1.0, "inf"], [2.0, "-inf"]]})
+    (event,) = read_events(journal.path)
+    assert math.isnan(event["loss"])
+    assert event["layers"]["gradients"] == [[1.0, math.inf], [2.0, -math.inf]]
+    assert event["names"] == ["inf."]
 
 
 def test_other_ranks_write_nothing(tmp_path):
