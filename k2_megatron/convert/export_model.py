@@ -9,6 +9,7 @@ from typing import Any
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.fingerprint import as_text
 from k2_megatron.convert.hugging_face import HuggingFaceSource
+from k2_megatron.convert.journal import JOURNAL, hash_file, sole_writer
 from k2_megatron.convert.logits import Bound, prove
 from k2_megatron.convert.model_facts import ModelFacts
 from k2_megatron.convert.numbers import Rounding
@@ -18,7 +19,7 @@ from k2_megatron.convert.source import Kind
 from k2_megatron.convert.to_hugging_face import HuggingFaceJob, tied_rows_equal
 from k2_megatron.convert.torch_dist import TorchDistSource, checkpoint_folder, read_manifest
 from k2_megatron.convert.transformers_model import TransformersModel
-from k2_megatron.convert.work import JOURNAL, estimate_text, hash_file, require_space, run_units
+from k2_megatron.convert.work import estimate_text, require_space, run_units
 from k2_megatron.runtime.durable import sync, write_file
 
 MANIFEST = "k2_conversion.json"
@@ -41,8 +42,7 @@ class ExportOptions:
 
 def export_hugging_face(options: ExportOptions) -> Path:
     """Convert, check the fingerprint, prove, publish; returns the folder. ConversionError otherwise."""
-    if options.save.exists():
-        raise ConversionError(f"{options.save} exists; remove it or give another --save")
+    _require_new(options.save)
     folder = checkpoint_folder(options.load)
     manifest = read_manifest(folder)
     source = TorchDistSource(folder, manifest)
@@ -53,45 +53,70 @@ def export_hugging_face(options: ExportOptions) -> Path:
     kind: Kind = "weights" if options.weights == "model" else "main"
     if kind not in source.dtypes:
         raise ConversionError(f"{folder} holds no fp32 parameters; leave out --weights main")
-    facts = exported_facts(options, manifest, record, tied_rows_equal(source, kind) if record else False)
+    tied = tied_rows_equal(source, kind) if record and record.tied_embeddings else False
+    facts = exported_facts(options, manifest, record, tied)
     aside = options.save.with_name(f".{options.save.name}.converting")
     dtype = options.dtype or manifest["precision"]
     job = HuggingFaceJob(
         source, facts.shape, aside, kind, dtype, manifest["precision"], facts.tied_embeddings, options.shard_bytes
     )
-    units = job.units()
+    with sole_writer(aside):
+        _require_new(options.save)  # again: another may have finished before the lock was ours
+        results, rounding = _write_shards(options, job, manifest)
+        _write_companions(tokenizer, aside, record, facts, dtype)
+        proof = None
+        if options.proof:
+            HuggingFaceSource(aside, facts)  # what was written has the tensors of its config.json
+            proof = prove(TransformersModel(aside), source, facts, Bound.for_weights(equal=not rounding.values), kind)
+            print(proof)
+        about = _manifest(aside, folder, manifest, results, rounding, str(proof) if proof else None)
+        _publish(aside, about, options.save)
+    return options.save
+
+
+def _require_new(save: Path) -> None:
+    if save.exists():
+        raise ConversionError(f"{save} exists; remove it or give another --save")
+
+
+def _write_shards(options: ExportOptions, job: HuggingFaceJob, manifest: dict) -> tuple[list[dict], Rounding]:
+    """The shards' facts, and what was rounded. ConversionError unless the weights read are those that were saved."""
+    units, aside = job.units(), job.folder
     written = sum(unit.bytes for unit in units)
-    print(estimate_text(source.read_bytes_total((kind,)), written, options.workers), flush=True)
+    print(estimate_text(job.source.read_bytes_total((job.kind,)), written, options.workers), flush=True)
     require_space(aside, written)
-    plan = {"source": str(folder.resolve()), "weights": manifest["weights"], "kind": kind, "dtype": dtype,
-            "shape": facts.shape.__dict__, "tied": job.tied, "shard_bytes": options.shard_bytes}  # fmt: skip
+    plan = {"source": str(job.source.folder.resolve()), "weights": manifest["weights"], "kind": job.kind,
+            "dtype": job.dtype, "shape": job.shape.__dict__, "tied": job.tied,
+            "shard_bytes": options.shard_bytes}  # fmt: skip
     results, totals = run_units(job, units, plan, options.workers)
     print(totals.text())
     found = as_text(sum(result["fingerprint"] for result in results))
     if found != manifest["weights"]:
         raise ConversionError(
-            f"the weights read from {folder} have fingerprint {found}, those saved had {manifest['weights']}: the "
-            f"checkpoint is damaged or mixed up; `verify` names the file. Nothing was published (remove {aside})"
+            f"the weights read from {job.source.folder} have fingerprint {found}, those saved had "
+            f"{manifest['weights']}: the checkpoint is damaged or mixed up; `verify` names the file. Nothing was "
+            f"published (remove {aside})"
         )
     rounding = Rounding()
     for result in results:
         rounding.add(Rounding(result["rounded"], result["largest_rounding"]))
     if rounding.values:
-        print(f"{rounding.values:,} weights were rounded to {dtype} (largest relative change {rounding.largest:.2g})")
+        print(
+            f"{rounding.values:,} weights were rounded to {job.dtype} (largest relative change {rounding.largest:.2g})"
+        )
     if len(results) > 1:
         (aside / INDEX).write_text(job.index_text(results))
-    _write_companions(tokenizer, aside, record, facts, dtype)
-    proof = None
-    if options.proof:
-        HuggingFaceSource(aside, facts)  # what was written has the tensors of its config.json
-        proof = prove(TransformersModel(aside), source, facts, Bound.for_weights(equal=not rounding.values), kind)
-        print(proof)
-    about = _manifest(aside, folder, manifest, results, rounding, str(proof) if proof else None)
-    write_file(aside / MANIFEST, json.dumps(about, indent=1))
+    return results, rounding
+
+
+def _publish(aside: Path, about: dict[str, Any], save: Path) -> None:
+    """Give the folder its name when all of it would survive a power cut."""
+    for name in about["files"]:
+        sync(aside / name)
     (aside / JOURNAL).unlink()
-    os.rename(aside, options.save)
-    sync(options.save.resolve().parent)
-    return options.save
+    write_file(aside / MANIFEST, json.dumps(about, indent=1))
+    os.rename(aside, save)
+    sync(save.resolve().parent)
 
 
 def exported_facts(options: ExportOptions, manifest: dict, record: Record | None, tied: bool) -> ModelFacts:

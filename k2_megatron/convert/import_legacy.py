@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from k2_megatron.config import Config
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.import_model import ImportOptions, training_config
+from k2_megatron.convert.journal import sole_writer
 from k2_megatron.convert.legacy_k2 import LegacyK2Source
 from k2_megatron.convert.legacy_model import LegacyModel
 from k2_megatron.convert.logits import Bound, prove
@@ -65,6 +67,13 @@ def import_legacy(options: ImportOptions, *, optimizer: bool) -> Path:
         objects=empty_extra_state(source.shape),
     )
     check_layout(job)
+    with sole_writer(job.folder):
+        require_new(options.save, step)  # again: another may have finished before the lock was ours
+        return _write_proved(options, job, source, config)
+
+
+def _write_proved(options: ImportOptions, job: TorchDistJob, source: LegacyK2Source, config: Config) -> Path:
+    step = source.iteration
     check = LegacyCheck(source)
     run_checks(check, check.units(), options.workers)
     consumed = getattr(source.arguments, "consumed_train_samples", None)

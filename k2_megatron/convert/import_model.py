@@ -8,6 +8,7 @@ from typing import Any
 from k2_megatron.config import Config, load_config
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.hugging_face import HuggingFaceSource
+from k2_megatron.convert.journal import sole_writer
 from k2_megatron.convert.logits import Bound, prove
 from k2_megatron.convert.model_facts import ModelFacts
 from k2_megatron.convert.record import RECORD, TOKENIZER, Record, copy_tokenizer
@@ -57,6 +58,14 @@ def import_hugging_face(options: ImportOptions) -> Path:
         objects=empty_extra_state(facts.shape),
     )
     check_layout(job)
+    with sole_writer(job.folder):
+        require_new(options.save, 0)  # again: another may have finished before the lock was ours
+        return _write_proved(options, job, source, facts, config)
+
+
+def _write_proved(
+    options: ImportOptions, job: TorchDistJob, source: HuggingFaceSource, facts: ModelFacts, config: Config
+) -> Path:
     record = Record(
         "from-hf",
         str(options.load.resolve()),

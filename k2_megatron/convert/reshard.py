@@ -7,6 +7,7 @@ from pathlib import Path
 
 from k2_megatron.config import Config
 from k2_megatron.convert.errors import ConversionError
+from k2_megatron.convert.journal import sole_writer
 from k2_megatron.convert.record import carry_record, require_own_record, versions
 from k2_megatron.convert.to_torch_dist import TorchDistJob
 from k2_megatron.convert.torch_dist import TorchDistSource, checkpoint_folder, read_manifest
@@ -21,6 +22,12 @@ def reshard(load: Path, save: Path, tensor: int, pipeline: int, workers: int) ->
     folder = checkpoint_folder(load)
     manifest = read_manifest(folder)
     require_new(save, manifest["step"])
+    with sole_writer(aside_folder(save, manifest["step"])):
+        require_new(save, manifest["step"])  # again: another may have finished before the lock was ours
+        return _reshard(folder, manifest, save, tensor, pipeline, workers)
+
+
+def _reshard(folder: Path, manifest: dict, save: Path, tensor: int, pipeline: int, workers: int) -> Path:
     require_own_record(folder, manifest, save)
     problems = verify_training(folder, workers)
     if problems:

@@ -13,19 +13,13 @@ from k2_megatron.config import Config
 from k2_megatron.convert.compare import CompareCheck
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.fingerprint import as_text
+from k2_megatron.convert.journal import JOURNAL
 from k2_megatron.convert.logits import Proof
 from k2_megatron.convert.numbers import Rounding
 from k2_megatron.convert.to_torch_dist import TorchDistJob
 from k2_megatron.convert.torch_dist import TorchDistSource
 from k2_megatron.convert.torch_metadata import write_metadata
-from k2_megatron.convert.work import (
-    JOURNAL,
-    Totals,
-    estimate_text,
-    require_space,
-    run_checks,
-    run_units,
-)
+from k2_megatron.convert.work import Totals, estimate_text, require_space, run_checks, run_units
 from k2_megatron.train.checkpoint_files import folder_name, publish
 
 
@@ -51,7 +45,9 @@ class Product:
 def write_checkpoint(
     job: TorchDistJob, config: Config, facts: dict[str, Any], plan: dict[str, Any], workers: int
 ) -> Product:
-    """Write every file of a checkpoint into job.folder. `facts` are the manifest's step, samples, layout and record.
+    """Write every file of a checkpoint into job.folder, whose `sole_writer` the caller is until it is published.
+
+    `facts` are the manifest's step, samples, layout and record.
 
     ConversionError when the disk is too small, the folder was begun for something else, or a weight is not finite.
     """

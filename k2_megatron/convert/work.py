@@ -1,12 +1,11 @@
 """Units of work over processes, with a journal: what a kill leaves finished stays finished.
 
-A unit writes one file of the result, under another name until it is whole. When it is done its facts go into
-`finished.jsonl` beside the files; a second start with the same plan hashes what is there, removes what the journal does
-not vouch for and does the rest. The folder has a name of its own until it is whole.
+A unit writes one file of the result, under another name until it is whole. When it is done its facts go into the
+journal beside the files (journal.py); a second start with the same plan does what is left. The folder has a name of its
+own until it is whole.
 """
 
 import ctypes
-import fcntl
 import json
 import multiprocessing
 import os
@@ -22,17 +21,17 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import xxhash
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from k2_megatron.convert.errors import ConversionError
+from k2_megatron.convert.journal import JOURNAL, begin_or_continue, is_there
+from k2_megatron.runtime.durable import make_folder
 
-JOURNAL = "finished.jsonl"
 BYTES_PER_SECOND = 250e6  # one worker on one core, benchmarks/convert.py; only the estimate printed before rests on it
-_READ_BYTES = 1 << 22
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
@@ -105,16 +104,6 @@ class HashedFile:
         return {"bytes": self.bytes, "xxh3": self.digest.hexdigest()}
 
 
-def hash_file(path: Path) -> dict[str, Any]:
-    """{"bytes", "xxh3"} of a file on disk."""
-    digest, size = xxhash.xxh3_128(), 0
-    with path.open("rb") as stream:
-        while block := stream.read(_READ_BYTES):
-            digest.update(block)
-            size += len(block)
-    return {"bytes": size, "xxh3": digest.hexdigest()}
-
-
 def estimate_text(read_bytes: int, write_bytes: int, workers: int) -> str:
     """What the work will take, said before it starts."""
     seconds = max(read_bytes, write_bytes) / BYTES_PER_SECOND / workers
@@ -125,12 +114,17 @@ def estimate_text(read_bytes: int, write_bytes: int, workers: int) -> str:
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """ConversionError when the disk of `folder` (which may not exist yet) has not `needed` bytes left."""
+    """ConversionError when the disk of `folder` (which may not exist yet) has no room for a result of `needed` bytes.
+
+    What an earlier start left in `folder` counts as room: each of its files is kept, or removed before work begins.
+    """
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
-    if free < needed:
+    there = sum(path.stat().st_blocks * 512 for path in folder.iterdir()) if folder.is_dir() else 0
+    if free + there < needed:
+        begun = f", {there / 1e9:.2f} GB of an earlier start being there," if there else ""
         raise ConversionError(
-            f"{folder} needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB left; make room or give "
+            f"{folder} needs {needed / 1e9:.2f} GB{begun} and its disk has {free / 1e9:.2f} GB left; make room or give "
             "another --save"
         )
 
@@ -138,13 +132,13 @@ def require_space(folder: Path, needed: int) -> None:
 def run_units(job: Job, units: Sequence[Unit], plan: dict[str, Any], workers: int) -> tuple[list[dict], Totals]:
     """Do every unit that the journal in job.folder does not have; returns all facts, in the order of `units`.
 
-    `plan` is what the result depends on (JSON): a folder begun with another plan, or that another process is writing,
-    is refused.
+    `plan` is what the result depends on (JSON): a folder begun with another plan is refused. The caller is the
+    `sole_writer` of job.folder until the result is published.
     """
-    job.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(job.folder)
     with (job.folder / JOURNAL).open("a+") as journal:
-        finished = _begin_or_continue(journal, job.folder, plan)
-        kept = {unit.file: finished[unit.file] for unit in units if _is_there(job.folder, finished.get(unit.file))}
+        finished = begin_or_continue(journal, job.folder, plan)
+        kept = {unit.file: finished[unit.file] for unit in units if is_there(job.folder, finished.get(unit.file))}
         left = [unit for unit in units if unit.file not in kept]
         for path in job.folder.iterdir():
             if path.name not in kept and path.name != JOURNAL:
@@ -243,43 +237,6 @@ def _begin_worker(parent: int) -> None:
             system.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
     if os.getppid() != parent:  # it died before the kernel was asked
         os._exit(1)
-
-
-def _begin_or_continue(journal: IO[str], folder: Path, plan: dict[str, Any]) -> dict[str, dict]:
-    """Lock the journal; what an earlier start of the same plan finished, by file. Begins one where there is none."""
-    try:
-        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConversionError(f"another process is writing {folder}; wait for it, or give another --save") from None
-    except OSError:
-        pass  # a file system without locks
-    journal.seek(0)
-    text = journal.read()
-    whole, _newline, cut = text.rpartition("\n")  # the line that a kill cut has no end
-    if not whole:
-        journal.truncate(0)
-        journal.write(json.dumps({"plan": plan}) + "\n")
-        journal.flush()
-        os.fsync(journal.fileno())
-        return {}
-    if cut:
-        journal.truncate(len((whole + "\n").encode()))
-    try:
-        begun, *lines = [json.loads(line) for line in whole.splitlines()]
-        finished = {line["file"]: line for line in lines}
-    except (ValueError, KeyError, TypeError):
-        raise ConversionError(f"{folder / JOURNAL} is damaged; remove {folder} and start again") from None
-    if begun != {"plan": json.loads(json.dumps(plan))}:
-        raise ConversionError(
-            f"{folder} was begun by a conversion of other files or options; remove it, or repeat that command"
-        )
-    return finished
-
-
-def _is_there(folder: Path, facts: dict | None) -> bool:
-    if facts is None or not (folder / facts["file"]).is_file():
-        return False
-    return hash_file(folder / facts["file"]) == {"bytes": facts["bytes"], "xxh3": facts["xxh3"]}
 
 
 def _progress() -> Progress:

@@ -5,7 +5,6 @@ rename a killed conversion has nothing under the name of the result.
 """
 
 import contextlib
-import fcntl
 import io
 import multiprocessing
 import os
@@ -23,6 +22,7 @@ from conversions import export_model, import_model, write_llama
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.reshard import reshard
 from k2_megatron.convert.torch_dist import checkpoint_folder
+from k2_megatron.convert.verify import verify_export, verify_training
 from k2_megatron.convert.work import HashedFile
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
@@ -162,14 +162,39 @@ def is_zombie(pid: int) -> bool:
         return True
 
 
-def test_two_conversions_to_one_place_do_not_mix(model: Path, tmp_path: Path) -> None:
-    aside = tmp_path / "run" / "checkpoints" / "converting_step_00000000"
-    aside.mkdir(parents=True)
-    with (aside / "finished.jsonl").open("a+") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(ConversionError, match="another process is writing"):
-            import_model(model, tmp_path / "run")
-    import_model(model, tmp_path / "run")
+# What comes after the last shard is written, and takes minutes on a large model: tables are there, the name is not
+LAST_STEP = {
+    "from-hf": ("k2_megatron.convert.import_model.prove", {"proof": True}),
+    "to-hf": ("k2_megatron.convert.export_model.prove", {"proof": True}),
+    "reshard": ("k2_megatron.convert.reshard.seal", {}),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_a_second_start_is_refused_until_the_result_is_published(
+    model: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, (step, options), starts = tmp_path / "save", LAST_STEP[name], [1]
+
+    def convert() -> object:
+        if name == "reshard":
+            return CONVERSIONS[name](model, save)
+        way, source = (import_model, model) if name == "from-hf" else (export_model, model.parent / "run")
+        return way(source, save, **options)
+
+    def start_again(*_arguments) -> str:
+        if starts == [1]:
+            starts.append(2)
+            with pytest.raises(ConversionError, match="another process is writing"):
+                convert()
+        return "agreed"
+
+    monkeypatch.setattr(step, start_again)
+    convert()
+    assert starts == [1, 2]
+    folder = save if name == "to-hf" else checkpoint_folder(save)
+    assert (verify_export if name == "to-hf" else verify_training)(folder, 1) == []
+    assert not list(tmp_path.rglob("*.lock"))
 
 
 def test_nothing_of_an_earlier_attempt_is_published(model: Path, tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conversions import export_model, import_model, require_same_tensors, source_of, write_llama
@@ -22,6 +24,7 @@ from k2_megatron.convert.to_hugging_face import HuggingFaceJob
 from k2_megatron.convert.to_torch_dist import TorchDistJob
 from k2_megatron.convert.torch_dist import checkpoint_folder, read_manifest
 from k2_megatron.convert.verify import verify_export, verify_training
+from k2_megatron.convert.work import require_space
 
 
 class Killed(BaseException):
@@ -203,3 +206,14 @@ def test_a_checkpoint_of_many_files_is_read_with_few_of_them_open(tmp_path: Path
         assert len(os.listdir("/proc/self/fd")) <= before + 64
     files.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_restart_asks_for_the_space_of_what_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "__0_weights_layer0.distcp").write_bytes(bytes(3_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: SimpleNamespace(free=2_000_000))
+    require_space(tmp_path / "begun", 4_900_000)
+    with pytest.raises(ConversionError, match=r"needs 0\.01 GB, 0\.00 GB of an earlier start being there, and"):
+        require_space(tmp_path / "begun", 5_100_000 + 4096)
+    with pytest.raises(ConversionError, match=r"needs 0\.00 GB and its disk"):
+        require_space(tmp_path / "new", 4_900_000)
