@@ -5,7 +5,8 @@ rank that takes longer than its like, if one does.
 
 Ranks that work together wait for the slowest, so that all their steps are as long as its steps. What tells them apart
 is the work alone: waiting for tensor- and context-parallel neighbours is taken off, and messages between stages and the
-reduction of gradients lie outside of megatron-core's timers of forward and backward. Compared are ranks of one
+reduction of gradients lie outside of megatron-core's timers of forward and backward. The distributed optimizer gathers
+the new weights within "optimizer", which there is as long as that of the slowest rank. Compared are ranks of one
 pipeline stage, whose work is the same.
 """
 

@@ -115,22 +115,4 @@ def corrupted_moment(steps: range) -> None:
     _before_step(corrupt, steps)
 
 
-def gradient_not_finite(steps: range) -> None:
-    """The gradient of the first rank holds a NaN."""
-    import k2_megatron.train.step as step_module
-
-    finalize = step_module.finalize_model_grads
-    calls: list[int] = []
-
-    def spoiled(model, *arguments, **keywords):
-        import torch.distributed as distributed
-
-        finalize(model, *arguments, **keywords)
-        calls.append(1)
-        if len(calls) == 1 and distributed.get_rank() == 0:
-            next(model[0].parameters()).main_grad.view(-1)[3] = float("nan")
-
-    _before_step(lambda _chunks, _optimizer: setattr(step_module, "finalize_model_grads", spoiled), steps)
-
-
 SPIKES = (garbage_rows, repeated_tokens, label_noise, learning_rate_jump, flipped_weight_bit, corrupted_moment)

@@ -8,7 +8,7 @@ from k2_megatron.train.checkpoint_files import MANIFEST, apply_retention, comple
 from k2_megatron.train.spikes.watch import KEPT_FOR, SpikeWatch
 
 SETTINGS = Spikes(window_steps=16, benign_steps=10)
-FIRST_BAD, TRIP = 46, 49  # steps; loss and gradient norm stay up
+FIRST_BAD = 46  # step; loss and gradient norm stay up
 BATCH = 2
 
 
@@ -54,3 +54,26 @@ def test_checkpoint_from_before_a_malignant_spike_is_kept_for_a_person(tmp_path)
     assert again.pinned(tmp_path) == {40}
     watched(again, range(last + 1, last + 2))
     assert again.pinned(tmp_path) == set(), "but not for ever"
+
+
+def test_restart_between_call_and_verdict_keeps_what_the_dossier_said(tmp_path):
+    whole = SpikeWatch(SETTINGS, tmp_path / "whole", writer=True)
+    (tmp_path / "whole").mkdir()
+    ((_, _), (verdict, path)) = watched(whole, range(1, 70))
+    expected = json.loads(path.read_text())
+    assert {sample["step"] for sample in expected["samples"]} == set(range(FIRST_BAD - 1, verdict.trip + 1))
+
+    (tmp_path / "run").mkdir()
+    before = SpikeWatch(SETTINGS, tmp_path / "run", writer=True)
+    assert len(watched(before, range(1, verdict.trip + 1))) == 1
+    again = SpikeWatch(SETTINGS, tmp_path / "run", writer=True)
+    again.resume_at(json.loads(json.dumps(before.position())))
+    ((_, path),) = watched(again, range(verdict.trip + 1, 70))
+    assert json.loads(path.read_text()) == expected
+
+
+def test_full_disk_at_a_spike_is_one_line_and_the_run_goes_on(tmp_path, capsys):
+    (tmp_path / "dossiers").write_text("no folder can be made here, nor written into")
+    found = watched(SpikeWatch(SETTINGS, tmp_path, writer=True), range(1, 70))
+    assert [(finding.kind, path) for finding, path in found] == [("spike", None), ("malignant", None)]
+    assert capsys.readouterr().err.count("; the run goes on\n") == 2

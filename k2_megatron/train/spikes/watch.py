@@ -6,6 +6,7 @@ it with their losses and documents, and which signals recovered when.
 """
 
 import json
+import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -83,21 +84,46 @@ class SpikeWatch:
         return {max(steps) for steps in before if steps}
 
     def write_dossier(self, finding: Finding, feed: Feed, decision: str) -> Path | None:
-        """Write what is known of the spike, in place of what was written when it was called."""
+        """Write what is known of the spike, with what was written when it was called: a restart has forgotten those
+        steps. None where the disk does not take it, which does not end a run."""
         if not self._writer:
             return None
-        self._folder.mkdir(exist_ok=True)
         path = self._folder / f"spike_step_{finding.onset:08d}.json"
-        dossier = {
-            **asdict(finding),
-            "decision": decision,
-            "settings": self.settings.model_dump(),
-            "recovered": self._recovered(finding),
-            "samples": self._samples(finding, feed),
-            "steps": [watched.event for watched in self._steps],
-        }
-        write_file(path, json.dumps(dossier, indent=1))
+        try:
+            self._folder.mkdir(exist_ok=True)
+            earlier = self._written_before(path)
+            samples = sorted(
+                [*earlier["samples"], *self._samples(finding, feed)], key=lambda sample: sample["loss"], reverse=True
+            )
+            dossier = {
+                **asdict(finding),
+                "decision": decision,
+                "settings": self.settings.model_dump(),
+                "recovered": {**earlier["recovered"], **self._recovered(finding)},
+                "samples": samples[:SAMPLES_DESCRIBED],
+                "steps": [*earlier["steps"], *(watched.event for watched in self._steps)],
+            }
+            write_file(path, json.dumps(dossier, indent=1))
+        except OSError as error:
+            print(f"dossier: cannot write {path} ({error}); the run goes on", file=sys.stderr, flush=True)
+            return None
         return path
+
+    def _written_before(self, path: Path) -> dict:
+        """Of a dossier that is there, the steps before those remembered, their samples, and what they disturbed; that
+        is over, when it does not show in a step remembered since."""
+        first = self._steps[0].step
+        try:
+            found = json.loads(path.read_text())
+        except (OSError, ValueError):  # none, or one that a kill cut
+            found = {"steps": [], "samples": [], "recovered": {}}
+        steps = [step for step in found["steps"] if step["step"] < first]
+        recovered = {signal: first if step is None else step for signal, step in found["recovered"].items()}
+        return {
+            "steps": steps,
+            "samples": [sample for sample in found["samples"] if sample["step"] < first],
+            "recovered": recovered if steps else {},
+        }
 
     def _samples(self, finding: Finding, feed: Feed) -> list[dict]:
         """The samples of the batches from the one before the onset to the trip, the highest loss first."""
