@@ -35,7 +35,7 @@ from k2_megatron.runtime.launch import (
     single_rank,
     stop_with_launcher,
 )
-from k2_megatron.runtime.mistakes import StopRun, run_program
+from k2_megatron.runtime.mistakes import StopNotFinite, run_program
 from k2_megatron.runtime.seeds import require_determinism, seed_everything
 from k2_megatron.runtime.signals import StopSignals, end_at_once
 from k2_megatron.train.checkpoint import find_checkpoint, load_checkpoint
@@ -210,7 +210,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
             samples = samples_not_finite(first_sample, result.sample_losses, data.train)
             journal.write("incident", kind="not finite", ranks=ranks, samples_not_finite=samples, **event)
             if passed_over > config.spikes.not_finite_steps:
-                raise StopRun(
+                raise StopNotFinite(
                     f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite. The update was "
                     f"not applied; its batch is samples {first_sample} to {consumed - 1}, of which the loss of "
                     f"{', '.join(map(str, samples)) or 'none'} is not finite. The last save was step {saved_step}"

@@ -16,6 +16,7 @@ import torch.distributed as distributed
 _OURS = str(Path(__file__).resolve().parents[1]) + os.sep
 MISTAKE = 2  # exit codes; 1 is Python's own for an uncaught exception
 STOPPED = 3
+NOT_FINITE = 5
 INTERRUPTED = 130  # as a shell has it for SIGINT
 LOST_PEER = 1  # as an uncaught exception: start again to resume
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words
@@ -23,6 +24,15 @@ _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken p
 
 class StopRun(RuntimeError):
     """The run ends for a reason that is no mistake of the user's: the message says it and what to do; exit code 3."""
+
+    exit_code = STOPPED
+
+
+class StopNotFinite(StopRun):
+    """A loss or gradient was not finite, and its update was not applied: whoever starts runs may have the step made
+    again, for the machine may have erred; exit code 5."""
+
+    exit_code = NOT_FINITE
 
 
 class RankMistake(ValueError):
@@ -35,7 +45,7 @@ def run_program(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) 
         return main(arguments)
     except StopRun as stop:
         _say_once(str(stop), stop)
-        return STOPPED
+        return stop.exit_code
     except ValueError as error:
         if not _is_ours(error):
             raise

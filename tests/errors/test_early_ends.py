@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from endings import STOPPED, says_one_line
+from endings import NOT_FINITE, says_one_line
 from rank_processes import DEADLINE_SECONDS, Rank, rank_environment, run_pretrain
 from small_run import overrides
 from torch.distributed import TCPStore
@@ -153,7 +153,7 @@ def test_loss_that_is_not_finite_stops_the_run(attempt, tmp_path):
     }
     outcomes = attempt({**settings, "parallel.pipeline": 2}, ranks=2)
     says_one_line(
-        outcomes, STOPPED, "step 2: loss ", "not finite", "its batch is samples 8 to 15", "The last save was step 1"
+        outcomes, NOT_FINITE, "step 2: loss ", "not finite", "its batch is samples 8 to 15", "The last save was step 1"
     )
     told = events(tmp_path / "run")
     assert [event["event"] for event in told][-3:] == ["step", "checkpoint", "incident"]

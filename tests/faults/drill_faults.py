@@ -135,11 +135,11 @@ def _stop_one(life: Life, run: Path, chance: random.Random) -> str | None:
     return None if all(code != 0 for code in life.codes) else "a rank called it success"
 
 
-def _ends_with_3(life: Life, run: Path, chance: random.Random) -> str | None:
-    """The armed fault stops the run by itself."""
+def _ends_by_itself(code: int, life: Life, run: Path, chance: random.Random) -> str | None:
+    """The armed fault stops the run by itself, with this exit code."""
     if not life.end():
         return "the run did not stop"
-    return None if set(life.codes) == {3} else f"codes {life.codes}, not 3"
+    return None if set(life.codes) == {code} else f"codes {life.codes}, not {code}"
 
 
 def _gradient_not_finite(call: int, rank: str) -> None:
@@ -189,10 +189,10 @@ OTHERS = (
     Fault("one rank stopped by the system", _stop_one),
     Fault("killed, newest checkpoint damaged", _damage_the_newest),
     Fault("killed, `latest` cut", _cut_the_pointer),
-    Fault("gradient not finite on one rank", _ends_with_3, partial(_armed, _gradient_not_finite)),
+    Fault("gradient not finite on one rank", partial(_ends_by_itself, 5), partial(_armed, _gradient_not_finite)),
     Fault(
         "bit flipped in one replica",
-        _ends_with_3,
+        partial(_ends_by_itself, 3),
         partial(_armed, _flip_a_bit),
         lambda layout: any(setting.startswith("parallel.data=") for setting in layout),
     ),

@@ -80,7 +80,7 @@ def _gradient_not_finite_at_step_5() -> None:
 def test_gradient_that_is_not_finite_stops_the_run_with_its_place(small_config, tmp_path, whole):
     folder = tmp_path / "run"
     ended = pretrain(1, small_config, settings(folder), tmp_path / "first", fault=_gradient_not_finite_at_step_5)[0]
-    assert ended.exit_code == 3
+    assert ended.exit_code == 5
     assert "step 5" in ended.stderr
     assert "samples 32 to 39" in ended.stderr
     incident = events_of(folder, "incident")[0]

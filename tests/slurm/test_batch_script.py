@@ -29,6 +29,7 @@ exit "$code"
 PYTHON = """#!/bin/bash
 if [[ -e slow ]]; then touch asked; sleep 1; fi
 cat told 2> /dev/null
+if [[ -e states ]]; then echo >> asked_times; sed -n "$(wc -l < asked_times)p" states; fi
 exit "$(cat state)"
 """
 SCONTROL = """#!/bin/bash
@@ -77,6 +78,8 @@ def wait_for(path: Path) -> None:
         (["2+143"], 3, 1, 2),  # what a real srun does: the ranks it ends count more than the one that knew why
         (["3+143"], 3, 1, 3),
         (["1+143", 0], 3, 2, 0),
+        (["5+143", 0], 3, 2, 0),  # not finite: the machine may have erred
+        ([5, 0], 0, 1, 5),
     ],
 )
 def test_crashes_are_restarted_and_mistakes_are_not(batch, tmp_path, codes, restarts, starts, code):
@@ -84,6 +87,17 @@ def test_crashes_are_restarted_and_mistakes_are_not(batch, tmp_path, codes, rest
     ended.communicate(timeout=30)
     assert (ended.returncode, count(tmp_path / "calls")) == (code, starts)
     assert count(tmp_path / "requeues") == 0
+
+
+@pytest.mark.parametrize(("steps", "starts", "code"), [((7, 7, 7, 7), 3, 5), ((7, 7, 8, 8, 9), 6, 0)])
+def test_step_that_is_not_finite_is_tried_three_times(batch, tmp_path, steps, starts, code):
+    """A step that is not finite again and again is no error of the machine; another step is."""
+    # The state is asked for before the first start, after each end with code 5, and at the end.
+    (tmp_path / "states").write_text("".join(f"run: step {step} of 99, saved at 4; last\n" for step in (0, *steps, 99)))
+    ended = batch([*[5 for _ in steps], 0], RESTARTS="9")
+    told, _ = ended.communicate(timeout=30)
+    assert (ended.returncode, count(tmp_path / "calls")) == (code, starts)
+    assert ("not finite 3 times after step 7" in told) == (code == 5)
 
 
 def test_finished_run_starts_nothing(batch, tmp_path):
