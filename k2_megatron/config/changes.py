@@ -67,6 +67,7 @@ HARMLESS = {
     "watchdog.heartbeat_seconds": _HUNG,
     "log.every_steps": _SHOWN,
     "log.layers_every_steps": _SHOWN,
+    "log.phases_every_steps": _SHOWN,
     "log.tensorboard": _SHOWN,
     "log.wandb": _SHOWN,
 }

@@ -2,15 +2,19 @@
 
 import errno
 import os
+import random
 import signal
 import threading
 import time
+from collections import deque
+from statistics import median
 
 import pytest
-from rank_processes import Rank, rank_environment, run_pretrain
+from rank_processes import REPOSITORY, Rank, rank_environment, run_pretrain
 from run_results import events_of
 from torch.distributed import TCPStore
 
+from k2_megatron.config import load_config
 from k2_megatron.config.schema import Watchdog as Settings
 from k2_megatron.train import watchdog
 from k2_megatron.train.watchdog import HUNG, limit_seconds, ranks_behind
@@ -24,6 +28,19 @@ def test_limit_follows_the_recent_steps():
     assert limit_seconds(settings, "step", [0.1] * 50) == 60.0
     assert limit_seconds(settings, "step", [300.0, 0.1]) == 1800.0, "the first steps compile"
     assert limit_seconds(settings, "checkpoint", [25.0] * 50) == 1800.0
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_steps_of_the_large_run_raise_no_alarm_and_a_hang_is_found_within_three_of_them(stage):
+    """10,000 steps of about 25 s, one in 10 half as long again (layers, replicas, phases are measured in them)."""
+    settings = load_config(REPOSITORY / "examples" / "k2_65b" / f"{stage}.toml").watchdog
+    chance, recent = random.Random(1), deque(maxlen=watchdog.RECENT_STEPS)
+    for step in range(10_000):
+        limit = limit_seconds(settings, "step", recent)
+        seconds = 25.0 * chance.lognormvariate(0.0, 0.05) * (1.5 if step % 10 == 9 else 1.0)
+        assert seconds < limit, f"a false alarm at step {step}"
+        assert len(recent) < 3 or limit <= 3 * median(recent) + 10
+        recent.append(seconds)
 
 
 def test_ranks_behind_are_named_with_the_reason():
