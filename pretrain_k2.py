@@ -135,7 +135,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
     )
 
     # Resume from the newest complete checkpoint, whatever layout wrote it
-    step, origin = 0, None
+    step, origin, passed_over = 0, None, 0  # passed_over: steps without an update since the last one
     newest, doubts = find_checkpoint(checkpoints, groups)
     if newest is None:
         refuse_lost_checkpoints(folder)
@@ -148,7 +148,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
         manifest = load_checkpoint(newest, config, groups, chunks, optimizer, device.torch)
         data.resume_at(manifest)
         spikes.resume_at(manifest)
-        step, origin = manifest["step"], manifest.get("origin")
+        step, origin, passed_over = manifest["step"], manifest.get("origin"), manifest.get("passed_over", 0)
         learning_rate, next_sample = learning_rate_at(config, step), config.consumed_samples_at(step)
         journal.write(
             "resume",
@@ -162,7 +162,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
         )
         views.say(resume_report(config, manifest, newest, doubts, found))
     saved_step = kept_step = step  # published; the same, or still being written
-    passed_over, leaving = 0, "--until"
+    leaving = "--until"
     saver = CheckpointWriter(checkpoints, groups, asynchronous=config.checkpoint.asynchronous)
     peak, checkpoint_seconds = peak_bf16_flops(device), 0.0
 
@@ -244,6 +244,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
                 spikes.resume_at(manifest)
                 journal.write("rollback", from_step=step, step=manifest["step"], amendment=amended)
                 step = saved_step = kept_step = manifest["step"]
+                passed_over = manifest["passed_over"]
                 continue
 
         last = step == config.train.steps
@@ -259,7 +260,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
             stop_when_different(compare_replicas(chunks, optimizer, groups), step, saved_step, journal)
             journal.sync()
             data.record_position(step, consumed)
-            facts = {**data.position(), **spikes.position(), "origin": origin}
+            facts = {**data.position(), **spikes.position(), "origin": origin, "passed_over": passed_over}
             began = time.monotonic()
             saver.save(step, config, chunks, optimizer, device.torch, facts)
             checkpoint_seconds = time.monotonic() - began

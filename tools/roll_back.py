@@ -6,7 +6,8 @@
 
 What a run does by itself under spikes.policy, by hand: --before is the first bad step (a dossier's "onset"), --to the
 last one whose batch goes ("trip"). Later checkpoints stay as spiked_step_*; the ledger and the journal get a line.
-Start the run again to go on. Exit code: 0 done, 2 not possible, and nothing was changed.
+Start the run again to go on. Exit code: 0 done; 2 not possible, and nothing was changed; 3 a disk failed
+while it was done: the same command again, when there is room, does what is left.
 """
 
 import argparse
@@ -23,7 +24,11 @@ from k2_megatron.train.spikes.detector import Finding
 from k2_megatron.train.spikes.policy import Decision
 from k2_megatron.train.spikes.rollback import fitting_amendment, set_back
 
-DONE, NOT_POSSIBLE = 0, 2
+DONE, NOT_POSSIBLE, UNFINISHED = 0, 2, 3
+
+
+class Unfinished(Exception):
+    """Going back began, and did not come to its end."""
 
 
 def main() -> int:
@@ -41,11 +46,15 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return NOT_POSSIBLE
+    except Unfinished as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UNFINISHED
     return DONE
 
 
 def roll_back(options: argparse.Namespace) -> str:
-    """Do it; the sentence that tells what was done. ValueError, with nothing changed, where it cannot be."""
+    """Do it; the sentence that tells what was done. ValueError, with nothing changed, where it cannot be; Unfinished
+    where a disk does not take it. In this order: a run started in between reads the same rows again, no others."""
     if not (options.run / CONFIG).is_file():
         raise ValueError(f"{options.run / CONFIG} does not exist: {options.run} is no run folder")
     config = load_config(options.run / CONFIG)
@@ -58,9 +67,15 @@ def roll_back(options: argparse.Namespace) -> str:
         good, data, fields = max(before), open_run_data(config, writer=True), None
         if options.defer or options.skip:
             fields = amendment_by_hand(config, options, good, data)
-        set_back(checkpoints, good)
-        if fields:
-            data.ledger.amend(**fields)
+        try:
+            set_back(checkpoints, good)
+            if fields:
+                data.ledger.amend(**fields)
+        except (ValueError, OSError) as error:
+            raise Unfinished(
+                f"the run may be set back to step {good} already, but its rows are as they were: {error}. Do not "
+                "start it; make room, and give the same command again"
+            ) from None
         journal = Journal(options.run, writer=True)
         reached = max(read_steps(journal.path), default=good)
         journal.write("rollback", from_step=reached, step=good, amendment=fields, reason=by_hand(options.reason))

@@ -38,9 +38,9 @@ def main() -> int:
 def _tell(folder: str, journal: Path, total: int) -> int:
     reached, saved, last = 0, 0, {}
     for event in read_events(journal):
-        if event["event"] in ("step", "resume"):
+        if event["event"] in ("step", "resume", "rollback"):
             reached = event["step"]
-        if event["event"] in ("checkpoint", "resume"):
+        if event["event"] in ("checkpoint", "resume", "rollback"):
             saved = event["step"]
         last = event
     if saved >= total:

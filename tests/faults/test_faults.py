@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def _slowly() -> None:
     Feed.tokens = tokens
 
 
-def _gradient_not_finite_at_step_5() -> None:
+def _gradient_not_finite_at_step_5(calls_spoiled: tuple[int, ...] = (5,)) -> None:
     import k2_megatron.train.step as step
 
     finalize, calls = step.finalize_model_grads, []
@@ -71,7 +72,7 @@ def _gradient_not_finite_at_step_5() -> None:
     def spoiled(model, *arguments, **keywords):
         finalize(model, *arguments, **keywords)
         calls.append(1)
-        if len(calls) == 5:
+        if len(calls) in calls_spoiled:
             next(model[0].parameters()).main_grad.view(-1)[3] = float("nan")
 
     step.finalize_model_grads = spoiled
@@ -109,12 +110,29 @@ def test_gradient_that_is_not_finite_is_passed_over_when_asked(small_config, tmp
     assert steps[6] != steps_of(whole)[6]
 
 
-def _spoil_and_leave() -> None:
+def test_restart_grants_no_more_steps_to_pass_over(small_config, tmp_path):
+    """Step 5 is passed over and saved, step 6 would be the second in a row."""
+    folder, more = tmp_path / "run", ["spikes.not_finite_steps=1", "checkpoint.every_steps=5"]
+    results_of(pretrain(1, small_config, settings(folder, *more), tmp_path / "first", fault=_spoil_and_leave_after_5))
+    assert events_of(folder, "stop")[0]["saved_step"] == 5
+    fault = partial(_gradient_not_finite_at_step_5, (1,))
+    ended = pretrain(1, small_config, settings(folder, *more), tmp_path / "second", fault=fault)[0]
+    assert ended.exit_code == 3, ended.stderr
+    assert "step 6: " in ended.stderr
+
+
+def _spoil_and_leave_after_5() -> None:
+    _spoil_and_leave(5)
+
+
+def _spoil_and_leave(after: int = 6) -> None:
     _gradient_not_finite_at_step_5()
     import pretrain_k2
 
     train = pretrain_k2.train
-    pretrain_k2.train = lambda config, environment, device, until, given: train(config, environment, device, 6, given)
+    pretrain_k2.train = lambda config, environment, device, until, given: train(
+        config, environment, device, after, given
+    )
 
 
 def _journal_unwritable() -> None:

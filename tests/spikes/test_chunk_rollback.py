@@ -1,9 +1,11 @@
 """K2-65B's cure on a real plan: the chunk in which a malignant spike began goes to the end, by itself and by hand."""
 
+import errno
 import importlib.util
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,6 +184,9 @@ def test_going_back_by_hand_as_the_page_says_is_what_the_run_does_by_itself(run,
     (entry,) = Ledger(folder).amendments
     assert entry["reason"].startswith("by hand: ")
     assert (folder / "checkpoints" / "spiked_step_00000048").is_dir()
+    told = tool(f"python tools/run_state.py {folder / 'config.toml'} --set train.steps=48")
+    assert told.returncode == 10, f"what was set back from its end has steps to do: {told.stdout}"
+    assert "step 36 of 48, saved at 36" in told.stdout
     results_of([run("watching", [], harmful_chunk)[1]])
     assert_same(folder, whole)
 
@@ -201,11 +206,40 @@ def test_commands_of_the_page_on_spikes_and_replay_run(whole, tmp_path):
     assert (tmp_path / "spikes.html").is_file()
 
 
-def test_going_back_by_hand_says_what_is_missing_and_changes_nothing(whole, capsys, monkeypatch):
+def loaded_roll_back():
+    """tools/roll_back.py as a module."""
     specification = importlib.util.spec_from_file_location("roll_back", REPOSITORY / "tools" / "roll_back.py")
     assert specification is not None and specification.loader is not None
     roll_back = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(roll_back)
+    return roll_back
+
+
+def test_full_disk_while_going_back_by_hand_is_told_and_the_same_command_does_the_rest(
+    whole, tmp_path, capsys, monkeypatch
+):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    roll_back, before = loaded_roll_back(), (folder / "ledger.jsonl").read_text()
+    arguments = [str(folder), "--before", "61", "--defer", "chunk", "--reason", "x"]
+    monkeypatch.setattr(sys, "argv", ["roll_back.py", *arguments])
+    with monkeypatch.context() as full:
+
+        def write(_self, _line):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        full.setattr(Ledger, "_write", write)
+        assert roll_back.main() == 3
+    assert "give the same command again" in capsys.readouterr().err
+    assert (folder / "ledger.jsonl").read_text() == before
+    assert roll_back.main() == 0
+    assert len(Ledger(folder).amendments) == 2
+    assert (folder / "checkpoints" / "latest").read_text() == "step_00000060\n"
+    assert [event["step"] for event in events_of(folder, "rollback")][-1:] == [60]
+
+
+def test_going_back_by_hand_says_what_is_missing_and_changes_nothing(whole, capsys, monkeypatch):
+    roll_back = loaded_roll_back()
     before = (whole / "ledger.jsonl").read_text()
     for arguments, text in (
         ("--before 12", "no checkpoint from before step 12 is kept"),
