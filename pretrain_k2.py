@@ -244,7 +244,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
                 spikes.resume_at(manifest)
                 journal.write("rollback", from_step=step, step=manifest["step"], amendment=amended)
                 step = saved_step = kept_step = manifest["step"]
-                passed_over = manifest["passed_over"]
+                passed_over = manifest.get("passed_over", 0)  # one that an earlier version saved has none
                 continue
 
         last = step == config.train.steps
