@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def merge(job: Job, tokenizer: Any, max_bad_fraction: float) -> dict[str, Any]:
         }
         write_sealed(manifest_path(job.output(key)), manifest)
         totals["tokens"] += manifest["tokens"]
-    _remove_shards(job, records, keep_tokens=not job.one_file)
+    remove_leftovers(job)
     return totals
 
 
@@ -164,12 +165,14 @@ def _join(job: Job, key: str, shards: list[dict[str, Any]]) -> dict[str, Any]:
     return {**entry, "parts": parts}
 
 
-def _remove_shards(job: Job, records: list[list[dict[str, Any]]], keep_tokens: bool) -> None:
-    for source in [] if keep_tokens else records:
-        for record in source:
-            for entry in record["files"].values():
-                for suffix in (".bin", ".idx", ".xxh3"):
-                    (Path(job.prefix).parent / (entry["name"] + suffix)).unlink(missing_ok=True)
-    shutil.rmtree(job.record_folder)
-    for leftover in glob.glob(glob.escape(job.prefix) + "*.partial"):  # of killed runs
-        Path(leftover).unlink(missing_ok=True)
+def remove_leftovers(job: Job) -> None:
+    """Remove what a job whose manifests are written needs no more: shards that were joined, files that killed runs left
+    open, the records. Other jobs' files stay, also those of a prefix that begins with this one's."""
+    for key in job.keys:
+        output = job.output(key)
+        for path in glob.glob(glob.escape(output) + ".*"):
+            is_shard = re.fullmatch(r"\.\d{5,}\.\d{4,}\.(bin|idx|xxh3)", path[len(output) :])
+            if path.endswith(".partial") or (job.one_file and is_shard):
+                Path(path).unlink(missing_ok=True)
+    if job.record_folder.is_dir():
+        shutil.rmtree(job.record_folder)

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
 from k2_megatron.data.manifest import manifest_path, read_manifest
-from k2_megatron.data.merge import merge
+from k2_megatron.data.merge import merge, remove_leftovers
 from k2_megatron.data.shards import Job, Progress, ShardMaker, Unit, units_of
 
 REJECTS_TO_STOP_EARLY = 1000  # fewer are judged when everything is read
@@ -92,7 +92,8 @@ def preprocess(
 
 
 def _finished(job: Job, maker: ShardMaker) -> dict[str, Any] | None:
-    """The totals of outputs that this very job has already made. ValueError where another job made them."""
+    """The totals of outputs that this very job has already made, and what a kill at its very end left is removed.
+    ValueError where another job made them."""
     paths = [manifest_path(job.output(key)) for key in job.keys]
     if not all(path.is_file() for path in paths):
         return None
@@ -105,6 +106,7 @@ def _finished(job: Job, maker: ShardMaker) -> dict[str, Any] | None:
                 f"{path}: made by another run (other options, tokenizer or sources); remove the outputs of "
                 f"{job.prefix} to make them afresh, or choose another --output-prefix"
             )
+    remove_leftovers(job)
     return {
         "documents": manifests[0]["documents"],
         "rejected": manifests[0]["rejected"],

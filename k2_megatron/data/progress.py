@@ -1,6 +1,7 @@
 """Progress of a long preprocessing on the console: a bar where there is a terminal, else a line now and then.
 
-In: `Progress` of each piece. Out: MB/s (of files on disk), tokens/s, time left, on standard error.
+In: `Progress` of each piece. Out: MB/s (of files on disk), tokens/s, time left, on standard error. Shards of an earlier
+run count as done, not as this run's speed.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ class ConsoleProgress:
 
     def __init__(self, total_bytes: int):
         self.total_bytes = max(1, total_bytes)
-        self.bytes, self.tokens, self.documents = 0, 0, 0
+        self.bytes, self.earlier_bytes, self.tokens, self.documents = 0, 0, 0, 0
         self.start = time.monotonic()
         self.terminal = sys.stderr.isatty()
         self._drawn_at = self.start
 
     def __call__(self, progress: Progress) -> None:
         self.bytes += progress.bytes
+        self.earlier_bytes += progress.bytes if progress.earlier else 0
         self.tokens += progress.tokens
         self.documents += progress.documents
         now = time.monotonic()
@@ -36,9 +38,10 @@ class ConsoleProgress:
     def line(self, now: float) -> str:
         elapsed_seconds = max(1e-9, now - self.start)
         done = min(1.0, self.bytes / self.total_bytes)
-        left = f"{elapsed_seconds / done - elapsed_seconds:6.0f} s left" if done else ""
+        speed = (self.bytes - self.earlier_bytes) / elapsed_seconds
+        left = f"{max(0, self.total_bytes - self.bytes) / speed:6.0f} s left" if speed else ""
         return (
-            f"{done:6.1%}  {self.bytes / 1e6 / elapsed_seconds:7.1f} MB/s  "
+            f"{done:6.1%}  {speed / 1e6:7.1f} MB/s  "
             f"{self.tokens / 1e6 / elapsed_seconds:6.2f} M tokens/s  {self.documents} documents  {left}   "
         )
 

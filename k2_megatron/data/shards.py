@@ -73,13 +73,13 @@ class Unit:
 
 @dataclass
 class Progress:
-    """What one piece added."""
+    """What one piece added, or a shard that is there already."""
 
     bytes: int  # of the file on disk
-    documents: int
+    documents: int  # that were read, rejected ones included
     rejected: int
     tokens: int
-    shard_done: bool = False
+    earlier: bool = False  # made by an earlier run
 
 
 def units_of(job: Job) -> list[Unit]:
@@ -135,13 +135,15 @@ class ShardMaker:
         """Make what is missing of a unit's shards; `report` is called for every piece."""
         source = self.job.sources[unit.source]
         shard = unit.first_shard
+        consumed = shard * self.job.shard_bytes if source.splittable else 0
         while record := read_record(self.job, unit.source, shard, self.fingerprint):
-            report(Progress(record["disk_bytes"], record["documents"], len(record["rejected"]), 0, shard_done=True))
+            rejected = len(record["rejected"])
+            report(Progress(record["disk_bytes"], record["documents"] + rejected, rejected, 0, earlier=True))
+            consumed += record["disk_bytes"]
             if record["last"] or shard == unit.last_shard:
                 return
             shard += 1
         open_shard = _OpenShard(self, unit.source, shard)
-        consumed = shard * self.job.shard_bytes if source.splittable else 0
         for piece in pieces(source, self.job.keys, self.job.shard_bytes, shard, unit.last_shard):
             while open_shard.number < piece.shard:
                 open_shard.close(last=False)
@@ -150,7 +152,6 @@ class ShardMaker:
             report(Progress(piece.consumed - consumed, piece.lines - len(piece.blank), len(piece.rejected), tokens))
             consumed = piece.consumed
         open_shard.close(last=unit.last_shard is None or unit.last_shard == self._last_shard(source))
-        report(Progress(0, 0, 0, 0, shard_done=True))
 
     def _last_shard(self, source: Source) -> int:
         return max(1, -(-source.size // self.job.shard_bytes)) - 1

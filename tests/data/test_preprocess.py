@@ -163,6 +163,61 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path, corpus, toy_tok
     assert len(encoded) <= max(0, whole - finished), "finished shards were made again"
 
 
+@pytest.mark.parametrize("one_file", [True, False])
+def test_a_run_killed_while_it_tidies_up_tidies_up_the_next_time(tmp_path, corpus, toy_tokenizer, one_file):
+    settings = {"shard_bytes": 9000, "one_file": one_file}
+    run(corpus, toy_tokenizer, tmp_path / "clean" / "x", **settings)
+    removed = []
+
+    def unlink(path, *, real=os.unlink, **arguments):
+        removed.append(path)
+        if len(removed) == 5:
+            raise Killed
+        real(path, **arguments)
+
+    with mock.patch.object(os, "unlink", unlink), pytest.raises(Killed):
+        run(corpus, toy_tokenizer, tmp_path / "killed" / "x", **settings)
+    assert (tmp_path / "killed/x_text_document.manifest.json").is_file()
+    run(corpus, toy_tokenizer, tmp_path / "killed" / "x", **settings)
+    assert outputs(tmp_path / "killed") == outputs(tmp_path / "clean")
+    assert not (tmp_path / "killed/x.shards").exists()
+
+
+def test_a_merge_leaves_the_open_files_of_other_jobs(tmp_path, corpus, toy_tokenizer):
+    """Of a prefix that begins with this one's, of a key that begins with this one's; its own go."""
+    others = ["x2_text_document.00000.0000.bin", "x_text_document2_document.manifest.json", "x_more.shards"]
+    others = [f"{name}.0a1b2c3d.partial" for name in others]
+    own = ["x_text_document.00000.0000.bin.0a1b2c3d.partial", "x_text_document.manifest.json.0a1b2c3d.partial"]
+    for name in others + own:
+        (tmp_path / name).touch()
+    run(corpus, toy_tokenizer, tmp_path / "x", shard_bytes=9000)
+    assert sorted(path.name for path in tmp_path.glob("*.partial")) == sorted(others)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_resumed_run_reports_what_the_clean_one_did(tmp_path, speeches, toy_tokenizer, name):
+    """Documents with the rejected ones, and every byte once: --max-bad-fraction and the bar go by them."""
+    content = b"broken\n" + "".join(json.dumps({"text": text}) + "\n" for text in speeches[:9]).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+
+    def totals(prefix):
+        reports = []
+        job = make_job([tmp_path / name], toy_tokenizer, prefix, shard_bytes=9000)
+        preprocess(job, workers=1, max_bad_fraction=0.1, report=reports.append)
+        return [sum(getattr(one, field) for one in reports) for field in ("bytes", "documents", "rejected")]
+
+    def dies_at_the_third_record(source, target, *, real=os.replace):
+        if "0002.json" in str(target):
+            raise Killed
+        real(source, target)
+
+    clean = totals(tmp_path / "clean")
+    assert clean[1:] == [10, 1]
+    with mock.patch.object(os, "replace", dies_at_the_third_record), pytest.raises(Killed):
+        totals(tmp_path / "killed")
+    assert totals(tmp_path / "killed") == clean
+
+
 def counting(encode, calls):
     def counted(self, texts, where):
         calls.append(where)
