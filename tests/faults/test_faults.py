@@ -117,7 +117,7 @@ def test_restart_grants_no_more_steps_to_pass_over(small_config, tmp_path):
     assert events_of(folder, "stop")[0]["saved_step"] == 5
     fault = partial(_gradient_not_finite_at_step_5, (1,))
     ended = pretrain(1, small_config, settings(folder, *more), tmp_path / "second", fault=fault)[0]
-    assert ended.exit_code == 3, ended.stderr
+    assert ended.exit_code == 5, ended.stderr
     assert "step 6: " in ended.stderr
 
 
