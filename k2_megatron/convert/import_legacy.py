@@ -66,7 +66,7 @@ def import_legacy(options: ImportOptions, *, optimizer: bool) -> Path:
         options.pipeline,
         objects=empty_extra_state(source.shape),
     )
-    check_layout(job)
+    check_layout(source.shape, options.tensor, options.pipeline)
     with sole_writer(job.folder):
         require_new(options.save, step)  # again: another may have finished before the lock was ours
         return _write_proved(options, job, source, config)

@@ -57,7 +57,7 @@ def import_hugging_face(options: ImportOptions) -> Path:
         options.pipeline,
         objects=empty_extra_state(facts.shape),
     )
-    check_layout(job)
+    check_layout(facts.shape, options.tensor, options.pipeline)
     with sole_writer(job.folder):
         require_new(options.save, 0)  # again: another may have finished before the lock was ours
         return _write_proved(options, job, source, facts, config)

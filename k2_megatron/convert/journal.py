@@ -29,6 +29,9 @@ def sole_writer(folder: Path) -> Iterator[None]:
     ConversionError when another process is at work there. The lock is a file of its own: the folder leaves its name in
     between, and the journal is removed.
     """
+    existing = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not existing.is_dir():
+        raise ConversionError(f"{existing} is no folder; give another --save")
     make_folder(folder.parent)
     path = folder.with_name(f"{folder.name}.lock")
     with path.open("a") as lock:

@@ -8,6 +8,7 @@ from pathlib import Path
 from k2_megatron.config import Config
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.journal import sole_writer
+from k2_megatron.convert.model_facts import ModelFacts
 from k2_megatron.convert.record import carry_record, require_own_record, versions
 from k2_megatron.convert.to_torch_dist import TorchDistJob
 from k2_megatron.convert.torch_dist import TorchDistSource, checkpoint_folder, read_manifest
@@ -22,6 +23,7 @@ def reshard(load: Path, save: Path, tensor: int, pipeline: int, workers: int) ->
     folder = checkpoint_folder(load)
     manifest = read_manifest(folder)
     require_new(save, manifest["step"])
+    check_layout(ModelFacts.from_config(manifest["config"]["model"]).shape, tensor, pipeline)
     with sole_writer(aside_folder(save, manifest["step"])):
         require_new(save, manifest["step"])  # again: another may have finished before the lock was ours
         return _reshard(folder, manifest, save, tensor, pipeline, workers)
@@ -42,7 +44,6 @@ def _reshard(folder: Path, manifest: dict, save: Path, tensor: int, pipeline: in
         source.implementation,
         {key: source.object_bytes(key) for key in source.stored.objects},
     )
-    check_layout(job)
     facts = {key: value for key, value in manifest.items() if key not in _KEPT_OUT}
     facts["chunks"] = f"tp{tensor}-pp{pipeline}"
     facts["resharded"] = {"source": str(folder.resolve()), "versions": versions()}

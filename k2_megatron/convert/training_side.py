@@ -15,6 +15,7 @@ from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.fingerprint import as_text
 from k2_megatron.convert.journal import JOURNAL
 from k2_megatron.convert.logits import Proof
+from k2_megatron.convert.names import Shape
 from k2_megatron.convert.numbers import Rounding
 from k2_megatron.convert.to_torch_dist import TorchDistJob
 from k2_megatron.convert.torch_dist import TorchDistSource
@@ -110,9 +111,8 @@ def require_new(run_folder: Path, step: int) -> None:
         raise ConversionError(f"{run_folder} is no folder; give another --save")
 
 
-def check_layout(job: TorchDistJob) -> None:
-    """ConversionError unless every tensor rank and stage gets an equal share."""
-    shape, tensor = job.source.shape, job.tensor_parallel
+def check_layout(shape: Shape, tensor: int, pipeline: int) -> None:
+    """ConversionError unless every one of `tensor` ranks and `pipeline` stages gets an equal share."""
     uneven = [
         f"{name} {size}"
         for name, size in (
@@ -125,5 +125,5 @@ def check_layout(job: TorchDistJob) -> None:
     ]
     if uneven:
         raise ConversionError(f"--tensor {tensor} does not divide {', '.join(uneven)}")
-    if shape.layers % job.pipeline_parallel:
-        raise ConversionError(f"--pipeline {job.pipeline_parallel} does not divide {shape.layers} layers")
+    if shape.layers % pipeline:
+        raise ConversionError(f"--pipeline {pipeline} does not divide {shape.layers} layers")

@@ -59,7 +59,7 @@ def test_what_is_no_checkpoint_is_called_so(sound: Path, tmp_path: Path, command
 
 SAVED = {
     "a-file": ("file", "exists; remove it or give another --save|is no folder; give another --save"),
-    "below-a-file": ("file/below", "file/.*: Not a directory"),
+    "below-a-file": ("file/below", "file is no folder; give another --save"),
     "a-run-with-checkpoints": ("run", "exists; remove it or give another --save"),
 }
 
