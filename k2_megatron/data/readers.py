@@ -16,13 +16,12 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
 from k2_megatron.data.json_lines import Piece, parse_lines, take_texts
 
 PIECE_BYTES = 8 << 20
 READ_BYTES = 1 << 20
-ZSTANDARD_READ_BYTES = 16 << 10  # what they decompress to is in memory at once
 MAX_DOCUMENT_BYTES = 64 << 20  # a longer line is rejected, so that a worker's memory stays bounded
 KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "txt"}
 COMPRESSIONS = (".gz", ".zst", ".xz")
@@ -100,44 +99,10 @@ def decompressed(source: Source, raw: IO[bytes]) -> IO[bytes]:
     if source.compression == ".xz":
         return lzma.open(raw, "rb")
     if source.compression == ".zst":
+        from k2_megatron.data.zstandard_file import ZstandardFile
+
         return cast(IO[bytes], io.BufferedReader(ZstandardFile(raw), READ_BYTES))
     return raw
-
-
-class ZstandardFile(io.RawIOBase):
-    """The uncompressed bytes of zstandard frames, for reading forward. EOFError where the last frame is cut short: the
-    library's own reader takes such a file for whole."""
-
-    def __init__(self, raw: IO[bytes]):
-        import zstandard
-
-        self._raw, self._context = raw, zstandard.ZstdDecompressor()
-        self._frame: Any = None  # the frame that is open, None between two
-        self._compressed, self._ready = b"", memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        import zstandard
-
-        while not self._ready:
-            self._compressed = self._compressed or self._raw.read(ZSTANDARD_READ_BYTES)
-            if not self._compressed:
-                if self._frame is not None:
-                    raise EOFError("the file ends inside a zstandard frame")
-                return 0
-            self._frame = self._frame or self._context.decompressobj()
-            try:
-                self._ready = memoryview(self._frame.decompress(self._compressed))
-            except zstandard.ZstdError as error:
-                raise ValueError(error) from None
-            self._compressed = self._frame.unused_data
-            if self._frame.eof:
-                self._frame = None
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
 
 
 def pieces(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import lzma
+import random
+import tracemalloc
 
 import pyarrow as arrow
 import pytest
@@ -16,6 +19,7 @@ from pyarrow import parquet
 from k2_megatron.data import readers
 from k2_megatron.data.json_lines import parse_lines
 from k2_megatron.data.readers import documents, find_sources, pieces
+from k2_megatron.data.zstandard_file import ZstandardFile
 
 TEXTS = ["one", "", "two\nlines", "naïve 🙂 <s>", "x" * 500, "last"]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
@@ -186,9 +190,55 @@ def test_a_file_of_another_kind_than_its_name_says_is_named(tmp_path, name):
         list(documents(find_sources([str(tmp_path)]), "text"))
 
 
-def test_zstandard_in_pieces_of_any_size(tmp_path, monkeypatch):
-    path = tmp_path / "a.jsonl.zst"
-    path.write_bytes(zstandard.compress(LINES * 20) + zstandard.compress(b"") + zstandard.compress(LINES))
-    for size in (1, 7, 1 << 14):
-        monkeypatch.setattr(readers, "ZSTANDARD_READ_BYTES", size)
-        assert list(documents(find_sources([str(path)]), "text")) == TEXTS * 21
+def zstandard_frames(content: bytes) -> bytes:
+    """Frames of every make: with and without size, checksum, blocks; raw, repeated and compressed; skippable; empty."""
+    parameters = zstandard.ZstdCompressionParameters
+    makes = [(True, True, 17), (True, False, 17), (False, True, 10), (False, False, 10), (False, True, 22)]
+    frames = [b"\x53\x2a\x4d\x18\x05\x00\x00\x00other"]
+    for size, checksum, window in makes:
+        settings = parameters(write_content_size=size, write_checksum=checksum, window_log=window)
+        stream = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+        frames.append(stream.compress(content) + stream.flush())
+    return b"".join([*frames, zstandard.compress(b""), zstandard.compress(content, 19)])
+
+
+def test_zstandard_frames_of_every_make():
+    noise, lines = random.Random(0).randbytes(300_000), LINES * 500
+    content = lines + noise + b" " * 700_000
+    file = ZstandardFile(io.BytesIO(zstandard_frames(content)))
+    assert io.BufferedReader(file, 1000).read() == content * 6
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_a_zstandard_file_cut_or_changed_anywhere_is_found(seed):
+    draw = random.Random(seed)
+    settings = zstandard.ZstdCompressionParameters(write_checksum=True)
+    frame = zstandard.ZstdCompressor(compression_params=settings).compress(LINES * 40)
+    whole = bytearray(frame + frame)
+    if seed % 2:
+        place = draw.randrange(len(whole))
+        whole[place] ^= 1 << draw.randrange(8)
+        error = (ValueError, EOFError)
+    else:
+        del whole[draw.choice([0, len(frame)]) + draw.randrange(1, len(frame)) :]
+        error = EOFError
+    try:
+        content = ZstandardFile(io.BytesIO(whole)).readall()
+    except error:
+        return
+    assert seed % 2, "cut and not found"
+    assert content == LINES * 80  # of a header, bits that mean nothing or ask for a larger window
+
+
+def test_zstandard_gives_bounded_content_at_a_time():
+    """16 KiB of it may hold half a GiB."""
+    packed = zstandard.compress(bytes(256 << 20))
+    assert len(packed) < 16 << 10
+    tracemalloc.start()
+    try:
+        file = io.BufferedReader(ZstandardFile(io.BytesIO(packed)), readers.READ_BYTES)
+        assert file.read(3 << 20) == bytes(3 << 20)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 << 20
