@@ -6,6 +6,7 @@
 Losses, gradient norms and samples of every step up to the first saved one at or after N are compared, and there the
 fingerprint of the weights. A difference means that one of the two computations went wrong in the machine (silent
 corruption), or that something in the run is not deterministic: replay again, on other nodes, to tell which.
+Steps are repeated in the layout, and on the device and with the kernels, that computed them: others round otherwise.
 The run itself is only read: what is trained goes to a folder aside. Exit code: 0 equal, 1 different, 2 not possible.
 """
 
@@ -17,8 +18,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from k2_megatron.config import load_config
 from k2_megatron.runtime.durable import write_file
 from k2_megatron.train.checkpoint_files import complete_checkpoints, step_of
+from k2_megatron.train.checkpoint_state import layout_name
 from k2_megatron.train.journal import JOURNAL, read_events, read_steps
 from k2_megatron.train.run_folder import CONFIG
 
@@ -54,6 +57,17 @@ def replay(run: Path, step: int, launch: list[str], kept: Path | None) -> int:
         raise ValueError(f"no checkpoint from before step {step} is kept in {run / 'checkpoints'}")
     start, weights = before[0], saved_weights(journal)
     end = min((saved for saved in weights if step <= saved and saved in told), default=step)
+    steps, starts = range(step_of(start) + 1, end + 1), starts_of(journal)
+    layouts, now = (
+        {starts[number]["layout"] for number in steps if number in starts},
+        layout_name(load_config(run / CONFIG)),
+    )
+    if layouts - {now}:
+        raise ValueError(
+            f"steps {steps[0]} to {end} were computed in layout {' and '.join(sorted(layouts))}, and {run / CONFIG} "
+            f"says {now}: another layout rounds otherwise. Choose a step that {now} computed, or start the run in the "
+            "other one"
+        )
     with tempfile.TemporaryDirectory(prefix="replay_") as scratch:
         folder = kept or Path(scratch)
         prepare(run, start, folder)
@@ -65,7 +79,34 @@ def replay(run: Path, step: int, launch: list[str], kept: Path | None) -> int:
         if code:
             raise ValueError(f"the replay itself ended with exit code {code}; what it said stands above")
         again = read_steps(folder / JOURNAL)
-        return compare(told, again, step_of(start), end, weights.get(end), saved_weights(folder / JOURNAL).get(end))
+        found = compare(told, again, step_of(start), end, weights.get(end), saved_weights(folder / JOURNAL).get(end))
+        if found == DIFFERENT:
+            refuse_other_machines(steps, starts, starts_of(folder / JOURNAL))
+        return found
+
+
+def starts_of(journal: Path) -> dict[int, dict]:
+    """{step: the "start" event of the processes that computed it last}."""
+    starts, start = {}, None
+    for event in read_events(journal):
+        if event["event"] == "start":
+            start = event
+        elif event["event"] == "step" and start is not None:
+            starts[event["step"]] = start
+    return starts
+
+
+def refuse_other_machines(steps: range, starts: dict[int, dict], again: dict[int, dict]) -> None:
+    """ValueError where other devices or kernels repeated the steps: they may differ, and nothing is wrong."""
+    for step in steps:
+        if step in starts and step in again and (was := computed_by(starts[step])) != (now := computed_by(again[step])):
+            raise ValueError(f"no judgement: step {step} was computed by {was}, and repeated by {now}; use the former")
+
+
+def computed_by(start: dict) -> str:
+    """Device and kernels of a "start" event, without the reasons for choosing them."""
+    kernels = ", ".join(f"{op} {choice.split(':')[0]}" for op, choice in sorted(start["kernels"].items()))
+    return f"{start['device']} ({kernels})"
 
 
 def saved_weights(journal: Path) -> dict[int, str]:

@@ -1,7 +1,7 @@
 """One training step, and one evaluation, through megatron-core's pipeline schedules.
 
 In:  model chunks, optimizer, a feed of token rows, and the step's numbers, which are all functions of the step.
-Out: a `StepResult` that is equal on every rank.
+Out: a `StepResult` that is equal on every rank, but for the wait for rows.
 """
 
 import math

@@ -215,6 +215,19 @@ def test_replay_finds_a_flipped_weight_bit(small_config, tmp_path, whole):
     assert "\nstep 4: " not in found.stdout
     assert "step 6: the weights had fingerprint" in found.stdout
 
+    # What other machines or another layout computed is not judged.
+    journal = folder / "journal.jsonl"
+    text = journal.read_text()
+    journal.write_text(text.replace('"adamw": "', '"adamw": "another, '))
+    other = replay(folder, 5)
+    assert other.returncode == 2, other.stdout + other.stderr
+    assert "adamw another, " in other.stderr and ", and repeated by " in other.stderr
+    journal.write_text(text.replace('"layout": "tp1-', '"layout": "tp2-'))
+    other = replay(folder, 5)
+    assert other.returncode == 2, other.stdout + other.stderr
+    assert "computed in layout tp2-pp1-vp1-cp1-dp1" in other.stderr and "says tp1-pp1-vp1-cp1-dp1" in other.stderr
+    journal.write_text(text)
+
     missing = replay(folder, 50)
     assert missing.returncode == 2
     assert "step 50 is not in" in missing.stderr
