@@ -82,10 +82,14 @@ def _write_proved(options: ImportOptions, job: TorchDistJob, source: LegacyK2Sou
             f"the old run had consumed {consumed:,} samples at iteration {step}; by {options.config} it is "
             f"{config.consumed_samples_at(step):,}, and training goes on from there"
         )
+    if consumed is None:
+        consumed = config.consumed_samples_at(step)
+    updates = step if source.updates is None else source.updates
     beginning = {
         "step": step,
-        "consumed_samples": consumed if consumed is not None else config.consumed_samples_at(step),
-        "consumed_tokens": (consumed or 0) * source.facts.context,
+        "optimizer_step": updates if "exp_avg" in source.dtypes else 0,  # moments of zeros are Adam's beginning
+        "consumed_samples": consumed,
+        "consumed_tokens": consumed * source.facts.context,
         "layout": f"legacy-tp{source.tensor_parallel}-pp{source.pipeline_parallel}",
         "data": None,
         "legacy": {"source": str(options.load.resolve()), "versions": versions()},

@@ -136,9 +136,10 @@ def _stored(file: str, tensor: Any, path: Path) -> StoredTensor:
 
 
 def _adam(file: str, optimizer: dict[str, Any], path: Path) -> dict[str, Any]:
-    """{"groups": numbers by group, "main": fp32 parameters by group, "state": moments by number}."""
+    """{"groups": numbers by group, "main": fp32 parameters by group, "state": moments by number, "updates": count}."""
     try:
         return {
+            "updates": _updates(optimizer["optimizer"], path),
             "groups": [group["params"] for group in optimizer["optimizer"]["param_groups"]],
             "main": [[_stored(file, t, path) for t in group] for group in optimizer["fp32_from_fp16_params"]],
             "state": {
@@ -151,6 +152,29 @@ def _adam(file: str, optimizer: dict[str, Any], path: Path) -> dict[str, Any]:
             f"{path}: its optimizer is not the fp32-parameters optimizer that K2 used (a distributed one?); convert "
             "without it (--no-optimizer)"
         ) from None
+
+
+def _updates(adam: dict[str, Any], path: Path) -> int | None:
+    """How many updates Adam counts, in its groups (apex) or with each tensor's moments (torch); None if it does not.
+
+    Fewer than iterations where updates were skipped. ConversionError when tensors were updated unequally often.
+    """
+    holders = (*adam["param_groups"], *adam["state"].values())
+    found = {_number(holder["step"], path) for holder in holders if holder.get("step") is not None}
+    if len(found) > 1:
+        raise ConversionError(
+            f"{path}: Adam made {' and '.join(map(str, sorted(found)))} updates of different tensors; one count is "
+            "read, convert without it (--no-optimizer)"
+        )
+    return found.pop() if found else None
+
+
+def _number(value: Any, path: Path) -> int:
+    if not isinstance(value, torch.Tensor):
+        return int(value)
+    position = value.untyped_storage()._checkpoint_offset  # a fake tensor has no value of its own
+    dtype = str(value.dtype).removeprefix("torch.")
+    return int(np.fromfile(path, dtype, 1, offset=position + int(value.storage_offset()) * value.element_size())[0])
 
 
 def _allowed() -> list:

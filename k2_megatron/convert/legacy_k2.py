@@ -59,6 +59,7 @@ class LegacyK2Source:
         self.dtypes: dict[Kind, str] = {"weights": first.dtype}
         if first.optimizer is not None:
             self.dtypes.update(dict.fromkeys(OPTIMIZER_KINDS, "float32"))
+        self.updates: int | None = first.optimizer and first.optimizer["updates"]
         self._require_even(first.path)
         self._files = OpenFiles(folder)
         self._stored: dict[tuple[int, int], dict[tuple[Kind, Home], StoredTensor]] = {}
@@ -200,6 +201,11 @@ class LegacyK2Source:
             raise ConversionError(f"{self.folder}: some files hold Adam's state, others not (--no-optimizer leaves it)")
         stored: dict[tuple[Kind, Home], StoredTensor] = {("weights", home): found[home] for home in homes}
         if file.optimizer is not None:
+            if file.optimizer["updates"] != self.updates:
+                raise ConversionError(
+                    f"{file.path}: Adam made {file.optimizer['updates']} updates, that of other ranks {self.updates}: "
+                    "files of several runs were mixed"
+                )
             stored.update(_adam_tensors(file, {home: found[home] for home in homes}))
         return stored
 

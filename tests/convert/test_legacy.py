@@ -1,5 +1,6 @@
 """from-k2-legacy: shards written in the old format from a known model, with its Adam state, under several layouts."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from k2_megatron.convert.legacy_model import LegacyModel
 from k2_megatron.convert.logits import Bound, compare_logits
 from k2_megatron.convert.model_facts import ModelFacts
 from k2_megatron.convert.names import Entry, Place, places
+from k2_megatron.convert.torch_dist import read_manifest
 from k2_megatron.convert.transformers_model import TransformersModel
 
 LAYOUTS = [(1, 1, 1, 3), (2, 3, 1, 3), (2, 2, 2, 8)]  # tensor, pipeline, virtual pipeline, layers
@@ -147,11 +149,28 @@ def swap_states(state: dict) -> None:
             "differs between tensor ranks",
         ),
         (lambda s: s["optimizer"].pop("fp32_from_fp16_params"), "a distributed one"),
+        (lambda s: _steps_in_groups(s, 934), "Adam made 934 updates, that of other ranks 941"),
+        (
+            lambda s: s["optimizer"]["optimizer"]["param_groups"][0].update(step=9),
+            "Adam made 9 and 941 updates of diff",
+        ),
         (lambda s: s.update(checkpoint_version=1.0), "has checkpoint_version 1.0"),
         (lambda s: s.pop("model"), "holds neither model nor model0"),
         (lambda s: s.pop("args"), "lacks the arguments"),
     ],
-    ids=["order", "iteration", "missing", "unknown", "mixed", "optimizer", "version", "no-model", "no-arguments"],
+    ids=[
+        "order",
+        "iteration",
+        "missing",
+        "unknown",
+        "mixed",
+        "optimizer",
+        "updates",
+        "uneven",
+        "version",
+        "no-model",
+        "no-arguments",
+    ],
 )
 def test_shards_that_do_not_belong_together_are_refused(tmp_path: Path, edit, text: str) -> None:
     folder = legacy_folder(tmp_path)
@@ -159,6 +178,35 @@ def test_shards_that_do_not_belong_together_are_refused(tmp_path: Path, edit, te
     with pytest.raises(ConversionError, match=text):
         import_legacy(options(tmp_path), optimizer=True)
     assert not list((tmp_path / "run").glob("checkpoints/step_*"))
+
+
+def _steps_in_groups(state: dict, updates: int) -> None:
+    for group in state["optimizer"]["optimizer"]["param_groups"]:
+        group["step"] = updates
+
+
+def _steps_beside_moments(state: dict, updates: int) -> None:
+    """As torch's Adam has them."""
+    for group in state["optimizer"]["optimizer"]["param_groups"]:
+        del group["step"]
+    for moments in state["optimizer"]["optimizer"]["state"].values():
+        moments["step"] = torch.tensor(float(updates))
+
+
+@pytest.mark.parametrize("place", [_steps_in_groups, _steps_beside_moments])
+def test_adams_own_count_and_the_configurations_samples_come_along(tmp_path: Path, place: Callable) -> None:
+    """7 of 941 updates were skipped, and the old run did not store its samples."""
+    folder = legacy_folder(tmp_path, 2, 3)
+    for path in folder.glob("*/*.pt"):
+        change(path, lambda state: (place(state, 934), delattr(state["args"], "consumed_train_samples")))
+    manifest = read_manifest(import_legacy(options(tmp_path), optimizer=True))
+    assert (manifest["step"], manifest["optimizer_step"]) == (941, 934)
+    assert (manifest["consumed_samples"], manifest["consumed_tokens"]) == (
+        941,
+        941 * 32,
+    )  # a sample a step by start.toml
+    weights_alone = import_legacy(replace(options(tmp_path), save=tmp_path / "weights-alone"), optimizer=False)
+    assert read_manifest(weights_alone)["optimizer_step"] == 0
 
 
 def test_missing_rank_is_named(tmp_path: Path) -> None:
