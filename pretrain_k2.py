@@ -229,6 +229,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
         spike = spikes.observe(event, result.sample_losses) if result.updated else None
         if spike:
             if spike.kind == "malignant":  # what is decided on is what stays: no save, and no retention, comes between
+                watchdog.at("checkpoint", step)
                 saved_step = tell_of_save(saver.wait(), config, journal, checkpoints, spikes) or saved_step
             decision = decide_together(config, spike, checkpoints, data)
             dossier = spikes.write_dossier(spike, data.train, decision.reason)
