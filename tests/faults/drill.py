@@ -2,7 +2,8 @@
 
     python tests/faults/drill.py --kills 50 --others 12 --folder /tmp/drill     `make drill`; ends with a table
 
-In:  a configuration, how many kills and how many other faults, a seed. Each life of the run is a set of rank processes.
+In:  a configuration, how many kills and how many other faults, a seed. Each life of the run is a set of rank processes;
+every other one saves in the background.
 Out: for each fault how often it was tried and survived, the steps that had to be repeated, the seconds until training
 went on, and what was lost (nothing).
 """
@@ -107,7 +108,8 @@ def _one_run(config, settings, world_size: int, run: Path, left: list[Fault], ch
         fault = left[0] if left else None
         arm = fault.arm(chance) if fault and fault.arm else None
         known = len(events_of(run, "step"))
-        life = Life(config, settings, world_size, run.with_name(f"{run.name}_output_{number}"), arm)
+        saving = f"checkpoint.asynchronous={'true' if number % 2 else 'false'}"  # each life in turn
+        life = Life(config, [*settings, saving], world_size, run.with_name(f"{run.name}_output_{number}"), arm)
         while len(events_of(run, "step")) == known and not life.ended:
             time.sleep(0.01)
         if wounds and len(wounds[-1].row.seconds) < wounds[-1].row.tried:

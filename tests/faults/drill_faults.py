@@ -95,23 +95,42 @@ def _kill(life: Life, run: Path, chance: random.Random, *, every: bool, saving: 
     return None if all(code != 0 for code in life.codes) else "a rank called it success"
 
 
+def _flip(path: Path, _older: Path, chance: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    path.write_bytes(content)
+
+
+def _cut(path: Path, _older: Path, chance: random.Random) -> None:
+    os.truncate(path, chance.randrange(path.stat().st_size))
+
+
+def _lose(path: Path, _older: Path, _chance: random.Random) -> None:
+    path.unlink()
+
+
+def _exchange(path: Path, older: Path, _chance: random.Random) -> None:
+    """The file of the same name of the checkpoint before, or none where that has none."""
+    other = older / path.name
+    path.write_bytes(other.read_bytes()) if other.exists() else path.unlink()
+
+
 def _damage_the_newest(life: Life, run: Path, chance: random.Random) -> str | None:
-    """Kill the run; flip a byte of a file of its newest checkpoint, when there is one before."""
+    """Kill the run; damage a file of its newest checkpoint, in one of four ways, when there is one before."""
     complaint = _kill(life, run, chance, every=True, saving=False)
     folders = complete_checkpoints(run / "checkpoints")
     if len(folders) > 1:
         path = chance.choice(sorted(folders[0].iterdir()))
-        content = bytearray(path.read_bytes())
-        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
-        path.write_bytes(content)
+        chance.choice((_flip, _cut, _lose, _exchange))(path, folders[1], chance)
     return complaint
 
 
-def _cut_the_pointer(life: Life, run: Path, chance: random.Random) -> str | None:
+def _damage_the_pointer(life: Life, run: Path, chance: random.Random) -> str | None:
     complaint = _kill(life, run, chance, every=True, saving=False)
     pointer = run / "checkpoints" / "latest"
     if pointer.exists():
-        pointer.write_text(pointer.read_text()[: chance.randrange(10)])
+        wrong = (pointer.read_text()[: chance.randrange(10)], "step_00009999\n", chance.randbytes(14).hex())
+        pointer.write_text(chance.choice(wrong))
     return complaint
 
 
@@ -188,7 +207,7 @@ OTHERS = (
     Fault("one rank asked to stop (TERM, USR1, INT)", _ask),
     Fault("one rank stopped by the system", _stop_one),
     Fault("killed, newest checkpoint damaged", _damage_the_newest),
-    Fault("killed, `latest` cut", _cut_the_pointer),
+    Fault("killed, `latest` cut, ahead or garbage", _damage_the_pointer),
     Fault("gradient not finite on one rank", partial(_ends_by_itself, 5), partial(_armed, _gradient_not_finite)),
     Fault(
         "bit flipped in one replica",

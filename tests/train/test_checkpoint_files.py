@@ -85,6 +85,39 @@ def test_missing_pointer_takes_the_newest_and_says_so(saved):
     assert (folder.name, doubt) == ("step_00000010", f"{checkpoints / 'latest'} is missing")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"\n", b" \n\n", b"\x00" * 14, b"\xff\xfe\x80"),  # empty, of spaces, zeroed by a power cut, garbage
+        *(b"step_00000003"[:cut] for cut in (1, 4, 5, 8, 12)),
+        *(b"step_00000005\n", b"step_00000099\n", b"step_00000001\n"),  # ahead of the files, behind them
+        *(b"step_3\n", b"step_000000003\n", b"STEP_00000003\n", b"3\n"),
+        *(b".\n", b"../elsewhere\n", b"/tmp\n", b"damaged_step_00000003\n", b".step_00000003.writing\n"),
+        *(b"step_00000003 step_00000002\n", b"step_00000002/../step_00000003\n"),
+    ],
+)
+def test_pointer_that_names_no_checkpoint_takes_the_newest_and_says_so(saved, content):
+    checkpoints = saved(2, 3)
+    for name in ("damaged_step_00000003", ".step_00000003.writing", "step_00000005"):  # the last without a manifest
+        (checkpoints / name).mkdir()
+    (checkpoints / "latest").write_bytes(content)
+    folder, doubt = latest_checkpoint(checkpoints)
+    assert folder == checkpoints / "step_00000003"
+    assert "which is no complete checkpoint" in doubt
+
+
+def test_pointer_that_is_a_folder_or_leads_nowhere_takes_the_newest(saved):
+    checkpoints = saved(2, 3)
+    (checkpoints / "latest").unlink()
+    (checkpoints / "latest").mkdir()
+    assert latest_checkpoint(checkpoints)[0] == checkpoints / "step_00000003"
+    (checkpoints / "latest").rmdir()
+    (checkpoints / "latest").symlink_to("nowhere")
+    folder, doubt = latest_checkpoint(checkpoints)
+    assert folder == checkpoints / "step_00000003"
+    assert "is missing" in doubt
+
+
 def test_pointer_to_nothing_with_no_other_is_an_error(tmp_path):
     (tmp_path / "latest").write_text("")
     with pytest.raises(CheckpointError, match="holds no other; put a checkpoint back, or remove the folder"):
