@@ -13,15 +13,16 @@ import io
 import lzma
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from k2_megatron.data.json_lines import Piece, parse_lines, take_texts
 
 PIECE_BYTES = 8 << 20
 READ_BYTES = 1 << 20
+PARQUET_BYTES, PARQUET_ROWS = 4 << 20, 128  # decoded at once: bytes by the mean of a row group, at most so many rows
 MAX_DOCUMENT_BYTES = 64 << 20  # a longer line is rejected, so that a worker's memory stays bounded
 KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "txt"}
 COMPRESSIONS = (".gz", ".zst", ".xz")
@@ -203,7 +204,7 @@ def _parquet_pieces(source: Source, keys: Sequence[str], shard_bytes: int, first
     """Shards of a parquet file are runs of row groups, closed where their uncompressed size reaches `shard_bytes`."""
     import pyarrow.parquet as parquet
 
-    with parquet.ParquetFile(source.path) as file:
+    with parquet.ParquetFile(source.path, buffer_size=READ_BYTES) as file:
         missing = [key for key in keys if key not in file.schema_arrow.names]
         if missing:
             raise ValueError(
@@ -216,16 +217,48 @@ def _parquet_pieces(source: Source, keys: Sequence[str], shard_bytes: int, first
             filled += file.metadata.row_group(group).total_byte_size
             if shard < first_shard:
                 continue
-            for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=list(keys)):
-                texts: dict[str, list[str]] = {key: [] for key in keys}
-                piece = Piece(shard, texts, lines=batch.num_rows)
-                for number, record in enumerate(batch.to_pylist()):
-                    reason = take_texts(record, keys, texts)
-                    if reason:
-                        piece.rejected.append((number, reason))
-                piece.raw = [text.encode() for key in keys for text in texts[key]]
+            batches = file.iter_batches(_rows_at_a_time(file, group, keys), row_groups=[group], columns=list(keys))
+            for piece in _row_pieces(batches, keys, shard):
                 piece.consumed = source.size * (group + 1) // file.num_row_groups
                 yield piece
+
+
+def _rows_at_a_time(file: Any, group: int, keys: Sequence[str]) -> int:
+    """How many rows of a row group arrow may decode at once; it counts in rows only."""
+    facts = file.metadata.row_group(group)
+    columns = [facts.column(number) for number in range(facts.num_columns)]
+    size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema in keys)
+    return max(1, min(PARQUET_ROWS, PARQUET_BYTES * facts.num_rows // max(1, size)))
+
+
+def _row_pieces(batches: Iterable[Any], keys: Sequence[str], shard: int) -> Iterator[Piece]:
+    """Pieces of about `PIECE_BYTES` of text out of arrow's batches of rows."""
+    texts, raw, piece, size = _empty_piece(keys, shard)
+    for row in (row for batch in batches for row in zip(*(batch.column(key) for key in keys), strict=True)):
+        record = dict(zip(keys, (value.as_py() for value in row), strict=True))
+        encoded = [value.encode() for value in record.values() if isinstance(value, str)]
+        if sum(map(len, encoded)) > MAX_DOCUMENT_BYTES:
+            reason = f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB"
+        else:
+            reason = take_texts(record, keys, texts)
+        if reason:
+            piece.rejected.append((piece.lines, reason))
+        else:
+            raw += encoded
+            size += sum(map(len, encoded))
+        piece.lines += 1
+        if size >= PIECE_BYTES:
+            yield piece
+            texts, raw, piece, size = _empty_piece(keys, shard)
+    if piece.lines:
+        yield piece
+
+
+def _empty_piece(keys: Sequence[str], shard: int) -> tuple[dict[str, list[str]], list[bytes], Piece, int]:
+    """(its texts, what was read of it, the piece that holds both, bytes so far)."""
+    texts: dict[str, list[str]] = {key: [] for key in keys}
+    raw: list[bytes] = []
+    return texts, raw, Piece(shard, texts, lines=0, raw=raw), 0
 
 
 def _text_pieces(source: Source, keys: Sequence[str]) -> Iterator[Piece]:

@@ -127,6 +127,24 @@ def test_parquet_is_entered_at_a_shard(tmp_path):
         list(pieces(source, ["body"], 1, 0, None))
 
 
+def test_parquet_pieces_are_bounded_by_bytes_and_too_long_rows_rejected(tmp_path, monkeypatch):
+    texts = [chr(97 + number % 26) * 40_000 for number in range(1000)]  # all of one dictionary: small on disk
+    texts[500] = "y" * 300_001
+    parquet.write_table(arrow.table({"text": texts, "body": texts}), tmp_path / "a.parquet", use_dictionary=["body"])
+    (source,) = find_sources([str(tmp_path / "a.parquet")])
+    monkeypatch.setattr(readers, "PIECE_BYTES", 400_000)
+    monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 300_000)
+    for key in ("text", "body"):
+        found, line = [], 0
+        for piece in pieces(source, [key], 1 << 30, 0, None):
+            assert sum(map(len, piece.raw)) <= 440_000
+            assert [line + row for row, _ in piece.rejected] == [500] * (line <= 500 < line + piece.lines)
+            line += piece.lines
+            found += piece.texts[key]
+        assert line == 1000
+        assert found == texts[:500] + texts[501:]
+
+
 def test_bad_lines_are_listed_with_reasons():
     bad = [b"not json", b"[1]", b'{"body": "x"}', b'{"text": 5}', b'{"text": null}', b'{"text": "\xff"}']
     block = b'{"text": "good"}\n\n' + b"\n".join(bad) + b'\n{"text": "\\ud800"}\n{"text": "end"}'
