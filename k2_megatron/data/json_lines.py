@@ -35,11 +35,24 @@ class Piece:
 
 
 def parse_lines(block: bytes, keys: Sequence[str], shard: int) -> Piece:
-    """The documents of a block of JSON lines; what is not an object with a string under every key is rejected."""
+    """The documents of a block of JSON lines; what is not an object with a string under every key is rejected.
+
+    RuntimeError where documents, rejected and blank lines are not the lines of the block, counted on their own.
+    """
     scanner = compiled()
     if scanner is not None and len(keys) == 1:
-        return scan_lines(scanner, block, keys[0], shard)
-    return parse_every_line(block, keys, shard)
+        piece = scan_lines(scanner, block, keys[0], shard)
+    else:
+        piece = parse_every_line(block, keys, shard)
+    lines = block.count(b"\n") + (block[-1:] not in (b"", b"\n"))
+    for key in keys:
+        found = (len(piece.texts[key]), len(piece.rejected), len(piece.blank))
+        if sum(found) != lines or piece.lines != lines:
+            raise RuntimeError(
+                f"{lines} lines in a block of shard {shard} became {found[0]} documents, {found[1]} rejected and "
+                f"{found[2]} blank lines: a fault of this program; please report it with the file"
+            )
+    return piece
 
 
 def scan_lines(scanner: ModuleType, block: bytes, key: str, shard: int) -> Piece:

@@ -126,7 +126,7 @@ def _worker(job: Job, connection: Connection) -> None:
             connection.send(None)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent is gone
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         connection.send(error)
 
 

@@ -206,13 +206,15 @@ class _OpenShard:
 
     def close(self, last: bool) -> None:
         """Publish the shard's files, then its record."""
-        asked = self.lines - len(self.blank)
-        assert asked == self.documents + len(self.rejected), (
-            f"{asked} documents in, {self.documents} out, {len(self.rejected)} rejected"
-        )
         job = self.maker.job
         files = {key: writer.finish() for key, writer in self.writers.items()}
-        assert all(entry["documents"] == self.documents for entry in files.values()), "a writer lost documents"
+        asked = self.lines - len(self.blank) - len(self.rejected)
+        for count in [self.documents, *(entry["documents"] for entry in files.values())]:
+            if count != asked:
+                raise RuntimeError(
+                    f"{job.sources[self.source].path}: {asked} documents read in shard {self.number} and {count} "
+                    "written: a fault of this program; please report it with the file"
+                )
         record = {
             "job": self.maker.fingerprint,
             "source": job.sources[self.source].name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
@@ -148,6 +149,22 @@ def test_ordinary_lines_never_reach_orjson(monkeypatch):
     monkeypatch.setattr(json_lines, "parse_every_line", None)
     piece = scan_lines(compiled(), "\n".join(lines).encode(), "text", 0)
     assert list(piece.texts["text"]) == TEXTS * 2
+
+
+@pytest.mark.parametrize("at_end", [b"", b"\n"])
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_scanner_that_loses_or_doubles_a_document_is_found(monkeypatch, at_end, change):
+    """The lines are counted apart from what the scanner says of them."""
+
+    def json_texts(*arguments):
+        compiled().json_texts(*arguments)
+        ctypes.cast(arguments[6], ctypes.POINTER(ctypes.c_int64))[1] += change
+
+    block = b'{"text": "one"}\n{"text": "two"}' + at_end
+    assert json_lines.parse_lines(block, ["text"], 0).lines == 2
+    monkeypatch.setattr(json_lines, "compiled", lambda: SimpleNamespace(json_texts=json_texts))
+    with pytest.raises(RuntimeError, match=rf"2 lines in a block of shard 3 became {2 + change} documents, 0 rejected"):
+        json_lines.parse_lines(block, ["text"], 3)
 
 
 def test_without_the_scanner_orjson_reads_every_line(monkeypatch):

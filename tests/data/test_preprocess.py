@@ -25,6 +25,7 @@ from k2_megatron.data.documents import line_of_document
 from k2_megatron.data.manifest import manifest_of_foreign_files, open_token_files, read_manifest
 from k2_megatron.data.preprocess import preprocess
 from k2_megatron.data.shards import ShardMaker
+from k2_megatron.data.store import TokenWriter
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +125,16 @@ def test_outputs_below_the_input_are_not_read(tmp_path, corpus, toy_tokenizer):
     assert (folder / "tokens/x.rejects.jsonl").is_file()
     assert totals["rejected"] == 2
     assert outputs(folder / "tokens") == outputs(tmp_path / "clean")
+
+
+def test_a_document_that_is_read_and_not_written_ends_the_run(tmp_path, corpus, toy_tokenizer, monkeypatch):
+    def add(self, ids, lengths, end, *, real=TokenWriter.add):
+        return real(self, ids[: lengths[:-1].sum()], lengths[:-1], end)
+
+    monkeypatch.setattr(TokenWriter, "add", add)
+    with pytest.raises(RuntimeError, match=r"a\.jsonl: 22 documents read in shard 0 and 21 written: a fault"):
+        run(corpus, toy_tokenizer, tmp_path / "x")
+    assert not (tmp_path / "x.shards").exists()
 
 
 def test_several_keys_become_several_files(tmp_path, toy_tokenizer, speeches):
