@@ -38,9 +38,10 @@ def _training(folder: Path) -> str:
     manifest = read_manifest(folder)
     source = TorchDistSource(folder, manifest)
     stored = sum(file["bytes"] for file in manifest["files"].values())
+    samples, tokens = manifest.get("consumed_samples", 0), manifest.get("consumed_tokens", 0)
     lines = [
         f"{folder}: training checkpoint of step {manifest['step']:,}",
-        f"  consumed     {manifest['consumed_samples']:,} samples, {manifest['consumed_tokens']:,} tokens",
+        f"  consumed     {samples:,} samples, {tokens:,} tokens",
         f"  layout       {manifest.get('layout')}" + (f", chunks {manifest['chunks']}" if "chunks" in manifest else ""),
         f"  precision    {manifest['precision']}",
         f"  fingerprint  {manifest['weights']}",

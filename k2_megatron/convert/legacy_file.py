@@ -129,10 +129,13 @@ def _stored(file: str, tensor: Any, path: Path) -> StoredTensor:
     if not isinstance(tensor, torch.Tensor) or tensor.dtype not in _DTYPES or not tensor.is_contiguous():
         what = f"{tensor.dtype}, strides {tensor.stride()}" if isinstance(tensor, torch.Tensor) else type(tensor)
         raise ConversionError(f"{path} holds a tensor that is {what}; dense {', '.join(_DTYPES.values())} are read")
+    return StoredTensor(file, _position(tensor), _DTYPES[tensor.dtype], tuple(tensor.shape))
+
+
+def _position(tensor: torch.Tensor) -> int:
     start = tensor.untyped_storage()._checkpoint_offset  # torch's own word for it, given under fake tensors alone
     assert isinstance(start, int), "torch.load under fake tensors gave no position"
-    position = start + int(tensor.storage_offset()) * tensor.element_size()
-    return StoredTensor(file, position, _DTYPES[tensor.dtype], tuple(tensor.shape))
+    return start + int(tensor.storage_offset()) * tensor.element_size()
 
 
 def _adam(file: str, optimizer: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -172,9 +175,8 @@ def _updates(adam: dict[str, Any], path: Path) -> int | None:
 def _number(value: Any, path: Path) -> int:
     if not isinstance(value, torch.Tensor):
         return int(value)
-    position = value.untyped_storage()._checkpoint_offset  # a fake tensor has no value of its own
     dtype = str(value.dtype).removeprefix("torch.")
-    return int(np.fromfile(path, dtype, 1, offset=position + int(value.storage_offset()) * value.element_size())[0])
+    return int(np.fromfile(path, dtype, 1, offset=_position(value))[0])  # a fake tensor has no value of its own
 
 
 def _allowed() -> list:

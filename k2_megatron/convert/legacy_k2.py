@@ -59,7 +59,7 @@ class LegacyK2Source:
         self.dtypes: dict[Kind, str] = {"weights": first.dtype}
         if first.optimizer is not None:
             self.dtypes.update(dict.fromkeys(OPTIMIZER_KINDS, "float32"))
-        self.updates: int | None = first.optimizer and first.optimizer["updates"]
+        self.updates: int | None = None if first.optimizer is None else first.optimizer["updates"]
         self._require_even(first.path)
         self._files = OpenFiles(folder)
         self._stored: dict[tuple[int, int], dict[tuple[Kind, Home], StoredTensor]] = {}

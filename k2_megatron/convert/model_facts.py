@@ -13,18 +13,24 @@ _DEFAULT_ROPE_BASE = 10000.0  # LlamaConfig's default, where config.json is sile
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The sizes, and what the forward pass needs beside them. `source_dtype` is what config.json says, or None."""
+    """The sizes, and what the forward pass needs beside them."""
 
     shape: Shape
     context: int
     rope_base: float
     norm_epsilon: float
     tied_embeddings: bool = False
-    source_dtype: str | None = None
 
     @classmethod
     def from_config(cls, model: dict[str, Any]) -> "ModelFacts":
-        """From the [model] table that a checkpoint's manifest holds."""
+        """From the [model] table that a checkpoint's manifest holds. ConversionError when a size is not there."""
+        sizes = ("layers", "hidden_size", "ffn_hidden_size", "heads", "kv_heads", "vocab_size", "sequence_length")
+        lacking = [key for key in sizes if type(model.get(key)) is not int or model[key] < 1]
+        numbers = ("rope_base", "norm_epsilon")
+        lacking += [key for key in numbers if type(model.get(key, 1.0)) not in (int, float)]
+        lacking += ["implementation"] if not isinstance(model.get("implementation", "k2"), str) else []
+        if lacking:
+            raise ConversionError(f"its [model] table lacks {', '.join(lacking)}")
         shape = Shape(
             layers=model["layers"],
             hidden_size=model["hidden_size"],
@@ -73,7 +79,6 @@ class ModelFacts:
             rope_base=float(_rope(config).get("rope_theta") or config.get("rope_theta") or _DEFAULT_ROPE_BASE),
             norm_epsilon=config.get("rms_norm_eps", 1e-6),
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            source_dtype=config.get("dtype") or config.get("torch_dtype"),
         )
 
     def with_vocabulary(self, vocab_size: int | None = None, used: int | None = None) -> "ModelFacts":

@@ -34,6 +34,10 @@ def _reshard(folder: Path, manifest: dict, save: Path, tensor: int, pipeline: in
     problems = verify_training(folder, workers)
     if problems:
         raise ConversionError(f"{folder} is not sound: {'; '.join(problems)}; use another checkpoint")
+    try:
+        config = Config.model_validate(manifest["config"])
+    except ValueError as error:
+        raise ConversionError(f"{folder} has a configuration of no use: {' '.join(str(error).split())}") from None
     source = TorchDistSource(folder, manifest)
     job = TorchDistJob(
         source,
@@ -48,7 +52,7 @@ def _reshard(folder: Path, manifest: dict, save: Path, tensor: int, pipeline: in
     facts["chunks"] = f"tp{tensor}-pp{pipeline}"
     facts["resharded"] = {"source": str(folder.resolve()), "versions": versions()}
     plan = {"source": str(folder.resolve()), "weights": manifest["weights"], "tensor": tensor, "pipeline": pipeline}
-    product = write_checkpoint(job, Config.model_validate(manifest["config"]), facts, plan, workers)
+    product = write_checkpoint(job, config, facts, plan, workers)
     print(product.totals.text())
     if product.manifest["weights"] != manifest["weights"]:
         raise ConversionError(

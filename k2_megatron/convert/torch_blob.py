@@ -33,7 +33,6 @@ class Payload(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     position: int
-    crc32: int
 
 
 def tensor_blob(bits: np.ndarray, dtype: str, shape: tuple[int, ...]) -> tuple[bytes, memoryview, bytes]:
@@ -71,7 +70,7 @@ def find_payload(descriptor: int, offset: int, length: int, what: str) -> Payloa
         raise ConversionError(f"{what} holds {entry.file_size} bytes, its shape {shape} of {dtype} needs {wanted}")
     local = os.pread(descriptor, 30, offset + entry.header_offset)
     name_bytes, extra_bytes = struct.unpack("<HH", local[26:30])
-    return Payload(dtype, shape, offset + entry.header_offset + 30 + name_bytes + extra_bytes, entry.CRC)
+    return Payload(dtype, shape, offset + entry.header_offset + 30 + name_bytes + extra_bytes)
 
 
 # Writing

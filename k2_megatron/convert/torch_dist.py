@@ -159,6 +159,8 @@ def read_manifest(folder: Path) -> dict:
         raise ConversionError(f"{folder} has no {MANIFEST}: it is not a complete checkpoint") from None
     except ValueError as error:
         raise ConversionError(f"{path} is damaged ({error}); use another checkpoint") from None
+    if not isinstance(manifest, dict):
+        raise ConversionError(f"{path} is damaged (it holds no table); use another checkpoint")
     lacking = [key for key in ("format", "step", "weights", "precision", "config", "files") if key not in manifest]
     if lacking:
         raise ConversionError(f"{path} lacks {', '.join(lacking)}; use another checkpoint")
@@ -167,6 +169,36 @@ def read_manifest(folder: Path) -> dict:
             f"{path} has format {manifest['format']!r} and precision {manifest['precision']!r}; this version reads "
             f"format 1 with {' or '.join(_PRECISIONS)}: use the version of k2_megatron that wrote it"
         )
+    problem = _problem_of_form(manifest)
+    if problem:
+        raise ConversionError(f"{path} is damaged ({problem}); use another checkpoint")
     if f"step_{manifest['step']:08d}" != folder.resolve().name:
         raise ConversionError(f"{path} belongs to step {manifest['step']}, not to {folder.name}: files were mixed up")
     return manifest
+
+
+def _problem_of_form(manifest: dict) -> str | None:
+    """What of a manifest is not of the form that a conversion reads."""
+    wanted = {
+        "step": int,
+        "weights": str,
+        "files": dict,
+        "config": dict,
+        "consumed_samples": int,
+        "consumed_tokens": int,
+    }
+    wrong = [key for key, kind in wanted.items() if key in manifest and type(manifest[key]) is not kind]
+    if wrong or manifest["step"] < 0:
+        return f"{', '.join(wrong or ['step'])} is not what it should be"
+    for name, facts in manifest["files"].items():
+        known = isinstance(facts, dict) and isinstance(facts.get("bytes"), int) and isinstance(facts.get("xxh3"), str)
+        if not known or Path(name).name != name:
+            return f"what it says of the file {name!r} is no size and hash"
+    config = manifest["config"]
+    if not all(isinstance(config.get(key, {}), dict) for key in ("model", "data")):
+        return "its configuration holds no tables"
+    try:
+        ModelFacts.from_config(config.get("model", {}))
+    except ConversionError as error:
+        return str(error)
+    return None

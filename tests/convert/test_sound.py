@@ -11,9 +11,11 @@ from conversions import export_model, import_model, write_llama
 
 from k2_megatron.convert.describe import describe
 from k2_megatron.convert.errors import ConversionError
+from k2_megatron.convert.export_model import ExportOptions, exported_facts
+from k2_megatron.convert.record import find_record
 from k2_megatron.convert.reshard import reshard
-from k2_megatron.convert.torch_dist import checkpoint_folder
-from k2_megatron.convert.verify import verify_export, verify_training
+from k2_megatron.convert.torch_dist import TorchDistSource, checkpoint_folder, read_manifest
+from k2_megatron.convert.verify import HashCheck, verify_export, verify_training
 from k2_megatron.train.checkpoint_files import hash_file
 
 
@@ -87,6 +89,54 @@ def test_verify_names_the_wound(run: Path, wound: str) -> None:
     problems = verify_training(checkpoint, workers=1)
     assert bool(problems) == bool(text)
     assert text in "; ".join(problems)
+
+
+def set_at(manifest: dict, keys: tuple[str, ...], value: object) -> dict:
+    first, *rest = keys
+    return {**manifest, first: set_at(manifest[first], tuple(rest), value) if rest else value}
+
+
+def test_a_manifest_of_another_form_is_one_line(run: Path) -> None:
+    """Whatever JSON stands in its place, or in that of one of its values: an error in words, or no use of it at all."""
+    checkpoint = checkpoint_folder(run)
+    manifest = json.loads((checkpoint / "k2.json").read_text())
+    file = weights_file(checkpoint).name
+    places = [(key,) for key in manifest]
+    places += [("config", key) for key in manifest["config"]]
+    places += [("config", "model", key) for key in manifest["config"]["model"]]
+    places += [("files", file), ("files", file, "bytes"), ("files", file, "xxh3")]
+    wounds: list[object] = [None, {}, [], "x", 7, -1.5]
+    edited = [*wounds, *(set_at(manifest, place, value) for place in places for value in wounds)]
+    told = []
+    for content in edited:
+        (checkpoint / "k2.json").write_text(json.dumps(content))
+        for use in (describe, facts_for_export, files_to_hash):
+            try:
+                use(checkpoint)
+            except (ConversionError, OSError) as error:
+                told.append(str(error))
+    assert len(told) > len(edited)
+    assert not [text for text in told if "\n" in text]
+
+
+def facts_for_export(checkpoint: Path) -> None:
+    manifest = read_manifest(checkpoint)
+    TorchDistSource(checkpoint, manifest)
+    exported_facts(ExportOptions(checkpoint, checkpoint), manifest, find_record(checkpoint, manifest), tied=False)
+
+
+def files_to_hash(checkpoint: Path) -> None:
+    HashCheck(checkpoint, read_manifest(checkpoint)["files"]).units()
+
+
+@pytest.mark.parametrize("content", [None, {"config": {}}], ids=["null", "empty-configuration"])
+def test_verify_and_reshard_name_a_manifest_of_another_form(run: Path, tmp_path: Path, content: dict | None) -> None:
+    checkpoint = checkpoint_folder(run)
+    manifest = json.loads((checkpoint / "k2.json").read_text())
+    (checkpoint / "k2.json").write_text(json.dumps(content and {**manifest, **content}))
+    assert "k2.json is damaged" in "; ".join(verify_training(checkpoint, workers=1))
+    with pytest.raises(ConversionError, match=r"k2\.json is damaged"):
+        reshard(run, tmp_path / "other", tensor=1, pipeline=1, workers=1)
 
 
 @pytest.mark.parametrize("wound", ["truncated", "flipped", "missing", "mixed-steps", "mixed-tensors", "version"])
