@@ -1,6 +1,5 @@
 """A run over poisoned rows goes back by itself, and is then the run that a fresh start under its ledger would be."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -57,14 +56,13 @@ def test_going_back_and_skipping_equals_a_fresh_start_under_the_ledger(small_con
     assert [entry["samples"] for entry in amendments] == [event["amendment"]["samples"] for event in back]
     assert amendments[0]["samples"][0] == 320
 
-    # From the good checkpoint on, by a new process, with the amendments in force from the start
+    # From the first step on, with the amendments in force from the start
     again = tmp_path / "again"
-    shutil.copytree(tmp_path / "skip", again)
-    for path in (again / "checkpoints").iterdir():
-        if path.name not in ("step_00000020", "step_00000040"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for entry in amendments:
+        fields = ("action", "from_sample", "sequence_length", "reason", "samples")
+        Ledger(again).amend(**{field: entry[field] for field in fields})
     results_of(run(small_config, again, 2, "parallel.tensor=2", *policy))
-    assert len(events_of(again, "rollback")) == len(back)
+    assert events_of(again, "rollback") == []
     assert steps_of(again) == steps_of(tmp_path / "skip")
     assert stored_state(again, 72) == stored_state(tmp_path / "skip", 72)
 
