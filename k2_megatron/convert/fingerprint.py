@@ -24,8 +24,9 @@ _MASK = (1 << 64) - 1
 def fingerprint_rows(name: str, layer: int | None, first_row: int, bits: np.ndarray) -> int:
     """The share of rows first_row ... of tensor `name` (stacked layer `layer`), given all its columns [R, C] as bits.
 
-    bits: an integer array of 2, 4 or 8 bytes an element, its columns adjacent in memory.
+    bits: an integer array of 2, 4 or 8 bytes an element (else ValueError), its columns adjacent in memory.
     """
+    _integer_of(name, bits)
     compiled = _extension()
     if compiled is None:
         return fingerprint_rows_reference(name, layer, first_row, bits)
@@ -47,6 +48,13 @@ def fingerprint_rows(name: str, layer: int | None, first_row: int, bits: np.ndar
     return total.value
 
 
+def _integer_of(name: str, bits: np.ndarray) -> np.dtype:
+    """The signed integer with as many bits; the extension would read beyond elements of another size."""
+    if bits.itemsize not in (2, 4, 8):
+        raise ValueError(f"{name}: the fingerprint takes elements of 2, 4 or 8 bytes, not {bits.dtype}")
+    return np.dtype(f"i{bits.itemsize}")
+
+
 @cache
 def _extension() -> ModuleType | None:
     # Not by kernels.dispatch, which imports torch: a worker that converts does without, and on one thread the
@@ -62,7 +70,7 @@ def fingerprint_rows_reference(name: str, layer: int | None, first_row: int, bit
     """What `fingerprint_rows` computes, in numpy, in blocks that stay in the second-level cache."""
     key = _key(name, layer)
     flat = np.ascontiguousarray(bits).reshape(-1)
-    signed = flat.view({2: np.int16, 4: np.int32, 8: np.int64}[flat.itemsize])
+    signed = flat.view(_integer_of(name, flat))
     start = first_row * bits.shape[1]
     steps = np.arange(_BLOCK, dtype=np.uint64) * np.uint64(_GOLDEN)  # (index + 1) * golden ratio, less its start
     z, shifted = np.empty(_BLOCK, np.uint64), np.empty(_BLOCK, np.uint64)

@@ -11,8 +11,9 @@ the backward; one all-gather after the last chunk.
 Backward: the last chunk first, then each other's logits are computed again, turned into their gradient in place, and
 used up: one chunk's logits at a time, here and in the forward. The losses are per token and so is their gradient, which
 only the backward knows: the gradient cannot be finished in the forward. The weight's gradient accumulates in fp32 and
-is rounded once. The price is one more GEMM of the head for every chunk but one; worth it where T * V/tp logits are too
-many to hold, not for K2's own 4004 columns a rank.
+is rounded once. The waiting logits do not pass through save_for_backward, so saved-tensor hooks (offloading, packing)
+do not see them: the backward overwrites them in place, which a saved tensor forbids. The price is one more GEMM of the
+head for every chunk but one; worth it where T * V/tp logits are too many to hold, not for K2's own 4004 columns a rank.
 """
 
 from __future__ import annotations

@@ -60,7 +60,11 @@ def _fill_normal(shard: ShardedTensor, seed: int, std: float) -> None:
 
 
 def hash_mix(shard: ShardedTensor) -> torch.Tensor:
-    """int64 scalar: wrapping sum over the shard's elements of splitmix64(name, global index, bits of the element)."""
+    """int64 scalar: wrapping sum over the shard's elements of splitmix64(name, global index, bits of the element).
+
+    ValueError for elements of other than 2, 4 or 8 bytes: the extension would read beyond them.
+    """
+    _integer_of(shard)
     compiled, _ = extension("cpu")
     if shard.data.device.type != "cpu" or compiled is None:
         return hash_mix_reference(shard)
@@ -86,11 +90,19 @@ def hash_mix_reference(shard: ShardedTensor) -> torch.Tensor:
     """What `hash_mix` computes, in torch, on any device."""
     total = torch.zeros((), dtype=torch.int64, device=shard.data.device)
     key = _shard_key(shard, "fingerprint")
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[shard.data.element_size()]
+    integer = _integer_of(shard)
     for rows, index in _global_indices(shard):
         bits = shard.data.detach()[rows].contiguous().view(integer).to(torch.int64)
         total += _splitmix64(_splitmix64(index, key) ^ bits, 0).sum()
     return total
+
+
+def _integer_of(shard: ShardedTensor) -> torch.dtype:
+    """The integer type with as many bits as the shard's elements."""
+    found = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(shard.data.element_size())
+    if found is None:
+        raise ValueError(f"{shard.key}: the fingerprint takes elements of 2, 4 or 8 bytes, not {shard.data.dtype}")
+    return found
 
 
 def _shard_key(shard: ShardedTensor, salt: str) -> int:

@@ -158,6 +158,9 @@ def test_fingerprint_does_not_depend_on_the_cut(tmp_path: Path) -> None:
         fingerprint_rows("a", 3, 0, swapped),
     ]
     assert len({whole, *others}) == 4
+    for compute in (fingerprint_rows, fingerprint_rows_reference):  # the extension would read beyond its elements
+        with pytest.raises(ValueError, match="b: the fingerprint takes elements of 2, 4 or 8 bytes, not uint8"):
+            compute("b", 3, 0, rows.astype(numpy.uint8))
 
 
 def test_each_conversion_leaves_its_record_in_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,6 +161,14 @@ def test_compiled_fingerprint_is_the_references(dtype, threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8, torch.complex128])
+@pytest.mark.parametrize("compute", [hash_mix, hash_mix_reference])
+def test_fingerprint_refuses_elements_that_the_extension_would_read_beyond(compute, dtype):
+    shard = ShardedTensor.from_rank_offsets("w", torch.zeros(8, 8).to(dtype))
+    with pytest.raises(ValueError, match=rf"w: the fingerprint takes elements of 2, 4 or 8 bytes, not {dtype}"):
+        compute(shard)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fingerprint_sees_one_flipped_bit(dtype):
     shard = ShardedTensor.from_rank_offsets("w", torch.randn(8, 8).to(dtype))
