@@ -243,11 +243,13 @@ def _samples_of_rows(feed: Feed, wanted: np.ndarray, end: int) -> np.ndarray:
 
 
 def verify_lines(run: Run, contents: bool) -> Iterator[str]:
-    """Check the ledger's chain at every recorded position, the plan, and (`contents`) every byte of the tokens.
+    """Check the ledger against the checkpoints, its chain at every recorded position, the plan, and (`contents`) every
+    byte of the tokens.
 
     ValueError at the first thing that is not as it was written.
     """
     yield f"ledger: {len(run.ledger.entries)} lines follow from one another"
+    yield from verify_ledger_of_checkpoints(run)
     chains: dict[int, tuple[int, str]] = {}  # amendments -> (samples, chain) computed so far
     for number, entry in enumerate(run.ledger.entries):
         if entry["event"] != "position":
@@ -268,6 +270,15 @@ def verify_lines(run: Run, contents: bool) -> Iterator[str]:
         yield from verify_plan(run.feed, Path(run.config.data.train), contents)
     else:
         yield f"{run.config.data.train}: mcore's blended datasets; the contents of their files have no hashes"
+
+
+def verify_ledger_of_checkpoints(run: Run) -> Iterator[str]:
+    """For every checkpoint: the ledger still has the lines it had when that was saved."""
+    from k2_megatron.train.checkpoint_files import complete_checkpoints, read_manifest  # brings torch
+
+    for folder in complete_checkpoints(run.folder / "checkpoints"):
+        run.ledger.check_mark(read_manifest(folder))
+        yield f"{folder.name}: the lines that the ledger had then stand"
 
 
 def verify_plan(feed: Feed, path: Path, contents: bool) -> Iterator[str]:

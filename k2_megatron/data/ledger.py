@@ -2,9 +2,13 @@
 
 In: amendments (skip, defer) and, at checkpoints, the number of samples consumed with the hash of their chain. Out: the
 amendments in order, for every rank's feed. Each line carries the hash of the line before it, so a line that was edited,
-removed or put in between is found on reading. Only rank 0 appends; a line cut short by a crash is dropped.
+removed or put in between is found on reading. For the last line no other vouches: each checkpoint carries the number of
+lines and the hash of the last (`mark`), and a run that resumes from it compares them (`check_mark`). Lines that came
+after the newest checkpoint are vouched for by the next. Only rank 0 appends; a line cut short by a crash is dropped.
+A checkpoint that was taken to a new folder begins a ledger there, whose first line says which ledger it continues.
 
     {"event": "amendment", "action": "defer", "chunk": 160, "from_sample": 307142400, "reason": "...", ...}
+    {"event": "continues", "step": 150560, "ledger": {"lines": 161, "last": "0b7e..."}, ...}
     {"event": "position", "consumed_samples": 307142400, "chain": "9f0c...", "step": 150560, ...}
 
 The chain over consumed samples is chain(n + 1) = blake2b(chain(n), record of sample n): whoever knows the plan and the
@@ -46,11 +50,13 @@ class Ledger:
         self.entries: list[dict[str, Any]] = []
         self._whole_bytes = 0
         self._last_hash = ""
+        self._exists = False
         self._feed: Samples | None = None
         self._read()
 
     def _read(self) -> None:
-        content = self.path.read_bytes() if self.path.is_file() else b""
+        self._exists = self.path.is_file()
+        content = self.path.read_bytes() if self._exists else b""
         whole = content[: content.rfind(b"\n") + 1]  # what follows the last newline is a write cut short by a crash
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
@@ -88,6 +94,7 @@ class Ledger:
         self._whole_bytes += len(line) + 1
         self._last_hash = _line_hash(line)
         self.entries.append(entry)
+        self._exists = True
         return entry
 
     def _write(self, line: bytes) -> None:
@@ -140,6 +147,33 @@ class Ledger:
     def record_position(self, consumed_samples: int, chain: str, **fields: Any) -> dict[str, Any]:
         """Append the position reached, with its chain: at every checkpoint."""
         return self.append("position", consumed_samples=consumed_samples, chain=chain, **fields)
+
+    def mark(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the ledger: how many lines there are, and the hash of the last."""
+        return {"lines": len(self.entries), "last": self._last_hash}
+
+    def check_mark(self, manifest: dict[str, Any]) -> None:
+        """ValueError unless the ledger still has the lines that it had when the checkpoint of `manifest` was saved;
+        more may follow. A checkpoint may be taken to a new folder without its ledger where nothing was amended."""
+        if "ledger" not in manifest or self._continues(manifest["ledger"]):  # earlier versions did not write it
+            return
+        lines, last = manifest["ledger"]["lines"], manifest["ledger"]["last"]
+        if not self._exists and not manifest["amendments"]:
+            return
+        told = f"{self.path}: the checkpoint of step {manifest['step']} was saved after line {lines}, "
+        restore = "the ledger is append-only: put back the ledger.jsonl of the run that saved the checkpoint"
+        if len(self.entries) < lines:
+            raise ValueError(f"{told}and there are {len(self.entries)} lines; {restore}")
+        if (self.entries[lines]["previous"] if lines < len(self.entries) else self._last_hash) != last:
+            raise ValueError(f"{told}and that line is another now; {restore}")
+
+    def _continues(self, mark: dict[str, Any]) -> bool:
+        return bool(self.entries) and self.entries[0]["event"] == "continues" and self.entries[0]["ledger"] == mark
+
+    def continue_from(self, manifest: dict[str, Any]) -> None:
+        """Begin this ledger where that of the run which saved the checkpoint of `manifest` ended: in a new folder."""
+        if not self._exists and "ledger" in manifest:
+            self.append("continues", step=manifest["step"], ledger=manifest["ledger"])
 
     def before(self, number: int) -> Ledger:
         """The ledger as it was before its entry `number` (from 0) was appended; for reading only."""

@@ -36,10 +36,16 @@ class RunData:
 
     def position(self) -> dict:
         """What a checkpoint says of the data; the sample number itself is a function of the step."""
-        return {"data": self.fingerprint, "chain": self.chain, "amendments": len(self.ledger.amendments)}
+        return {
+            "data": self.fingerprint,
+            "chain": self.chain,
+            "amendments": len(self.ledger.amendments),
+            "ledger": self.ledger.mark(),
+        }
 
     def resume_at(self, manifest: dict) -> None:
-        """Go on after a checkpoint. CheckpointError when it was trained on other rows than this run would read."""
+        """Go on after a checkpoint. CheckpointError when it was trained on other rows than this run would read, or when
+        the ledger has lost or changed a line that it had when the checkpoint was saved."""
         if manifest["data"] is None:  # weights that tools/convert_checkpoint.py brought in: no row was consumed
             return
         if manifest["data"] != self.fingerprint:
@@ -47,6 +53,12 @@ class RunData:
                 f"the checkpoint of step {manifest['step']} was trained on data {manifest['data']}, data.train is now "
                 f"{self.fingerprint}; put the old files back, or start a new run.folder"
             )
+        try:
+            self.ledger.check_mark(manifest)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+        if self._writer:
+            self.ledger.continue_from(manifest)
         self.chain = manifest["chain"]
 
 

@@ -16,6 +16,7 @@ from k2_megatron.config import load_config
 from k2_megatron.data.build import build_plans
 from k2_megatron.data.indexed import TokenFile
 from k2_megatron.data.inspect import Run, document_lines, mix_lines, show_lines, step_lines, verify_lines
+from k2_megatron.data.ledger import Ledger
 from k2_megatron.data.recipe import Recipe
 from k2_megatron.data.training import train_byte_level_bpe
 
@@ -82,6 +83,26 @@ def test_verify_finds_rows_that_were_not_these(folder, tmp_path):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     (tmp_path / "ledger.jsonl").write_text(json.dumps(entry) + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"line 1: 80 samples have chain .*: it was trained on other rows"):
+        list(verify_lines(Run(tmp_path), contents=False))
+
+
+@pytest.mark.parametrize("change", ["none", "edit", "remove"])
+def test_verify_compares_the_ledger_with_the_checkpoints(folder, tmp_path, change):
+    """Nothing but a checkpoint vouches for the last line."""
+    for name in ("config.toml", "journal.jsonl", "ledger.jsonl"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    checkpoint = tmp_path / "checkpoints/step_00000012"
+    checkpoint.mkdir(parents=True)
+    manifest = {"format": 1, "step": 12, "amendments": 1, "ledger": Ledger(folder).mark()}
+    (checkpoint / "k2.json").write_text(json.dumps(manifest), encoding="utf-8")
+    *lines, last = (folder / "ledger.jsonl").read_text(encoding="utf-8").splitlines()
+    changed = {"none": [last], "edit": [last.replace('"step": 12', '"step": 11')], "remove": []}[change]
+    (tmp_path / "ledger.jsonl").write_text("\n".join([*lines, *changed]) + "\n", encoding="utf-8")
+    if change == "none":
+        assert "step_00000012: the lines that the ledger had then stand" in list(verify_lines(Run(tmp_path), False))
+        return
+    found = {"edit": "that line is another now", "remove": "there are 3 lines"}[change]
+    with pytest.raises(ValueError, match=f"the checkpoint of step 12 was saved after line 4, and {found}"):
         list(verify_lines(Run(tmp_path), contents=False))
 
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from k2_megatron.data.ledger import CHAIN_START, Ledger
 from k2_megatron.data.schedule import Amendment, Schedule, carried_over
+from k2_megatron.train.checkpoint_files import CheckpointError
+from k2_megatron.train.run_data import RunData
 
 
 @settings(max_examples=150, deadline=None)
@@ -117,6 +119,65 @@ def test_a_ledger_that_was_edited_is_found(tmp_path, change):
     (tmp_path / "ledger.jsonl").write_bytes(b"".join(content))
     with pytest.raises(ValueError, match=r"ledger\.jsonl, line \d: does not follow .* append-only"):
         Ledger(tmp_path)
+
+
+def saved(ledger, step=3):
+    """What a checkpoint's manifest says of its data."""
+    return json.loads(json.dumps({"step": step, **RunData(Numbers(), None, ledger, writer=True).position()}))
+
+
+def resume(folder, manifest):
+    RunData(Numbers(), None, Ledger(folder), writer=True).resume_at(manifest)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("edit", "saved after line 3, and that line is another now; the ledger is append-only: put back"),
+        ("remove", "saved after line 3, and there are 2 lines; the ledger is append-only: put back"),
+        ("remove, then go on", "saved after line 3, and that line is another now"),
+        ("empty", "saved after line 3, and there are 0 lines"),
+    ],
+)
+def test_the_last_line_is_vouched_for_by_the_checkpoint(tmp_path, change, message):
+    one, two, three = three_lines(tmp_path)
+    manifest = saved(Ledger(tmp_path))
+    resume(tmp_path, manifest)
+    content = {"edit": [one, two, three.replace(b'"cc"', b'"cd"')], "empty": []}.get(change, [one, two])
+    (tmp_path / "ledger.jsonl").write_bytes(b"".join(content))
+    if "go on" in change:
+        Ledger(tmp_path).record_position(30, "cc")
+    with pytest.raises(CheckpointError, match=f"the checkpoint of step 3 was {message}"):
+        resume(tmp_path, manifest)
+
+
+def test_lines_after_the_checkpoint_are_as_they_should_be(tmp_path):
+    """A kill after an amendment or after a position whose checkpoint was not published, and a write cut short."""
+    three_lines(tmp_path)
+    manifest = saved(Ledger(tmp_path))
+    Ledger(tmp_path).record_position(40, "dd")
+    Ledger(tmp_path).amend("defer", from_sample=30, sequence_length=8, reason="spike", chunk=3)
+    resume(tmp_path, manifest)
+    with open(tmp_path / "ledger.jsonl", "ab") as file:
+        file.write(b'{"event": "posi')
+    resume(tmp_path, manifest)
+    assert len(Ledger(tmp_path).entries) == 5
+    resume(tmp_path, {key: value for key, value in manifest.items() if key != "ledger"})  # of an earlier version
+
+
+def test_a_checkpoint_goes_to_a_new_folder_without_its_ledger_unless_that_amended(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    three_lines(old)
+    manifest = saved(Ledger(old))
+    for _ in range(2):  # the second start finds the ledger that the first began
+        resume(new, manifest)
+        assert [entry["event"] for entry in Ledger(new).entries] == ["continues"]
+    Ledger(new).record_position(40, "dd")
+    resume(new, manifest)
+    resume(new, saved(Ledger(new), step=4))
+    Ledger(old).amend("defer", from_sample=30, sequence_length=8, reason="spike", chunk=3)
+    with pytest.raises(CheckpointError, match=r"after line 4, and there are 0 lines; .*put back the ledger\.jsonl"):
+        resume(tmp_path / "newer", saved(Ledger(old)))
 
 
 def test_a_line_cut_by_a_crash_is_dropped(tmp_path):
