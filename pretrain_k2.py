@@ -39,7 +39,8 @@ from k2_megatron.runtime.mistakes import StopNotFinite, run_program
 from k2_megatron.runtime.seeds import require_determinism, seed_everything
 from k2_megatron.runtime.signals import StopSignals, end_at_once
 from k2_megatron.train.checkpoint import find_checkpoint, load_checkpoint
-from k2_megatron.train.checkpoint_files import apply_retention, read_manifest, remove_unfinished
+from k2_megatron.train.checkpoint_files import apply_retention, remove_unfinished
+from k2_megatron.train.checkpoint_manifest import read_manifest
 from k2_megatron.train.checkpoint_save import CheckpointWriter, SaveResult
 from k2_megatron.train.checkpoint_state import layout_name
 from k2_megatron.train.journal import Journal
@@ -254,7 +255,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
             held_out_loss = evaluate(config, groups, chunks, data.held_out, device.torch)
             journal.write("evaluation", step=step, held_out_loss=held_out_loss)
             views.evaluation(step, held_out_loss)
-        leaving = stop.agreed(device.torch) or ("--until" if step >= until else None)
+        leaving = stop.agreed(device.torch, save_failed=saver.failed) or ("--until" if step >= until else None)
         if step % config.checkpoint.every_steps == 0 or last or leaving:
             watchdog.at("checkpoint", step)
             saved_step = tell_of_save(saver.wait(), config, journal, checkpoints, spikes) or saved_step

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from k2_megatron.train.checkpoint_files import hash_file
+from k2_megatron.train.checkpoint_manifest import hash_file
 from k2_megatron.train.journal import read_events, read_steps
 
 # Fields of a step that hold measured time

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from k2_megatron.config import load_config
 from k2_megatron.runtime.durable import write_file
-from k2_megatron.train.checkpoint_files import complete_checkpoints, step_of
+from k2_megatron.train.checkpoint_files import complete_checkpoints
+from k2_megatron.train.checkpoint_manifest import step_of
 from k2_megatron.train.checkpoint_state import layout_name
 from k2_megatron.train.journal import JOURNAL, read_events, read_steps
 from k2_megatron.train.run_folder import CONFIG

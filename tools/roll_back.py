@@ -16,7 +16,8 @@ from pathlib import Path
 
 from k2_megatron.config import Config, load_config
 from k2_megatron.config.schema import Spikes
-from k2_megatron.train.checkpoint_files import complete_checkpoints, step_of
+from k2_megatron.train.checkpoint_files import complete_checkpoints
+from k2_megatron.train.checkpoint_manifest import step_of
 from k2_megatron.train.journal import Journal, read_steps
 from k2_megatron.train.run_data import open_run_data
 from k2_megatron.train.run_folder import CONFIG, hold_run_folder

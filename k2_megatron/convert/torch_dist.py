@@ -15,6 +15,7 @@ from k2_megatron.convert.safetensors_file import read_exactly
 from k2_megatron.convert.source import KEY_PREFIX, Kind
 from k2_megatron.convert.torch_blob import Payload, find_payload
 from k2_megatron.convert.torch_metadata import METADATA, Chunk, Tensor, read_metadata
+from k2_megatron.train.checkpoint_manifest import content_hash
 
 MANIFEST = "k2.json"  # as train/checkpoint_files.py names it, which imports torch
 _STEP = re.compile(r"step_\d{8,}")
@@ -172,6 +173,8 @@ def read_manifest(folder: Path) -> dict:
     problem = _problem_of_form(manifest)
     if problem:
         raise ConversionError(f"{path} is damaged ({problem}); use another checkpoint")
+    if "xxh3" in manifest and manifest["xxh3"] != content_hash(manifest):  # those of earlier versions have none
+        raise ConversionError(f"{path} is damaged (its content was altered: its own xxh3 hash differs)")
     if f"step_{manifest['step']:08d}" != folder.resolve().name:
         raise ConversionError(f"{path} belongs to step {manifest['step']}, not to {folder.name}: files were mixed up")
     return manifest

@@ -21,7 +21,8 @@ from k2_megatron.convert.to_torch_dist import TorchDistJob
 from k2_megatron.convert.torch_dist import TorchDistSource
 from k2_megatron.convert.torch_metadata import write_metadata
 from k2_megatron.convert.work import Totals, estimate_text, require_space, run_checks, run_units
-from k2_megatron.train.checkpoint_files import folder_name, publish
+from k2_megatron.train.checkpoint_files import publish
+from k2_megatron.train.checkpoint_manifest import folder_name
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from k2_megatron.runtime.groups import build_groups, connect, disconnect
 from k2_megatron.runtime.launch import single_rank
 from k2_megatron.runtime.seeds import seed_everything
 from k2_megatron.train.checkpoint import find_checkpoint, load_weights
-from k2_megatron.train.checkpoint_files import CheckpointError, read_manifest
+from k2_megatron.train.checkpoint_manifest import CheckpointError, read_manifest
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def loaded_model(run_folder: Path) -> Iterator[tuple[Config, int, torch.nn.Modul
         connect(single_rank(), device, timeout_seconds=60.0)
         try:
             groups = build_groups(Parallel())
-            folder, doubts = find_checkpoint(run_folder / "checkpoints", groups)
+            folder, doubts = find_checkpoint(run_folder / "checkpoints", groups, set_aside=False)
             if folder is None:
                 raise CheckpointError(f"{run_folder / 'checkpoints'} holds no checkpoint; train first")
             for doubt in doubts:

@@ -9,6 +9,7 @@ from types import FrameType
 import torch
 import torch.distributed as distributed
 
+SAVE_FAILED = "a save that failed"
 _ASKS_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -31,8 +32,12 @@ class StopSignals:
             raise KeyboardInterrupt
         self.received = number
 
-    def agreed(self, device: torch.device) -> str | None:
-        """The name of the signal if any rank has received one, the same answer on every rank; None otherwise."""
-        number = torch.tensor([self.received or 0], dtype=torch.int32, device=device)
-        distributed.all_reduce(number, op=distributed.ReduceOp.MAX)
-        return signal.Signals(int(number)).name if int(number) else None
+    def agreed(self, device: torch.device, *, save_failed: bool = False) -> str | None:
+        """Why to stop, the same on every rank: SAVE_FAILED if `save_failed` on any, else the name of the signal if any
+        has received one; None otherwise."""
+        told = torch.tensor([self.received or 0, save_failed], dtype=torch.int32, device=device)
+        distributed.all_reduce(told, op=distributed.ReduceOp.MAX)
+        number, failed = told.tolist()
+        if failed:
+            return SAVE_FAILED
+        return signal.Signals(number).name if number else None

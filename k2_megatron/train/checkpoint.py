@@ -4,8 +4,10 @@ The ranks share the work of checking every file's hash, load what their layout n
 loaded weights with the one taken when they were saved. Saving is in checkpoint_save.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as distributed
@@ -18,15 +20,12 @@ from k2_megatron.config import Config
 from k2_megatron.runtime.groups import Groups
 from k2_megatron.runtime.seeds import restore_random_states
 from k2_megatron.train.checkpoint_files import (
-    CheckpointError,
-    CheckpointVersionError,
-    complete_checkpoints,
+    candidate_checkpoints,
     first_cause,
-    latest_checkpoint,
-    read_manifest,
     set_damaged_aside,
-    verify_files,
+    set_later_aside,
 )
+from k2_megatron.train.checkpoint_manifest import CheckpointError, CheckpointVersionError, read_manifest, verify_files
 from k2_megatron.train.checkpoint_pickles import pickle_problems
 from k2_megatron.train.checkpoint_reader import RestrictedLoading
 from k2_megatron.train.checkpoint_state import (
@@ -40,47 +39,71 @@ from k2_megatron.train.checkpoint_state import (
 )
 
 
-def find_checkpoint(checkpoints: Path, groups: Groups) -> tuple[Path | None, list[str]]:
+def find_checkpoint(checkpoints: Path, groups: Groups, *, set_aside: bool = True) -> tuple[Path | None, list[str]]:
     """(the newest sound checkpoint or None, what was found wrong on the way), the same on every rank.
 
-    Every file of the candidate is hashed, the ranks sharing the work. A damaged checkpoint is set aside under another
-    name and the one before it is tried. CheckpointError when there are checkpoints and none is sound.
+    Rank 0 says which is tried, since the ranks may see a shared folder differently. Every file of it is hashed, the
+    ranks sharing the work. A damaged checkpoint is set aside under another name and the one before it is tried; so are
+    those later than the one found. Who only reads, beside a run that may be alive, renames nothing (`set_aside` False).
+    CheckpointError when there are checkpoints and none is sound.
     """
-    doubts: list[str] = []
-    while True:
-        if doubts and not complete_checkpoints(checkpoints):
-            raise CheckpointError(
-                f"no sound checkpoint is left in {checkpoints}: {'; '.join(doubts)}. "
-                "Put one back, or remove the folder to start over"
-            )
-        folder, doubt = latest_checkpoint(checkpoints)
-        if doubt and not doubts:
-            doubts.append(doubt)
-        if folder is None:
-            return None, []
+    candidates, doubt = _as_rank_0_sees(groups, partial(candidate_checkpoints, checkpoints))
+    doubts: list[str] = [doubt] if doubt else []
+    for folder in candidates:
         problems = shared_problems(folder, groups)
         if not problems:
+            if set_aside:
+                later = _as_rank_0_sees(groups, partial(set_later_aside, checkpoints, folder))
+                doubts += [f"{name} is later than {folder.name}: it was set aside under this name" for name in later]
             return folder, doubts
-        doubts.append(f"{folder.name} is damaged ({'; '.join(problems)}) and was set aside")
-        trouble = _agree(_set_aside(folder) if groups.rank == 0 else [])
-        if trouble:
-            raise CheckpointError(f"{doubts[-1].removesuffix(' and was set aside')}; {trouble[0]}")
+        damage = f"{folder.name} is damaged ({'; '.join(problems)})"
+        if set_aside:
+            _as_rank_0_sees(groups, partial(_set_aside, folder, damage))
+        doubts.append(f"{damage} and was {'set aside' if set_aside else 'passed over'}")
+    if doubts:
+        raise CheckpointError(
+            f"no sound checkpoint is left in {checkpoints}: {'; '.join(doubts)}. "
+            "Put one back, or remove the folder to start over"
+        )
+    return None, []
 
 
-def _set_aside(folder: Path) -> list[str]:
+def _as_rank_0_sees(groups: Groups, action: Callable[[], Any]) -> Any:
+    """What `action` returns on rank 0, told to all; when it fails there, CheckpointError on all."""
+    told: list = [None, None]
+    if groups.rank == 0:
+        try:
+            told[0] = action()
+        except (CheckpointError, OSError) as error:
+            told[1] = str(error)
+    distributed.broadcast_object_list(told)
+    if told[1] is not None:
+        raise CheckpointError(told[1])
+    return told[0]
+
+
+def _set_aside(folder: Path, damage: str) -> None:
     try:
         set_damaged_aside(folder)
     except CheckpointError as error:
-        return [str(error)]
-    return []
+        raise CheckpointError(f"{damage}; {error}") from None
 
 
 def shared_problems(folder: Path, groups: Groups) -> list[str]:
     """What is wrong with the files of `folder`, every rank having hashed its share; the same list on every rank.
 
-    CheckpointVersionError when another version of this project wrote it: that is no damage.
+    CheckpointVersionError, on every rank, when another version of this project wrote it: that is no damage.
     """
-    return _agree(_problems_of(folder, groups))
+    try:
+        mine, refusal = _problems_of(folder, groups), None
+    except CheckpointVersionError as error:
+        mine, refusal = [], str(error)
+    gathered: list = [None] * distributed.get_world_size()
+    distributed.all_gather_object(gathered, (mine, refusal))
+    refusals = [refusal for _, refusal in gathered if refusal]
+    if refusals:
+        raise CheckpointVersionError(refusals[0])
+    return list(dict.fromkeys(problem for problems, _ in gathered for problem in problems))
 
 
 def _problems_of(folder: Path, groups: Groups) -> list[str]:
@@ -88,8 +111,8 @@ def _problems_of(folder: Path, groups: Groups) -> list[str]:
         manifest = read_manifest(folder)
     except CheckpointVersionError:
         raise
-    except CheckpointError as error:
-        return [str(error)] if groups.rank == 0 else []
+    except CheckpointError as error:  # on any rank: its share of the files would go unchecked
+        return [str(error)]
     problems = verify_files(folder, manifest, groups.rank, groups.world_size)
     return problems or (pickle_problems(folder) if groups.rank == 0 else [])
 
@@ -164,9 +187,3 @@ def _check_fingerprint(folder: Path, saved: str, chunks: Sequence, device: torch
             f"{folder}: the weights in memory have fingerprint {found}, those saved had {saved}; "
             "this is a defect of loading or of the machine's memory: do not go on, try another node"
         )
-
-
-def _agree(mine: list[str]) -> list[str]:
-    gathered: list = [None] * distributed.get_world_size()
-    distributed.all_gather_object(gathered, mine)
-    return [item for rank_items in gathered for item in rank_items]

@@ -38,14 +38,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from k2_megatron.config import Config
 from k2_megatron.runtime.groups import Groups
-from k2_megatron.train.checkpoint_files import (
-    CheckpointError,
-    HashingWriter,
-    first_cause,
-    folder_name,
-    publish,
-    start_writing,
-)
+from k2_megatron.train.checkpoint_files import first_cause, publish, start_writing
+from k2_megatron.train.checkpoint_hashing import HashingWriter
+from k2_megatron.train.checkpoint_manifest import CheckpointError, folder_name
 from k2_megatron.train.checkpoint_state import (
     layout_name,
     model_state,
@@ -160,16 +155,29 @@ class CheckpointWriter:
                 self._pending.set_exception(error)
 
     def finished(self) -> SaveResult | None:
-        """The result of a save that has come to its end since the last call; None otherwise. Never waits.
+        """The result of a save that has come to a good end since the last call; None otherwise. Never waits.
 
-        Ranks may see the end at different times. CheckpointError when the save failed.
+        Ranks may see the end at different times: a failure is for `failed`, and for `wait` once all know of it.
         """
-        return self.wait() if self._pending is not None and self._pending.done() else None
+        return self.wait() if self._pending is not None and self._pending.done() and not self.failed else None
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows that the save in flight has failed. If one raised at once, it would leave the others
+        in the middle of a step."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait(self) -> SaveResult | None:
-        """Wait for the save in flight, if there is one, and return its result. CheckpointError when it failed."""
+        """Wait for the save in flight, if there is one, and return its result; called on every rank at the same step.
+
+        CheckpointError, on every rank, when it failed.
+        """
         pending, self._pending = self._pending, None
-        return pending.result() if pending is not None else None
+        try:
+            return pending.result() if pending is not None else None
+        except CheckpointError:  # on all: none leaves, and has the others ended, before every rank can say why
+            distributed.barrier(group=self._group)
+            raise
 
     def _write(self, plan: _Plan, aside: Path, manifest: dict, began: float, stall_seconds: float | None) -> SaveResult:
         step = manifest["step"]

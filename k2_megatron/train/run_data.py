@@ -6,7 +6,7 @@ from k2_megatron.config import Config
 from k2_megatron.data.feed import Feed, open_feed
 from k2_megatron.data.ledger import CHAIN_START, Ledger
 from k2_megatron.data.tokenizer import load_tokenizer
-from k2_megatron.train.checkpoint_files import CheckpointError
+from k2_megatron.train.checkpoint_manifest import CheckpointError
 
 
 class RunData:

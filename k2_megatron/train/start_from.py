@@ -19,7 +19,8 @@ from k2_megatron.config.changes import SHAPES
 from k2_megatron.convert.record import carry_record, require_own_record
 from k2_megatron.runtime.groups import Groups
 from k2_megatron.train.checkpoint import load_state, shared_problems
-from k2_megatron.train.checkpoint_files import CheckpointError, complete_checkpoints, latest_checkpoint, read_manifest
+from k2_megatron.train.checkpoint_files import complete_checkpoints, latest_checkpoint
+from k2_megatron.train.checkpoint_manifest import CheckpointError, read_manifest
 
 KEY = "checkpoint.start_from"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from k2_megatron.config import Config
 from k2_megatron.config.changes import Change, changes
-from k2_megatron.train.checkpoint_files import CheckpointError
+from k2_megatron.train.checkpoint_manifest import CheckpointError
 from k2_megatron.train.checkpoint_state import layout_name
 from k2_megatron.train.journal import read_events, read_steps
 from k2_megatron.train.schedule import learning_rate_at
@@ -37,7 +37,8 @@ def resume_report(config: Config, manifest: dict, folder: Path, doubts: list[str
     step = manifest["step"]
     lines = [*doubts, f"resuming from {folder}"]
     if manifest["layout"] != layout_name(config):
-        lines.append(f"  saved under {manifest['layout']}, going on under {layout_name(config)}")
+        layouts = f"saved under {manifest['layout']}, going on under {layout_name(config)}"
+        lines.append(f"  {layouts}: random generators are seeded anew")
     if step < config.train.steps:
         lines.append(
             f"  next: step {step + 1}, sample {config.consumed_samples_at(step)}, "

@@ -27,6 +27,7 @@ from k2_megatron.convert.model_facts import ModelFacts
 from k2_megatron.convert.names import EMBEDDING, OUTPUT, Place
 from k2_megatron.convert.numbers import Rounding, change_dtype, to_float32
 from k2_megatron.convert.transformers_model import TransformersModel
+from k2_megatron.train.checkpoint_manifest import manifest_text
 
 SHAPES = {
     "multi-head": ({}, {}),
@@ -155,7 +156,7 @@ def test_tied_embeddings_that_training_pulled_apart_stay_apart(tmp_path: Path) -
     manifest_path = tmp_path / "run" / "checkpoints" / "step_00000000" / "k2.json"
     manifest = json.loads(manifest_path.read_text())
     manifest["conversion"]["tied_embeddings"] = True
-    manifest_path.write_text(json.dumps(manifest))
+    manifest_path.write_text(manifest_text(manifest))
     export_model(tmp_path / "run", tmp_path / "back")
     assert model_config(tmp_path / "back")["tie_word_embeddings"] is False is config["tie_word_embeddings"]
     assert torch.equal(stored_tensors(tmp_path / "back")["lm_head.weight"], untied.lm_head.weight)

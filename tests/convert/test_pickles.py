@@ -38,7 +38,8 @@ from k2_megatron.runtime.devices import find_device
 from k2_megatron.runtime.groups import connect, disconnect
 from k2_megatron.runtime.launch import single_rank
 from k2_megatron.train.checkpoint import _problems_of
-from k2_megatron.train.checkpoint_files import first_cause, hash_file
+from k2_megatron.train.checkpoint_files import first_cause
+from k2_megatron.train.checkpoint_manifest import hash_file, manifest_text
 from k2_megatron.train.checkpoint_pickles import pickle_problems
 from k2_megatron.train.checkpoint_reader import RestrictedLoading
 
@@ -296,4 +297,4 @@ def write(checkpoint: Path, name: str, content: bytes) -> None:
     (checkpoint / name).write_bytes(content)
     manifest = json.loads((checkpoint / "k2.json").read_text())
     manifest["files"][name] = hash_file(checkpoint / name)
-    (checkpoint / "k2.json").write_text(json.dumps(manifest))
+    (checkpoint / "k2.json").write_text(manifest_text(manifest))

@@ -16,7 +16,7 @@ from k2_megatron.convert.record import find_record
 from k2_megatron.convert.reshard import reshard
 from k2_megatron.convert.torch_dist import TorchDistSource, checkpoint_folder, read_manifest
 from k2_megatron.convert.verify import HashCheck, verify_export, verify_training
-from k2_megatron.train.checkpoint_files import hash_file
+from k2_megatron.train.checkpoint_manifest import hash_file, manifest_text
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +43,14 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(content)
 
 
+def replace_text(path: Path, old: str, new: str) -> None:
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
 def edit_manifest(checkpoint: Path, **changes) -> None:
     manifest = json.loads((checkpoint / "k2.json").read_text())
-    (checkpoint / "k2.json").write_text(json.dumps({**manifest, **changes}))
+    (checkpoint / "k2.json").write_text(manifest_text({**manifest, **changes}))
 
 
 def mix_steps(checkpoint: Path) -> None:
@@ -72,6 +77,10 @@ WOUNDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "mixed-steps": (mix_steps, "belongs to step 941"),
     "mixed-tensors": (mix_tensors, "belong to another checkpoint"),
     "version": (lambda c: edit_manifest(c, format=2), "format 2"),
+    "altered-manifest": (
+        lambda c: replace_text(c / "k2.json", '"consumed_samples": 0', '"consumed_samples": 8'),
+        "k2.json is damaged (its content was altered",
+    ),
     "no-manifest": (lambda c: (c / "k2.json").unlink(), "no k2.json"),
     "cut-manifest": (lambda c: os.truncate(c / "k2.json", 200), "k2.json is damaged"),
     "dangling-link": (

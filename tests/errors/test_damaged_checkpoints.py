@@ -1,12 +1,15 @@
 """A checkpoint that is damaged is never trained on: the run takes the one before it and says why."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 from endings import MISTAKE, says_one_line
+from rank_processes import Rank
 
+from k2_megatron.evaluate.one_process import loaded_model
 from k2_megatron.train.journal import read_events, read_steps
 
 SETTINGS = {"train.steps": 6, "checkpoint.every_steps": 2}
@@ -182,3 +185,69 @@ def test_run_that_lost_its_checkpoints_does_not_begin_again(attempt, checkpoints
         "put a checkpoint back, or give run.folder another name",
     )
     assert not [path for path in checkpoints.iterdir() if path.name.startswith("step_")], "nothing was trained"
+
+
+def test_later_checkpoints_leave_when_the_run_is_set_back(attempt, checkpoints, finished_run):
+    """`latest` is what a person, or a rollback that was killed, goes back by: the branch after it must not be taken for
+    the new one, neither by retention nor by the next start."""
+    (checkpoints / "latest").write_text("step_00000002\n")
+    (outcome,) = attempt({**SETTINGS, "checkpoint.keep_last": 2, "checkpoint.every_steps": 3})
+    assert outcome.exit_code == 0, outcome.stderr
+    resume = resumed_from(checkpoints.parent)
+    said = "abandoned_step_00000004 is later than step_00000002: it was set aside under this name"
+    assert (resume["step"], resume["doubts"]) == (2, [said])
+    assert said in outcome.stdout
+    names = sorted(path.name for path in checkpoints.iterdir())
+    assert names == ["abandoned_step_00000004", "latest", "step_00000003", "step_00000006"]
+    assert losses(checkpoints.parent) == losses(finished_run)
+
+
+def manifest_unreadable_on_rank_1() -> None:
+    import k2_megatron.train.checkpoint as checkpoint
+
+    right = checkpoint.read_manifest
+
+    def read(folder: Path) -> dict:
+        if os.environ["RANK"] == "1" and folder.name == "step_00000004":
+            raise checkpoint.CheckpointError("rank 1 cannot read it")
+        return right(folder)
+
+    checkpoint.read_manifest = read
+
+
+def test_manifest_that_another_rank_cannot_read_counts(attempt, checkpoints):
+    """That rank would have left its share of the files unchecked."""
+    outcomes = attempt({**SETTINGS, "parallel.pipeline": 2}, ranks=2, fault=manifest_unreadable_on_rank_1)
+    assert [outcome.exit_code for outcome in outcomes] == [0, 0], outcomes[0].stderr
+    resume = resumed_from(checkpoints.parent)
+    assert (resume["step"], "rank 1 cannot read it" in resume["doubts"][0]) == (2, True)
+    assert "under tp1-pp2-vp1-cp1-dp1: random generators are seeded anew" in outcomes[0].stdout
+
+
+def folder_as_it_was_on_rank_1() -> None:
+    """As a file system does that remembers what it has read."""
+    import k2_megatron.train.checkpoint as checkpoint
+
+    if os.environ["RANK"] == "1":
+        checkpoint.candidate_checkpoints = lambda _checkpoints: ([], None)
+
+
+def test_every_rank_takes_what_rank_0_sees(attempt, checkpoints):
+    outcomes = attempt({**SETTINGS, "parallel.pipeline": 2}, ranks=2, fault=folder_as_it_was_on_rank_1)
+    assert [outcome.exit_code for outcome in outcomes] == [0, 0], outcomes[0].stderr
+    assert (resumed_from(checkpoints.parent)["step"], resumed_from(checkpoints.parent)["doubts"]) == (4, [])
+
+
+def evaluated_step(folder: Path) -> int:
+    with loaded_model(folder) as (_, step, _):
+        return step
+
+
+def test_evaluation_passes_over_a_damaged_checkpoint_and_renames_nothing(checkpoints, tmp_path):
+    """The run may be alive, and about to write here."""
+    reason = flip_a_byte(checkpoints)
+    before = sorted(path.name for path in checkpoints.iterdir())
+    outcome = Rank(evaluated_step, (checkpoints.parent,), {}, tmp_path / "output").finish()
+    assert outcome.result == 2, outcome.stderr
+    assert reason in outcome.stdout
+    assert sorted(path.name for path in checkpoints.iterdir()) == before

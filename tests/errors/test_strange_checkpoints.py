@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from endings import MISTAKE, says_one_line
 
-from k2_megatron.train.checkpoint_files import complete_checkpoints, read_manifest, verify_files
+from k2_megatron.train.checkpoint_files import complete_checkpoints
+from k2_megatron.train.checkpoint_manifest import read_manifest, verify_files
 from k2_megatron.train.journal import read_events
 
 SETTINGS = {"train.steps": 6, "checkpoint.every_steps": 2}
@@ -145,12 +146,12 @@ def test_links_to_checkpoints_and_latest_that_is_a_link(attempt, newest, tmp_pat
 
 def no_space_left() -> None:
     """Every write of a checkpoint's file fails, as on a full disk."""
-    import k2_megatron.train.checkpoint_files as checkpoint_files
+    import k2_megatron.train.checkpoint_hashing as checkpoint_hashing
 
     def write(self, data) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    checkpoint_files._HashingStream.write = write
+    checkpoint_hashing._HashingStream.write = write
 
 
 def test_full_disk_under_a_save_in_the_background(attempt, newest):
@@ -167,3 +168,30 @@ def test_full_disk_under_a_save_in_the_background(attempt, newest):
         "step_00000004",
         "step_00000006",
     ]
+
+
+def no_space_left_and_rank_1_slow_to_know() -> None:
+    """As `no_space_left`; of the ranks one learns of it several steps after the other."""
+    import time
+
+    import k2_megatron.train.checkpoint_save as checkpoint_save
+
+    no_space_left()
+    right = checkpoint_save.CheckpointWriter._write
+
+    def write(self, *arguments):
+        try:
+            return right(self, *arguments)
+        finally:
+            time.sleep(2.0 * int(os.environ["RANK"]))
+
+    checkpoint_save.CheckpointWriter._write = write
+
+
+def test_failed_save_in_the_background_ends_every_rank_at_the_same_step(attempt, newest):
+    """One that left at once would have the other fail with a broken connection, which is then what is read."""
+    without_newest(newest)
+    settings = {**SETTINGS, "train.steps": 12, "checkpoint.every_steps": 5, "checkpoint.asynchronous": True}
+    outcomes = attempt({**settings, "parallel.pipeline": 2}, 2, None, no_space_left_and_rank_1_slow_to_know)
+    says_one_line(outcomes, MISTAKE, "step 5 could not be saved", "No space left on device")
+    assert (newest.parent / "latest").read_text() == "step_00000004\n"

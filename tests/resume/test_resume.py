@@ -6,7 +6,7 @@ import torch
 from rank_processes import pretrain
 from small_run import checkpoint_tensors, overrides
 
-from k2_megatron.train.checkpoint_files import read_manifest
+from k2_megatron.train.checkpoint_manifest import read_manifest
 from k2_megatron.train.journal import read_events, read_steps
 
 LAYOUTS = {

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from k2_megatron.config.schema import Spikes
-from k2_megatron.train.checkpoint_files import MANIFEST, apply_retention, complete_checkpoints, folder_name, step_of
+from k2_megatron.train.checkpoint_files import apply_retention, complete_checkpoints
+from k2_megatron.train.checkpoint_manifest import MANIFEST, folder_name, step_of
 from k2_megatron.train.spikes.watch import KEPT_FOR, SpikeWatch
 
 SETTINGS = Spikes(window_steps=16, benign_steps=10)

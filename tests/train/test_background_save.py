@@ -16,7 +16,8 @@ from k2_megatron.runtime.groups import build_groups, connect, disconnect
 from k2_megatron.runtime.launch import read_environment
 from k2_megatron.runtime.seeds import seed_everything
 from k2_megatron.train.checkpoint import load_weights
-from k2_megatron.train.checkpoint_files import CheckpointError, complete_checkpoints, read_manifest, verify_files
+from k2_megatron.train.checkpoint_files import complete_checkpoints
+from k2_megatron.train.checkpoint_manifest import CheckpointError, read_manifest, verify_files
 from k2_megatron.train.checkpoint_save import CheckpointWriter
 from k2_megatron.train.checkpoint_state import model_state, optimizer_state, weight_fingerprint
 from k2_megatron.train.optimizer import build_optimizer, wrap_model

@@ -10,19 +10,26 @@ import pytest
 from k2_megatron.runtime import durable
 from k2_megatron.runtime.durable import make_folder
 from k2_megatron.train.checkpoint_files import (
-    CheckpointError,
-    HashingWriter,
     apply_retention,
+    candidate_checkpoints,
     complete_checkpoints,
-    hash_file,
     latest_checkpoint,
     publish,
-    read_manifest,
     remove_unfinished,
+    set_later_aside,
     start_writing,
+)
+from k2_megatron.train.checkpoint_hashing import HashingWriter
+from k2_megatron.train.checkpoint_manifest import (
+    CheckpointError,
+    CheckpointVersionError,
+    hash_file,
+    read_manifest,
     step_of,
     verify_files,
 )
+
+FACTS = {"layout": "tp1", "precision": "float32", "weights": "00", "config": {}, "optimizer_step": 1234}
 
 
 @pytest.fixture
@@ -34,7 +41,7 @@ def saved(tmp_path):
             aside = start_writing(tmp_path, step)
             for name in ("a", "b", "c"):
                 (aside / name).write_text(f"{name} of step {step}")
-            publish(aside, {"step": step, "files": {"a": hash_file(aside / "a")}})
+            publish(aside, {**FACTS, "step": step, "files": {"a": hash_file(aside / "a")}})
         return tmp_path
 
     return save
@@ -175,6 +182,110 @@ def test_manifest_of_another_format_is_refused(saved):
     (folder / "k2.json").write_text(json.dumps({**manifest, "format": 99}))
     with pytest.raises(CheckpointError, match="has format 99, this version reads 1"):
         read_manifest(folder)
+
+
+@pytest.mark.parametrize("digit", ["1235", "9234", "12345"])
+def test_altered_digit_of_the_manifest_is_seen(saved, digit):
+    """Nothing else knows how many updates Adam has made."""
+    path = complete_checkpoints(saved(5))[0] / "k2.json"
+    path.write_text(path.read_text().replace("1234", digit))
+    with pytest.raises(CheckpointError, match=r"k2\.json is damaged \(its content was altered"):
+        read_manifest(path.parent)
+
+
+def test_manifest_of_before_its_own_hash_is_read(saved):
+    path = complete_checkpoints(saved(5))[0] / "k2.json"
+    manifest = json.loads(path.read_text())
+    del manifest["xxh3"]
+    path.write_text(json.dumps(manifest))
+    assert read_manifest(path.parent) == manifest
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("[]", "null", "1", '"k2"', "{}", '{"format": "1"}', '{"format": 1}', "[" * 100_000),
+        '{"format": 1, "step": 5, "layout": "a", "precision": "b", "weights": "c", "config": {}}',
+        '{"format": 1, "step": 5, "layout": "a", "precision": "b", "weights": "c", "config": {}, "files": {"a": 1}}',
+        '{"format": 1, "step": 5, "layout": "a", "precision": "b", "weights": "c", "config": {}, '
+        '"files": {"../a": {"bytes": 1, "xxh3": ""}}}',
+    ],
+)
+def test_manifest_of_the_wrong_form_is_damaged(saved, content):
+    folder = complete_checkpoints(saved(5))[0]
+    (folder / "k2.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"k2\.json is damaged") as raised:
+        read_manifest(folder)
+    assert not isinstance(raised.value, CheckpointVersionError)
+
+
+def test_retention_leaves_what_latest_names(saved):
+    """Set back by hand to go on from an earlier step: the later ones are newer by their number alone."""
+    checkpoints = saved(2, 4, 6, 8)
+    (checkpoints / "latest").write_text("step_00000002\n")
+    apply_retention(checkpoints, 2, None, set())
+    assert steps(checkpoints) == [8, 6, 2]
+
+
+def test_later_checkpoints_are_set_aside_whole_and_never_removed(saved):
+    checkpoints = saved(2, 4, 6)
+    assert set_later_aside(checkpoints, checkpoints / "step_00000002") == [
+        *("abandoned_step_00000006", "abandoned_step_00000004"),
+    ]
+    saved(4)
+    assert set_later_aside(checkpoints, checkpoints / "step_00000002") == ["abandoned_step_00000004.2"]
+    assert steps(checkpoints) == [2]
+    assert (checkpoints / "abandoned_step_00000004" / "a").read_text() == "a of step 4"
+
+
+def test_one_before_the_damaged_one_is_tried_first(saved):
+    checkpoints = saved(2, 4, 6, 8)
+    (checkpoints / "latest").write_text("step_00000004\n")
+    candidates, _ = candidate_checkpoints(checkpoints)
+    assert [step_of(folder) for folder in candidates] == [4, 2, 8, 6]
+
+
+def test_replaced_checkpoint_stays_until_the_new_one_has_its_name(saved, monkeypatch):
+    """A kill at any rename of a step saved again leaves the old or the new one."""
+
+    class Killed(BaseException):
+        pass
+
+    checkpoints = saved(4, 5)
+    rename, left = os.rename, []
+
+    def dies(old, new):
+        if not left:
+            raise Killed
+        left.pop()
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", dies)
+    for renames in range(2):
+        left[:] = [None] * renames
+        with pytest.raises(Killed):
+            saved(5)
+        monkeypatch.undo()
+        remove_unfinished(checkpoints)
+        assert steps(checkpoints) == [5, 4], renames
+        assert verify_files(checkpoints / "step_00000005", read_manifest(checkpoints / "step_00000005")) == []
+        assert not list(checkpoints.glob(".*"))
+        monkeypatch.setattr(os, "rename", dies)
+
+
+def test_failed_rename_puts_the_replaced_checkpoint_back(saved, monkeypatch):
+    checkpoints = saved(5)
+    rename = os.rename
+
+    def fails(old, new):
+        if Path(old).name.endswith(".writing"):
+            raise OSError(28, "No space left on device")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises(OSError, match="No space"):
+        saved(5)
+    assert steps(checkpoints) == [5]
 
 
 def test_folder_of_another_name_has_no_step(tmp_path):

@@ -13,7 +13,8 @@ import torch.distributed as distributed
 from k2_megatron.config import Config
 from k2_megatron.runtime.durable import sync, write_file
 from k2_megatron.runtime.mistakes import StopRun
-from k2_megatron.train.checkpoint_files import complete_checkpoints, folder_name, step_of
+from k2_megatron.train.checkpoint_files import complete_checkpoints
+from k2_megatron.train.checkpoint_manifest import folder_name, step_of
 from k2_megatron.train.run_data import RunData
 from k2_megatron.train.spikes.detector import Finding
 from k2_megatron.train.spikes.policy import Decision, amendment, decide

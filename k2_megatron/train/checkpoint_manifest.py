@@ -1,0 +1,127 @@
+"""The manifest k2.json of a checkpoint: what a complete one says of itself, and whether its files agree.
+
+    {"format": 1, "step": 941, ..., "files": {name: {"bytes", "xxh3"}}, "xxh3": hash of all the rest}
+
+Needs no torch: training, `verify` and conversions read it alike.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+MANIFEST = "k2.json"
+MANIFEST_FORMAT = 1
+FOLDER = re.compile(r"step_(\d{8,})")
+_READ_BYTES = 1 << 22
+_FIELDS = {"step": int, "files": dict, "layout": str, "precision": str, "weights": str, "config": dict}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and the remedy."""
+
+
+class CheckpointVersionError(CheckpointError):
+    """A checkpoint that another version of this project wrote: it is not damaged, and must not be passed over."""
+
+
+def folder_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """The step a checkpoint folder's name gives. CheckpointError when the name is not a checkpoint's."""
+    match = FOLDER.fullmatch(folder.name)
+    if match is None:
+        raise CheckpointError(f"{folder} is not a checkpoint folder (its name should look like step_00000941)")
+    return int(match.group(1))
+
+
+def manifest_text(manifest: dict) -> str:
+    """What is written into k2.json: the manifest with its format and the hash of its own content."""
+    content = {"format": MANIFEST_FORMAT, **{key: value for key, value in manifest.items() if key != "xxh3"}}
+    return json.dumps({**content, "xxh3": content_hash(content)}, indent=1)
+
+
+def content_hash(manifest: dict) -> str:
+    """xxh3 of a manifest but for its hash: of its JSON with sorted keys and no spaces."""
+    plain = json.loads(json.dumps(manifest))  # as a reader has it: no tuples, all keys text
+    plain.pop("xxh3", None)
+    return xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode())
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a complete checkpoint. CheckpointError when it is missing or damaged, CheckpointVersionError when
+    it is of another format."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no {MANIFEST}: it is not a complete checkpoint") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); restore access to it") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); use another checkpoint") from None
+    problem = _problem_of_content(manifest)
+    if problem:
+        raise CheckpointError(f"{path} is damaged ({problem}); use another checkpoint")
+    if manifest["format"] != MANIFEST_FORMAT:
+        raise CheckpointVersionError(
+            f"{path} has format {manifest['format']!r}, this version reads {MANIFEST_FORMAT}; "
+            "use the version of k2_megatron that wrote it"
+        )
+    if manifest["step"] != step_of(folder):
+        raise CheckpointError(f"{path} belongs to step {manifest['step']}, not to {folder.name}: files were mixed up")
+    return manifest
+
+
+def _problem_of_content(manifest: Any) -> str | None:
+    if not isinstance(manifest, dict) or type(manifest.get("format")) is not int:
+        return "it is no manifest"
+    if manifest["format"] != MANIFEST_FORMAT:
+        return None  # another version knows what belongs in it
+    if "xxh3" in manifest and manifest["xxh3"] != content_hash(manifest):  # those of earlier versions have none
+        return "its content was altered: its own xxh3 hash differs"
+    wrong = [key for key, kind in _FIELDS.items() if type(manifest.get(key)) is not kind]
+    if wrong:
+        return f"it lacks {', '.join(wrong)}"
+    for name, facts in manifest["files"].items():
+        if Path(name).name != name or not isinstance(facts, dict) or facts.keys() != {"bytes", "xxh3"}:
+            return f"what it says of the file {name!r} is no size and hash"
+    return None
+
+
+def hash_file(path: Path) -> dict:
+    """{"bytes", "xxh3"} of a file on disk."""
+    digest, size = xxhash.xxh3_128(), 0
+    with path.open("rb") as stream:
+        while block := stream.read(_READ_BYTES):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "xxh3": digest.hexdigest()}
+
+
+def verify_files(folder: Path, manifest: dict, part: int = 0, parts: int = 1) -> list[str]:
+    """Problems of the `part`-th of `parts` shares of the checkpoint's files: missing, truncated, altered."""
+    problems = []
+    for name in sorted(manifest["files"])[part::parts]:
+        try:
+            problem = _problem_of_file(folder / name, manifest["files"][name])
+        except OSError as error:
+            problem = f"{folder / name} cannot be read ({error.strerror})"
+        if problem:
+            problems.append(problem)
+    return problems
+
+
+def _problem_of_file(path: Path, expected: dict) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing"
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        return f"{path} has {size} bytes, {expected['bytes']} were written"
+    if hash_file(path) != expected:
+        return f"{path} was altered after it was written (its xxh3 hash differs)"
+    return None
