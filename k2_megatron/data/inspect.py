@@ -274,7 +274,8 @@ def verify_lines(run: Run, contents: bool) -> Iterator[str]:
 
 def verify_ledger_of_checkpoints(run: Run) -> Iterator[str]:
     """For every checkpoint: the ledger still has the lines it had when that was saved."""
-    from k2_megatron.train.checkpoint_files import complete_checkpoints, read_manifest  # brings torch
+    from k2_megatron.train.checkpoint_files import complete_checkpoints  # brings torch
+    from k2_megatron.train.checkpoint_manifest import read_manifest
 
     for folder in complete_checkpoints(run.folder / "checkpoints"):
         run.ledger.check_mark(read_manifest(folder))

@@ -142,7 +142,7 @@ def files_to_hash(checkpoint: Path) -> None:
 def test_verify_and_reshard_name_a_manifest_of_another_form(run: Path, tmp_path: Path, content: dict | None) -> None:
     checkpoint = checkpoint_folder(run)
     manifest = json.loads((checkpoint / "k2.json").read_text())
-    (checkpoint / "k2.json").write_text(json.dumps(content and {**manifest, **content}))
+    (checkpoint / "k2.json").write_text(manifest_text({**manifest, **content}) if content else "null")
     assert "k2.json is damaged" in "; ".join(verify_training(checkpoint, workers=1))
     with pytest.raises(ConversionError, match=r"k2\.json is damaged"):
         reshard(run, tmp_path / "other", tensor=1, pipeline=1, workers=1)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from k2_megatron.data.ledger import CHAIN_START, Ledger
 from k2_megatron.data.schedule import Amendment, Schedule, carried_over
-from k2_megatron.train.checkpoint_files import CheckpointError
+from k2_megatron.train.checkpoint_manifest import CheckpointError
 from k2_megatron.train.run_data import RunData
 
 
