@@ -50,6 +50,7 @@ def small_k2(steps_per_chunk: int, batch: int) -> Config:
             f"train.global_batch={batch}",
             f"checkpoint.every_steps={steps_per_chunk}",
             "checkpoint.chunks=",
+            "train.compare_replicas_every_steps=",
             "train.micro_batch=1",
             "parallel.ranks=32",
             "optimizer.warmup_steps=10",
