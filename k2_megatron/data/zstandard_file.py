@@ -1,8 +1,8 @@
 """Zstandard files, forward: bounded memory, and a file cut short is an error.
 
 In: frames (RFC 8878). Out: their content, decompressed block by block, so that no call gives more than one block's
-128 KiB: the library's object gives all that its input holds, which of 16 KiB may be half a GiB. The library's own reader
-is bounded but takes a frame cut short for whole.
+128 KiB: the library's object gives all that its input holds, which of 16 KiB may be half a GiB. The library's own
+reader is bounded but takes a frame cut short for whole.
 """
 
 from __future__ import annotations
