@@ -19,6 +19,7 @@ from k2_megatron.data.inspect import Run, document_lines, mix_lines, show_lines,
 from k2_megatron.data.ledger import Ledger
 from k2_megatron.data.recipe import Recipe
 from k2_megatron.data.training import train_byte_level_bpe
+from k2_megatron.train.checkpoint_manifest import manifest_text
 
 LENGTH, BATCH, STEPS = 256, 16, 12
 DEFER_AT = 5 * BATCH
@@ -93,8 +94,9 @@ def test_verify_compares_the_ledger_with_the_checkpoints(folder, tmp_path, chang
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     checkpoint = tmp_path / "checkpoints/step_00000012"
     checkpoint.mkdir(parents=True)
-    manifest = {"format": 1, "step": 12, "amendments": 1, "ledger": Ledger(folder).mark()}
-    (checkpoint / "k2.json").write_text(json.dumps(manifest), encoding="utf-8")
+    manifest = {"step": 12, "layout": "", "precision": "", "weights": "", "config": {}, "files": {}}
+    manifest |= {"amendments": 1, "ledger": Ledger(folder).mark()}
+    (checkpoint / "k2.json").write_text(manifest_text(manifest), encoding="utf-8")
     *lines, last = (folder / "ledger.jsonl").read_text(encoding="utf-8").splitlines()
     changed = {"none": [last], "edit": [last.replace('"step": 12', '"step": 11')], "remove": []}[change]
     (tmp_path / "ledger.jsonl").write_text("\n".join([*lines, *changed]) + "\n", encoding="utf-8")
