@@ -19,7 +19,7 @@ from k2_megatron.data.texts import Texts
 from k2_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 
 ENCODERS = ("auto", "gigatoken", "tokenizers", "sentencepiece")
-LARGE_PROCESS_BYTES = 220 << 20  # of a worker that may take 300 MB
+LARGE_PROCESS_BYTES = 220 << 20  # of a worker that may take 300 MB; asked as seldom as the next line says
 IDS_BEFORE_FORGETTING = 16_000_000  # words are learnt again in a tenth of the time that so many take
 Encode = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 PROBE = (

@@ -37,6 +37,7 @@ class Source:
     kind: str  # "jsonl", "parquet" or "txt"
     compression: str  # "", ".gz", ".zst" or ".xz"
     size: int  # bytes on disk
+    modified_ns: int  # when its content last changed, as the file system tells
 
     @property
     def splittable(self) -> bool:
@@ -90,7 +91,8 @@ def _source(path: str, name: str) -> Source | None:
     kind = KINDS.get(os.path.splitext(base)[1] if compression else suffix)
     if kind is None or (kind == "parquet" and compression):
         return None
-    return Source(name, path, kind, compression, os.path.getsize(path))
+    facts = os.stat(path)
+    return Source(name, path, kind, compression, facts.st_size, facts.st_mtime_ns)
 
 
 def decompressed(source: Source, raw: IO[bytes]) -> IO[bytes]:

@@ -100,12 +100,11 @@ def read_record(job: Job, source: int, shard: int, fingerprint: str) -> dict[str
     if not path.is_file():
         return None
     record = read_sealed(path, f"remove {path}: its shard is then made again")
-    here = {"job": fingerprint, "source": job.sources[source].name, "source_bytes": job.sources[source].size}
-    for name, value in here.items():
-        if record[name] != value:
+    for name, value in {"job": fingerprint, **_facts(job.sources[source])}.items():
+        if record.get(name) != value:
             raise ValueError(
-                f"{path}: its {name} is {record[name]!r}, this run's is {value!r}; remove {job.record_folder} and the "
-                f"outputs of {job.prefix} to start afresh, or choose another --output-prefix"
+                f"{path}: its {name} is {record.get(name)!r}, this run's is {value!r}; remove {job.record_folder} and "
+                f"the outputs of {job.prefix} to start afresh, or choose another --output-prefix"
             )
     for entry in record["files"].values():
         for suffix, key in ((".bin", "bin_bytes"), (".idx", "idx_bytes")):
@@ -113,6 +112,11 @@ def read_record(job: Job, source: int, shard: int, fingerprint: str) -> dict[str
             if not found.is_file() or found.stat().st_size != entry[key]:
                 return None  # removed by hand, or torn by a power cut: made again
     return record
+
+
+def _facts(source: Source) -> dict[str, Any]:
+    """What a record keeps of its source, to know it again."""
+    return {"source": source.name, "source_bytes": source.size, "source_modified_ns": source.modified_ns}
 
 
 class ShardMaker:
@@ -206,19 +210,21 @@ class _OpenShard:
 
     def close(self, last: bool) -> None:
         """Publish the shard's files, then its record."""
-        job = self.maker.job
+        job, source = self.maker.job, self.maker.job.sources[self.source]
+        found = os.stat(source.path)
+        if (found.st_size, found.st_mtime_ns) != (source.size, source.modified_ns):
+            raise ValueError(f"{source.path}: changed while it was read; run again when nothing writes to it any more")
         files = {key: writer.finish() for key, writer in self.writers.items()}
         asked = self.lines - len(self.blank) - len(self.rejected)
         for count in [self.documents, *(entry["documents"] for entry in files.values())]:
             if count != asked:
                 raise RuntimeError(
-                    f"{job.sources[self.source].path}: {asked} documents read in shard {self.number} and {count} "
+                    f"{source.path}: {asked} documents read in shard {self.number} and {count} "
                     "written: a fault of this program; please report it with the file"
                 )
         record = {
             "job": self.maker.fingerprint,
-            "source": job.sources[self.source].name,
-            "source_bytes": job.sources[self.source].size,
+            **_facts(source),
             "shard": self.number,
             "last": last,
             "lines": self.lines,

@@ -20,6 +20,7 @@ import xxhash
 
 from k2_megatron.data.compiled import compiled
 from k2_megatron.data.indexed import index_bytes
+from k2_megatron.runtime.durable import sync
 
 BLOCK_BYTES = 64 << 10
 
@@ -110,15 +111,17 @@ class TokenWriter:
 
 
 def publish(prefix: str, tokens: HashedWriter, dtype: np.dtype, lengths: np.ndarray, bounds: np.ndarray) -> dict:
-    """Write `.idx` and `.xxh3` beside the tokens and rename all three into place; the manifest's entry for them."""
+    """Write `.idx` and `.xxh3` beside the tokens and rename all three into place, so that they survive a power cut; the
+    manifest's entry for them."""
     index = HashedWriter(Path(prefix + ".idx"))
     for part in index_bytes(dtype, lengths, bounds):
         index.write(part)
     tokens.commit(durable=True)
-    index.commit()
+    index.commit(durable=True)
     hashes = HashedWriter(Path(prefix + ".xxh3"))
     hashes.write(tokens.block_hashes.tobytes() + index.block_hashes.tobytes())
-    hashes.commit()
+    hashes.commit(durable=True)
+    sync(Path(prefix).parent)  # the record that names them is written next
     return {
         "name": os.path.basename(prefix),
         "documents": len(bounds) - 1,
@@ -152,7 +155,7 @@ def with_ends(ids: np.ndarray, lengths: np.ndarray, end: int, dtype: np.dtype) -
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
-    """JSON with the xxh3 of its own text as the last key, written aside and renamed."""
+    """JSON with the xxh3 of its own text as the last key, written aside and renamed; it survives a power cut."""
     text = _seal({key: value for key, value in content.items() if key != "xxh3"})
     partial = Path(f"{path}.{secrets.token_hex(4)}.partial")
     with open(partial, "w", encoding="utf-8") as file:
@@ -160,6 +163,7 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+    sync(path.parent)
 
 
 def read_sealed(path: Path, remedy: str) -> dict[str, Any]:

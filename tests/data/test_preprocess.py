@@ -405,6 +405,56 @@ def test_a_source_that_changed_between_runs_is_refused(tmp_path, corpus, toy_tok
         run(folder, toy_tokenizer, tmp_path / "x", part=(0, 2), **settings)
 
 
+def test_a_source_that_changed_and_kept_its_size_is_refused(tmp_path, corpus, toy_tokenizer):
+    folder = shutil.copytree(corpus, tmp_path / "in")
+    settings = {"one_file": False, "shard_bytes": 9000}
+    for index in range(2):
+        run(folder, toy_tokenizer, tmp_path / "x", part=(index, 2), **settings)
+    content = (folder / "a.jsonl").read_bytes()
+    (folder / "a.jsonl").write_bytes(content.replace(b"the", b"THE"))
+    for arguments in ({"part": (1, 2)}, {"merge_only": True}):
+        with pytest.raises(ValueError, match=r"its source_modified_ns is \d+, this run's is \d+; remove .*x\.shards"):
+            run(folder, toy_tokenizer, tmp_path / "x", **arguments, **settings)
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, corpus, toy_tokenizer, monkeypatch):
+    folder = shutil.copytree(corpus, tmp_path / "in")
+
+    def encode(self, texts, where, *, real=ShardMaker.encode):
+        os.utime(folder / "a.jsonl", ns=(1, 1))
+        return real(self, texts, where)
+
+    monkeypatch.setattr(ShardMaker, "encode", encode)
+    with pytest.raises(ValueError, match=r"a\.jsonl: changed while it was read; run again when"):
+        run(folder, toy_tokenizer, tmp_path / "x")
+    assert not (tmp_path / "x.shards").exists()
+
+
+def test_what_a_record_names_is_on_the_disk_before_it(tmp_path, corpus, toy_tokenizer):
+    """Each file's content before its name, the names before the record or manifest, and that before what it replaces
+    is removed."""
+    done = []
+
+    def fsync(descriptor, *, real=os.fsync):
+        done.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        real(descriptor)
+
+    def replace(source, target, *, real=os.replace):
+        done.append(("content", str(target)) if ("sync", str(source)) in done else ("unsynced", str(target)))
+        real(source, target)
+
+    with mock.patch.object(os, "fsync", fsync), mock.patch.object(os, "replace", replace):
+        run(corpus, toy_tokenizer, tmp_path / "x", shard_bytes=20_000)
+    assert not [target for what, target in done if what == "unsynced"]
+    renames = [(place, target) for place, (what, target) in enumerate(done) if what == "content"]
+    records = [(place, target) for place, target in renames if target.endswith(".json")]
+    assert len(records) > 3
+    for place, target in records:
+        assert ("sync", os.path.dirname(target)) in done[place:], "the record's own name"
+        before = [at for at, name in renames if at < place and not name.endswith(".json")]
+        assert ("sync", str(tmp_path)) in done[before[-1] : place], "the names of its files"
+
+
 def test_a_shard_that_changed_before_the_merge_is_refused(tmp_path, corpus, toy_tokenizer):
     settings = {"shard_bytes": 9000}
     for index in range(2):
