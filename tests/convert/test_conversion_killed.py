@@ -6,6 +6,7 @@ rename a killed conversion has nothing under the name of the result.
 
 import contextlib
 import io
+import json
 import multiprocessing
 import os
 import signal
@@ -21,7 +22,7 @@ from conversions import export_model, import_model, write_llama
 
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.reshard import reshard
-from k2_megatron.convert.torch_dist import checkpoint_folder
+from k2_megatron.convert.torch_dist import MANIFEST, checkpoint_folder
 from k2_megatron.convert.verify import verify_export, verify_training
 from k2_megatron.convert.work import HashedFile
 
@@ -44,10 +45,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Every file of a result, by its path there; the result's own path, which start.toml names, is left out of it."""
+    """Every file of a result, by its path there; the result's own path, which k2.json and start.toml name, is left out,
+    and so is the hash of k2.json's content, which has the path in it."""
+
+    def content(path: Path) -> bytes:
+        if path.name == MANIFEST:
+            manifest = json.loads(path.read_bytes())
+            return json.dumps({key: value for key, value in manifest.items() if key != "xxh3"}).encode()
+        return path.read_bytes()
+
     own = str(folder).encode()
     return {
-        str(path.relative_to(folder)): xxhash.xxh3_128(path.read_bytes().replace(own, b"")).hexdigest()
+        str(path.relative_to(folder)): xxhash.xxh3_128(content(path).replace(own, b"")).hexdigest()
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
