@@ -146,7 +146,7 @@ def test_the_last_line_is_vouched_for_by_the_checkpoint(tmp_path, change, messag
     content = {"edit": [one, two, three.replace(b'"cc"', b'"cd"')], "empty": []}.get(change, [one, two])
     (tmp_path / "ledger.jsonl").write_bytes(b"".join(content))
     if "go on" in change:
-        Ledger(tmp_path).record_position(30, "cc")
+        Ledger(tmp_path).record_position(30, "dd")  # another line within the same millisecond, too
     with pytest.raises(CheckpointError, match=f"the checkpoint of step 3 was {message}"):
         resume(tmp_path, manifest)
 
