@@ -9,7 +9,7 @@ from typing import Any
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.fingerprint import as_text
 from k2_megatron.convert.hugging_face import HuggingFaceSource
-from k2_megatron.convert.journal import JOURNAL, hash_file, sole_writer
+from k2_megatron.convert.journal import JOURNAL, sole_writer
 from k2_megatron.convert.logits import Bound, prove
 from k2_megatron.convert.model_facts import ModelFacts
 from k2_megatron.convert.numbers import Rounding
@@ -21,6 +21,7 @@ from k2_megatron.convert.torch_dist import TorchDistSource, checkpoint_folder, r
 from k2_megatron.convert.transformers_model import TransformersModel
 from k2_megatron.convert.work import estimate_text, require_space, run_units
 from k2_megatron.runtime.durable import sync, write_file
+from k2_megatron.train.checkpoint_manifest import hash_file
 
 MANIFEST = "k2_conversion.json"
 

@@ -13,13 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import xxhash
-
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.runtime.durable import make_folder
+from k2_megatron.train.checkpoint_manifest import hash_file
 
 JOURNAL = "finished.jsonl"
-_READ_BYTES = 1 << 22
 
 
 @contextlib.contextmanager
@@ -79,13 +77,3 @@ def is_there(folder: Path, facts: dict | None) -> bool:
     if facts is None or not (folder / facts["file"]).is_file():
         return False
     return hash_file(folder / facts["file"]) == {"bytes": facts["bytes"], "xxh3": facts["xxh3"]}
-
-
-def hash_file(path: Path) -> dict[str, Any]:
-    """{"bytes", "xxh3"} of a file on disk."""
-    digest, size = xxhash.xxh3_128(), 0
-    with path.open("rb") as stream:
-        while block := stream.read(_READ_BYTES):
-            digest.update(block)
-            size += len(block)
-    return {"bytes": size, "xxh3": digest.hexdigest()}

@@ -15,9 +15,8 @@ from k2_megatron.convert.safetensors_file import read_exactly
 from k2_megatron.convert.source import KEY_PREFIX, Kind
 from k2_megatron.convert.torch_blob import Payload, find_payload
 from k2_megatron.convert.torch_metadata import METADATA, Chunk, Tensor, read_metadata
-from k2_megatron.train.checkpoint_manifest import content_hash
+from k2_megatron.train.checkpoint_manifest import MANIFEST, content_hash
 
-MANIFEST = "k2.json"  # as train/checkpoint_files.py names it, which imports torch
 _STEP = re.compile(r"step_\d{8,}")
 _PRECISIONS = ("float32", "bfloat16")
 

@@ -12,13 +12,13 @@ from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.export_model import MANIFEST as EXPORT_MANIFEST
 from k2_megatron.convert.fingerprint import as_text, fingerprint_rows
 from k2_megatron.convert.hugging_face import HuggingFaceSource
-from k2_megatron.convert.journal import hash_file
 from k2_megatron.convert.model_facts import ModelFacts
 from k2_megatron.convert.names import TABLE, Place, places
 from k2_megatron.convert.numbers import BITS
 from k2_megatron.convert.to_torch_dist import blocks
 from k2_megatron.convert.torch_dist import MANIFEST, TorchDistSource, read_manifest
 from k2_megatron.convert.work import Unit, resident_bytes, run_checks
+from k2_megatron.train.checkpoint_manifest import hash_file
 from k2_megatron.train.checkpoint_pickles import pickle_problems
 
 
