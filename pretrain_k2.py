@@ -14,6 +14,7 @@ import faulthandler
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as distributed
@@ -45,11 +46,11 @@ from k2_megatron.train.checkpoint_save import CheckpointWriter, SaveResult
 from k2_megatron.train.checkpoint_state import layout_name
 from k2_megatron.train.journal import Journal
 from k2_megatron.train.layer_norms import ActivationSquares
-from k2_megatron.train.not_finite import count_as_update, ranks_not_finite, samples_not_finite
+from k2_megatron.train.not_finite import count_as_update, in_words, made_again, where_not_finite
 from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
 from k2_megatron.train.phases import StepPhases, gather_phases
 from k2_megatron.train.replicas import compare_replicas, stop_when_different
-from k2_megatron.train.run_data import open_run_data
+from k2_megatron.train.run_data import RunData, open_run_data
 from k2_megatron.train.run_folder import (
     check_run_folder,
     hold_run_folder,
@@ -61,7 +62,7 @@ from k2_megatron.train.schedule import learning_rate_at
 from k2_megatron.train.spikes.rollback import decide_together, go_back
 from k2_megatron.train.spikes.watch import SpikeWatch
 from k2_megatron.train.start_from import check_start, start_from_checkpoint, start_plan, start_report
-from k2_megatron.train.step import evaluate, train_step
+from k2_megatron.train.step import StepResult, evaluate, train_step
 from k2_megatron.train.summary import resume_changes, resume_report, summary_text
 from k2_megatron.train.views import Views
 from k2_megatron.train.watchdog import STEP, Watchdog, collective_timeout_seconds
@@ -179,7 +180,18 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
         measured = activations if (step + 1) % config.log.layers_every_steps == 0 else None
         every = config.log.phases_every_steps
         phases = StepPhases(device.torch) if every and (step + 1) % every == 0 else None
-        result = train_step(config, groups, chunks, optimizer, data.train, step, device.torch, measured, phases)
+        attempt = partial(
+            train_step, config, groups, chunks, optimizer, data.train, step, device.torch, measured, phases
+        )
+
+        def not_finite(result: StepResult, step: int = step, data: RunData = data) -> None:
+            told = where_not_finite(result, config.consumed_samples_at(step), chunks, groups, data.train)
+            values = {"step": step + 1, "loss": result.loss, "grad_norm": result.grad_norm}
+            journal.write("incident", kind="not finite", made_again=True, **values, **told)
+            views.say(f"step {step + 1}: not finite: {in_words(told)}; the step is made again")
+            watchdog.at(STEP, step)
+
+        result = made_again(attempt, config.spikes.not_finite_reruns, not_finite)
         seconds = time.monotonic() - began
         first_sample, step = config.consumed_samples_at(step), step + 1
         consumed = config.consumed_samples_at(step)
@@ -207,14 +219,13 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
             views.step(event)
         else:
             passed_over += 1
-            ranks = ranks_not_finite(chunks, groups)
-            samples = samples_not_finite(first_sample, result.sample_losses, data.train)
-            journal.write("incident", kind="not finite", ranks=ranks, samples_not_finite=samples, **event)
+            told = where_not_finite(result, first_sample, chunks, groups, data.train)
+            journal.write("incident", kind="not finite", made_again=False, **event, **told)
             if passed_over > config.spikes.not_finite_steps:
                 raise StopNotFinite(
-                    f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite. The update was "
-                    f"not applied; its batch is samples {first_sample} to {consumed - 1}, of which the loss of "
-                    f"{', '.join(map(str, samples)) or 'none'} is not finite. The last save was step {saved_step}"
+                    f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, "
+                    f"{config.spikes.not_finite_reruns + 1} times; {in_words(told)}. The update was not applied; its "
+                    f"batch is samples {first_sample} to {consumed - 1}. The last save was step {saved_step}"
                 )
             count_as_update(optimizer)
         if phases:

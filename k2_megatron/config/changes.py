@@ -60,6 +60,7 @@ HARMLESS = {
     "spikes.window_steps": _SPIKES,
     "spikes.threshold": _SPIKES,
     "spikes.benign_steps": _SPIKES,
+    "spikes.not_finite_reruns": _SPIKES,
     "spikes.not_finite_steps": _SPIKES,
     "watchdog.step_factor": _HUNG,
     "watchdog.minimum_seconds": _HUNG,

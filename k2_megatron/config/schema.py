@@ -232,8 +232,11 @@ class Spikes(Section):
     """Sum of deviations (in robust standard deviations, each at most 8, less 3 a step) that makes a spike."""
     benign_steps: PositiveInt = 100
     """A spike that is over within so many steps is benign, a longer one malignant."""
+    not_finite_reruns: CountInt = 1
+    """How often a step whose loss or gradient is not finite is made again, at once and from the same weights: what a
+    machine did wrong in passing leaves no trace."""
     not_finite_steps: CountInt = 0
-    """Steps in a row with a loss or gradient that is not finite which are passed over (no update); one more stops."""
+    """Steps in a row that stay not finite which are passed over (no update); one more stops."""
 
 
 class Watchdog(Section):

@@ -1,7 +1,11 @@
-"""A loss or gradient that is not finite: where it is, and the count that keeps a passed-over update in its place."""
+"""A loss or gradient that is not finite: the step is made again, and it is said where; a passed-over update is counted.
+
+Nothing of such a step has been applied: weights, moments and rows are what they were, so that it can be computed again
+at once. A machine's passing error then leaves no trace, and the run is to the bit what it would have been.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
 import torch
@@ -10,9 +14,43 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from k2_megatron.data.feed import Feed
 from k2_megatron.runtime.groups import Groups
+from k2_megatron.runtime.seeds import random_states, restore_random_states
 from k2_megatron.train.checkpoint_state import unwrapped
+from k2_megatron.train.step import StepResult
 
 NAMED = 4  # parameters of a rank, and samples, that are named; usually it is one, or all
+
+
+def made_again(attempt: Callable[[], StepResult], reruns: int, tell: Callable[[StepResult], None]) -> StepResult:
+    """The result of `attempt`; while that is not finite, of the same step made again, at most `reruns` times. Each
+    result that is not kept is told of while its gradients are still there."""
+    generators = random_states()
+    result = attempt()
+    for _ in range(reruns):
+        if result.finite:
+            break
+        tell(result)
+        restore_random_states(generators)
+        result = attempt()
+    return result
+
+
+def where_not_finite(
+    result: StepResult, first_sample: int, chunks: Sequence, groups: Groups, feed: Feed
+) -> dict[str, dict]:
+    """What an incident tells of the place, the same on every rank."""
+    return {
+        "ranks": ranks_not_finite(chunks, groups),
+        "samples_not_finite": samples_not_finite(first_sample, result.sample_losses, feed),
+    }
+
+
+def in_words(told: Mapping[str, dict]) -> str:
+    """The place in a line: "gradients of decoder.layers.1... on rank 3 (...); losses of samples: 17, 18"."""
+    ranks = [f"{', '.join(parameters)} on {rank}" for rank, parameters in told["ranks"].items()]
+    more = f" and {len(ranks) - NAMED} more ranks" if len(ranks) > NAMED else ""
+    samples = ", ".join(map(str, told["samples_not_finite"])) or "none"
+    return f"gradients of {'; '.join(ranks[:NAMED]) or 'none'}{more}; losses of samples: {samples}"
 
 
 def ranks_not_finite(chunks: Sequence, groups: Groups) -> dict[str, list[str]]:

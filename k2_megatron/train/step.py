@@ -43,6 +43,10 @@ class StepResult:
     layers: LayerNorms | None = None
     difference: Difference | None = None
 
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
 
 def micro_batches(
     config: Config, groups: Groups, feed: Feed, first_sample: int, global_batch: int, device: torch.device

@@ -157,7 +157,7 @@ def test_loss_that_is_not_finite_stops_the_run(attempt, tmp_path):
         outcomes, NOT_FINITE, "step 2: loss ", "not finite", "its batch is samples 8 to 15", "The last save was step 1"
     )
     told = events(tmp_path / "run")
-    assert [event["event"] for event in told][-3:] == ["step", "checkpoint", "incident"]
+    assert [event["event"] for event in told][-4:] == ["step", "checkpoint", "incident", "incident"]
     assert (told[-1]["kind"], told[-1]["step"], told[-1]["samples"]) == ("not finite", 2, [8, 16])
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["latest", "step_00000001"]

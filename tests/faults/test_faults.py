@@ -13,6 +13,7 @@ from rank_processes import REPOSITORY, Rank, pretrain, results_of, run_pretrain
 from run_results import events_of, steps_of, stored_state
 
 STEPS = 9
+RANK, BAD = "rank 0 (tensor 0, pipeline 0, context 0, data 0)", "embedding.word_embeddings.weight"
 SETTINGS = [f"train.steps={STEPS}", "checkpoint.every_steps=3", "train.evaluate_every_steps=9"]
 
 
@@ -64,7 +65,8 @@ def _slowly() -> None:
     Feed.tokens = tokens
 
 
-def _gradient_not_finite_at_step_5(calls_spoiled: tuple[int, ...] = (5,)) -> None:
+def _gradient_not_finite_at_step_5(calls_spoiled: tuple[int, ...] = (5, 6)) -> None:
+    """In the step and when it is made again."""
     import k2_megatron.train.step as step
 
     finalize, calls = step.finalize_model_grads, []
@@ -78,16 +80,27 @@ def _gradient_not_finite_at_step_5(calls_spoiled: tuple[int, ...] = (5,)) -> Non
     step.finalize_model_grads = spoiled
 
 
+def test_gradient_that_is_not_finite_once_leaves_no_trace(small_config, tmp_path, whole):
+    folder = tmp_path / "run"
+    fault = partial(_gradient_not_finite_at_step_5, (5,))
+    (ended,) = pretrain(1, small_config, settings(folder), tmp_path / "output", fault=fault)
+    assert ended.exit_code == 0, ended.stderr
+    (incident,) = events_of(folder, "incident")
+    assert (incident["kind"], incident["step"], incident["made_again"]) == ("not finite", 5, True)
+    assert f"step 5: not finite: gradients of {BAD} on {RANK}" in ended.stdout
+    assert_same(folder, whole)
+
+
 def test_gradient_that_is_not_finite_stops_the_run_with_its_place(small_config, tmp_path, whole):
     folder = tmp_path / "run"
     ended = pretrain(1, small_config, settings(folder), tmp_path / "first", fault=_gradient_not_finite_at_step_5)[0]
     assert ended.exit_code == 5
     assert "step 5" in ended.stderr
     assert "samples 32 to 39" in ended.stderr
-    incident = events_of(folder, "incident")[0]
-    assert incident["ranks"] == {
-        "rank 0 (tensor 0, pipeline 0, context 0, data 0)": ["embedding.word_embeddings.weight"]
-    }
+    assert f"not finite, 2 times; gradients of {BAD} on {RANK}" in ended.stderr
+    incidents = events_of(folder, "incident")
+    assert [(incident["step"], incident["made_again"]) for incident in incidents] == [(5, True), (5, False)]
+    assert [incident["ranks"] for incident in incidents] == [{RANK: [BAD]}] * 2
     # It came from the machine, not from the data: started again, the run is as if it had not happened.
     results_of(pretrain(1, small_config, settings(folder), tmp_path / "second"))
     assert_same(folder, whole)
@@ -115,7 +128,7 @@ def test_restart_grants_no_more_steps_to_pass_over(small_config, tmp_path):
     folder, more = tmp_path / "run", ["spikes.not_finite_steps=1", "checkpoint.every_steps=5"]
     results_of(pretrain(1, small_config, settings(folder, *more), tmp_path / "first", fault=_spoil_and_leave_after_5))
     assert events_of(folder, "stop")[0]["saved_step"] == 5
-    fault = partial(_gradient_not_finite_at_step_5, (1,))
+    fault = partial(_gradient_not_finite_at_step_5, (1, 2))
     ended = pretrain(1, small_config, settings(folder, *more), tmp_path / "second", fault=fault)[0]
     assert ended.exit_code == 5, ended.stderr
     assert "step 6: " in ended.stderr
