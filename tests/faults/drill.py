@@ -1,14 +1,16 @@
 """Wound a run again and again at random instants, and require what an uninterrupted run gives, to the bit.
 
-    python tests/faults/drill.py --kills 50 --others 12 --folder /tmp/drill     `make drill`; ends with a table
+    python tests/faults/drill.py --kills 50 --others 30 --folder /tmp/drill     `make drill`; ends with a table
 
 In:  a configuration, how many kills and how many other faults, a seed. Each life of the run is a set of rank processes;
-every other one saves in the background.
+every other one saves in the background. The kills are at first one of each rank at each place of aimed_kills.py, in one
+layout or another, then at random instants.
 Out: for each fault how often it was tried and survived, the steps that had to be repeated, the seconds until training
-went on, and what was lost (nothing).
+went on, and what was lost (nothing). What does not come to an end within its time ends the drill.
 """
 
 import argparse
+import itertools
 import random
 import shutil
 import sys
@@ -20,18 +22,18 @@ from pathlib import Path
 HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2])]  # tests/ and the checkout, when started as a program
 
-from drill_faults import KILLS, OTHERS, Fault, Life  # noqa: E402
+from aimed_kills import PLACES  # noqa: E402
+from drill_faults import KILLS, OTHERS, Fault, Life, aimed_kill  # noqa: E402
 from rank_processes import pretrain, results_of  # noqa: E402
-from run_results import events_of, steps_of, stored_state  # noqa: E402
+from run_results import differences, events_of, events_told  # noqa: E402
 from small_run import write_small_config, write_text  # noqa: E402
 
 from k2_megatron.config import load_config  # noqa: E402
-from k2_megatron.data.ledger import Ledger  # noqa: E402
 
 STEPS = 60
+RUN_SECONDS = 600.0  # all lives of one run together: some ten times what they take
 SETTINGS = [
-    *(f"train.steps={STEPS}", "train.evaluate_every_steps=10"),
-    *("checkpoint.every_steps=4", "checkpoint.keep_last=3"),
+    *("train.evaluate_every_steps=10", "checkpoint.every_steps=4", "checkpoint.keep_last=3"),
     *("watchdog.minimum_seconds=15.0", "watchdog.pause_seconds=40.0"),
 ]
 SHARDED = "parallel.distributed_optimizer=true"
@@ -67,7 +69,7 @@ class Row:
         recovery = f"{seconds[len(seconds) // 2]:.1f} / {seconds[-1]:.1f}" if seconds else "-"
         repeated = str(max(self.steps_repeated)) if self.steps_repeated else "-"
         lost = "; ".join(self.lost) or "nothing"
-        return f"{self.fault:42} {self.tried:>5} {self.survived:>8} {repeated:>8}   {recovery:>13}   {lost}"
+        return f"{self.fault:54} {self.tried:>5} {self.survived:>8} {repeated:>8}   {recovery:>13}   {lost}"
 
 
 @dataclass
@@ -79,39 +81,44 @@ class Wound:
     steps: int
 
 
-def drill(config: Path, folder: Path, faults: Sequence[Fault], seed: int, layout: list[str]) -> dict[str, Row]:
+def drill(
+    config: Path, folder: Path, faults: Sequence[Fault], seed: int, layout: list[str], steps: int = STEPS
+) -> dict[str, Row]:
     """Make every one of `faults`, over as many runs as that takes; each run is compared with an uninterrupted one."""
     rows = {fault.name: Row(fault.name) for fault in faults}
-    settings = [*SETTINGS, *layout]
+    settings = [*SETTINGS, *layout, f"train.steps={steps}"]
     world_size = load_config(config, settings).world_size
     results_of(pretrain(world_size, config, [*settings, f"run.folder={folder / 'whole'}"], folder / "whole_output"))
     chance, left, number = random.Random(seed), list(faults), 0
     chance.shuffle(left)
     while left:
-        assert number < 4 * len(faults), f"{left[0].name} cannot be made under {layout}"
         run = folder / f"wounded_{number}"
-        wounds = _one_run(config, [*settings, f"run.folder={run}"], world_size, run, left, chance, rows)
-        differences = compare(folder / "whole", run)
+        wounds = _one_run(config, [*settings, f"run.folder={run}"], world_size, run, steps, left, chance, rows)
+        assert wounds, f"{left[0].name} cannot be made under {layout}"
+        lost = compare(folder / "whole", run, steps)
         for wound in wounds:
-            wound.row.survived += not differences
-            wound.row.lost += [f"{difference} (see {run})" for difference in differences]
-        if not differences:
+            wound.row.survived += not lost
+            wound.row.lost += [f"{difference} (see {run})" for difference in lost]
+        if not lost:
             shutil.rmtree(run)
         number += 1
     return rows
 
 
-def _one_run(config, settings, world_size: int, run: Path, left: list[Fault], chance, rows) -> list[Wound]:
+def _one_run(config, settings, world_size, run: Path, steps: int, left: list[Fault], chance, rows) -> list[Wound]:
     """Start, wound, start again ... until the run ends by itself; takes the faults it made out of `left`."""
     wounds: list[Wound] = []
-    for number in range(1000):
+    deadline = time.monotonic() + RUN_SECONDS
+    for number in itertools.count():
+        assert time.monotonic() < deadline, f"{run} does not end within {RUN_SECONDS:.0f} s, {number} lives"
         fault = left[0] if left else None
-        arm = fault.arm(chance) if fault and fault.arm else None
-        known = len(events_of(run, "step"))
-        saving = f"checkpoint.asynchronous={'true' if number % 2 else 'false'}"  # each life in turn
-        life = Life(config, [*settings, saving], world_size, run.with_name(f"{run.name}_output_{number}"), arm)
-        while len(events_of(run, "step")) == known and not life.ended:
-            time.sleep(0.01)
+        output = run.with_name(f"{run.name}_output_{number}")
+        arm = fault.arm(chance, output) if fault and fault.arm else None
+        known = events_told(run, "step")
+        background = number % 2 == 1 if fault is None or fault.background is None else fault.background
+        saving = f"checkpoint.asynchronous={str(background).lower()}"
+        life = Life(config, [*settings, saving], world_size, output, arm)
+        life.wait(lambda known=known: events_told(run, "step") > known)
         if wounds and len(wounds[-1].row.seconds) < wounds[-1].row.tried:
             _went_on(wounds[-1], run)
         if fault is None:
@@ -126,10 +133,10 @@ def _one_run(config, settings, world_size: int, run: Path, left: list[Fault], ch
                 row.lost += [f"{complaint} ({run}, life {number})"] if complaint else []
                 wounds.append(Wound(row, time.monotonic(), last_step(run)))
                 left.pop(0)
-        if life.codes == [0] * world_size and last_step(run) == STEPS and events_of(run, "stop"):
+        if life.codes == [0] * world_size and last_step(run) == steps and events_of(run, "stop"):
             return wounds
         assert fault is not None, [rank.finish() for rank in life.ranks]
-    raise AssertionError(f"{run} makes no progress")
+    raise AssertionError("unreachable")
 
 
 def _went_on(wound: Wound, run: Path) -> None:
@@ -142,24 +149,15 @@ def last_step(run: Path) -> int:
     return max((event["step"] for event in events_of(run, "step")[-1:]), default=0)
 
 
-def compare(whole: Path, run: Path) -> list[str]:
-    """What differs between two finished runs: nothing, when the faults did no harm."""
-    differences = []
-    if steps_of(run) != steps_of(whole):
-        differences.append("losses or gradient norms in the journal")
-    if stored_state(run, STEPS) != stored_state(whole, STEPS):
-        differences.append("weights, moments or generators")
-    if Ledger(run).positions[-1]["chain"] != Ledger(whole).positions[-1]["chain"]:
-        differences.append("the chain of consumed samples")
+def compare(whole: Path, run: Path, steps: int) -> list[str]:
+    """What differs between two finished runs, or was left behind: nothing, when the faults did no harm."""
     left = [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
-    if left:
-        differences.append(f"left behind: {left}")
-    return differences
+    return differences(whole, run, steps) + ([f"left behind: {left}"] if left else [])
 
 
 def table(rows: Sequence[Row]) -> str:
-    head = f"{'fault':42} {'tried':>5} {'survived':>8} {'repeated':>8}   {'s to go on':>13}   lost"
-    units = f"{'':42} {'':5} {'':8} {'steps':>8}   {'median / most':>13}"
+    head = f"{'fault':54} {'tried':>5} {'survived':>8} {'repeated':>8}   {'s to go on':>13}   lost"
+    units = f"{'':54} {'':5} {'':8} {'steps':>8}   {'median / most':>13}"
     return "\n".join([head, units, *(row.text() for row in rows)])
 
 
@@ -174,6 +172,24 @@ def share(total: int, number: int) -> int:
     return total // len(LAYOUTS) + (number < total % len(LAYOUTS))
 
 
+def deal_kills(total: int, world_sizes: Sequence[int], chance: random.Random) -> list[list[Fault]]:
+    """The kills of each layout: every place for every rank in one of them, and then others at random instants."""
+    hands: list[list[Fault]] = [[] for _ in world_sizes]
+    room = [share(total, number) for number in range(len(world_sizes))]
+    for rank in reversed(range(max(world_sizes))):  # first those that few layouts have
+        for place, background in chance.sample(PLACES, len(PLACES)):
+            free = [
+                number for number, size in enumerate(world_sizes) if rank < size and len(hands[number]) < room[number]
+            ]
+            if free:
+                hand = min((hands[number] for number in free), key=len)
+                hand.append(aimed_kill(place, background, rank))
+    for hand, most in zip(hands, room, strict=True):
+        others = in_turn(KILLS, chance)
+        hand += [next(others) for _ in range(most - len(hand))]
+    return hands
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=50)
@@ -185,12 +201,15 @@ def main() -> int:
     arguments.folder.mkdir(parents=True)
     write_text(arguments.folder)
     config = write_small_config(arguments.folder, arguments.folder)
-    total = {fault.name: Row(fault.name) for fault in (*KILLS, *OTHERS)}
+    aimed = [aimed_kill(place, background, 0) for place, background in PLACES]
+    total = {fault.name: Row(fault.name) for fault in (*KILLS, *aimed, *OTHERS)}
+    world_sizes = [load_config(config, layout).world_size for layout in LAYOUTS]
+    hands = deal_kills(arguments.kills, world_sizes, random.Random(arguments.seed))
     for number in arguments.layouts:
         layout, chance = LAYOUTS[number], random.Random(f"{arguments.seed} {number}")
         kills, others = share(arguments.kills, number), share(arguments.others, number)
-        made = in_turn(KILLS, chance), in_turn([fault for fault in OTHERS if fault.fits(layout)], chance)
-        faults = [next(made[0]) for _ in range(kills)] + [next(made[1]) for _ in range(others)]
+        made = in_turn([fault for fault in OTHERS if fault.fits(layout)], chance)
+        faults = hands[number] + [next(made) for _ in range(others)]
         rows = drill(config, arguments.folder / f"layout_{number}", faults, arguments.seed + number, layout)
         for name, row in rows.items():
             total[name].add(row)

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from aimed_kills import SAVE_PLACES, Aim, die_at, wrong_death
 from rank_processes import Rank, rank_environment, run_pretrain
 from torch.distributed import TCPStore
 
 from k2_megatron.train.checkpoint_files import complete_checkpoints
 
+START_SECONDS = 120.0  # a life must have trained its first step by then; some ten times what a busy machine takes
 END_SECONDS = 60.0  # ranks that are left alone by another must be gone by then
 
 
@@ -47,6 +49,20 @@ class Life:
     def codes(self) -> list[int]:
         return [rank.process.exitcode for rank in self.ranks]
 
+    def told(self, rank: int) -> str:
+        """What a rank has said on stderr."""
+        return (self.ranks[rank].folder / "stderr").read_text()
+
+    def wait(self, arrived: Callable[[], bool], seconds: float = START_SECONDS) -> None:
+        """Wait until `arrived`, or the end of all ranks. AssertionError, and the ranks killed, when neither comes."""
+        deadline = time.monotonic() + seconds
+        while not arrived() and not self.ended:
+            if time.monotonic() > deadline:
+                for rank in self.ranks:
+                    rank.kill()
+                raise AssertionError(f"nothing happened for {seconds:.0f} s; see {self.ranks[0].folder.parent}")
+            time.sleep(0.002)
+
     def send(self, number: signal.Signals, victims: Sequence[int]) -> None:
         for victim in victims:
             if self.ranks[victim].process.exitcode is None:
@@ -66,24 +82,25 @@ class Life:
 
 @dataclass(frozen=True)
 class Fault:
-    """`strike(life, run, chance)` does it and returns what was wrong with the end, or None; `arm(chance)` gives what
-    each rank runs before it trains; `fits(layout)` is False where the fault cannot be made."""
+    """`strike(life, run, chance)` does it and returns what was wrong with the end, or None; `arm(chance, output)` gives
+    what each rank runs before it trains; `fits(layout)` is False where the fault cannot be made; `background` says how
+    the life must save, None that it does not matter; `aim` is the rank and place of a kill from within."""
 
     name: str
     strike: Callable[[Life, Path, random.Random], str | None]
-    arm: Callable[[random.Random], Callable[[], None]] | None = None
+    arm: Callable[[random.Random, Path], Callable[[], None]] | None = None
     fits: Callable[[Sequence[str]], bool] = lambda _layout: True
+    background: bool | None = None
+    aim: tuple[int, str, bool] | None = None
 
 
 def _wait_a_while(life: Life, chance: random.Random) -> None:
-    deadline = time.monotonic() + chance.uniform(0.0, 1.0)
-    while time.monotonic() < deadline and not life.ended:
-        time.sleep(0.005)
+    until = time.monotonic() + chance.uniform(0.0, 1.0)
+    life.wait(lambda: time.monotonic() > until)
 
 
 def _wait_for_a_save(life: Life, run: Path, chance: random.Random) -> None:
-    while not any((run / "checkpoints").glob(".step_*.writing")) and not life.ended:
-        time.sleep(0.001)
+    life.wait(lambda: any((run / "checkpoints").glob(".step_*.writing")))
     time.sleep(chance.uniform(0.0, 0.15))  # a save of this size takes about that long
 
 
@@ -93,6 +110,27 @@ def _kill(life: Life, run: Path, chance: random.Random, *, every: bool, saving: 
     if not life.end():
         return "a rank outlived the killed one"
     return None if all(code != 0 for code in life.codes) else "a rank called it success"
+
+
+def aimed_kill(place: str, background: bool, rank: int, nth: int | None = None) -> Fault:
+    """A kill of one rank at one of PLACES, in its `nth` step or save; random by default."""
+
+    def arm(chance: random.Random, output: Path) -> Callable[[], None]:
+        drawn = nth or chance.randrange(1, 3 if place in SAVE_PLACES else 8)
+        return partial(die_at, Aim(place, background, rank, drawn, output.with_name(f"{output.name}_sign")))
+
+    def strike(life: Life, _run: Path, _chance: random.Random) -> str | None:
+        if not life.end():
+            return "a rank outlived the killed one"
+        if life.codes[rank] != -signal.SIGKILL:
+            return f"rank {rank} was to be killed {place}, and ended with {life.codes[rank]}"
+        if 0 in life.codes:
+            return "a rank called it success"
+        return wrong_death(place, background, rank, life.told(rank))
+
+    name = f"one rank killed, {place}{', background' if background else ''}"
+    saving = background if place in SAVE_PLACES else None
+    return Fault(name, strike, arm, background=saving, aim=(rank, place, background))
 
 
 def _flip(path: Path, _older: Path, chance: random.Random) -> None:
@@ -195,7 +233,7 @@ def _flip_a_bit(call: int, rank: str) -> None:
     step._run_schedule = run_and_flip
 
 
-def _armed(what: Callable[[int, str], None], chance: random.Random) -> Callable[[], None]:
+def _armed(what: Callable[[int, str], None], chance: random.Random, _output: Path) -> Callable[[], None]:
     return partial(what, chance.randrange(3, 9), str(chance.randrange(2)))
 
 

@@ -1,10 +1,12 @@
 """A save in the background holds the weights of the moment it was asked for, whatever training does meanwhile."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from rank_processes import run_ranks
+from rank_processes import Rank, run_ranks
 from small_run import checkpoint_tensors
 
 from k2_megatron.config import load_config
@@ -13,11 +15,11 @@ from k2_megatron.model import build_model
 from k2_megatron.runtime.cpu_stand_in import cpu_stands_in_for_cuda
 from k2_megatron.runtime.devices import find_device
 from k2_megatron.runtime.groups import build_groups, connect, disconnect
-from k2_megatron.runtime.launch import read_environment
+from k2_megatron.runtime.launch import read_environment, single_rank
 from k2_megatron.runtime.seeds import seed_everything
 from k2_megatron.train.checkpoint import load_weights
 from k2_megatron.train.checkpoint_files import complete_checkpoints
-from k2_megatron.train.checkpoint_manifest import CheckpointError, read_manifest, verify_files
+from k2_megatron.train.checkpoint_manifest import CheckpointError, hash_file, read_manifest, verify_files
 from k2_megatron.train.checkpoint_save import CheckpointWriter
 from k2_megatron.train.checkpoint_state import model_state, optimizer_state, weight_fingerprint
 from k2_megatron.train.optimizer import build_optimizer, wrap_model
@@ -100,6 +102,60 @@ def test_a_background_save_is_as_complete_as_any(changed_at_once):
 def test_without_the_copy_the_fingerprint_tells(small_config: Path, tmp_path: Path):
     outcomes = run_ranks(_change_at_once, 2, (small_config, tmp_path / "checkpoints", False), tmp_path / "ranks")
     assert "fingerprint" in outcomes[0].result[2], outcomes[0].stderr
+
+
+SNAPSHOTS = 100
+# As small as a model gets
+TINY = [
+    *("model.layers=1", "model.hidden_size=16", "model.ffn_hidden_size=16", "model.heads=2", "model.kv_heads=2"),
+    "train.precision=bfloat16",
+]
+
+
+def _save_and_change_everything(config_path: Path, folder: Path) -> list[tuple[int, str]]:
+    """(turn, file) of every file of a save in the background that is not what a save in the foreground wrote of the
+    same state, though weights, main parameters, moments and generators change as soon as it is asked for."""
+    config, device, different = load_config(config_path, TINY), find_device(0), []
+    os.fsync = lambda _descriptor: None  # no power cut is tried here
+    with cpu_stands_in_for_cuda(device.type):
+        connect(single_rank(), device, 60.0)
+        groups = build_groups(config.parallel)
+        seed_everything(config.run.seed, groups)
+        chunks = wrap_model(config, build_model(config, KERNELS, groups.collection), groups.collection)
+        optimizer = build_optimizer(config, chunks, KERNELS, groups.collection)
+        optimizer_state(optimizer, model_state(chunks), loading=True)  # makes the moments, as a first step would
+        savers = [CheckpointWriter(folder / f"{mode}", groups, asynchronous=mode) for mode in (False, True)]
+        for turn in range(SNAPSHOTS):
+            hashes = []
+            for saver in savers:
+                saver.save(turn, config, chunks, optimizer, device.torch, {})
+                if saver is savers[1]:
+                    _change_everything(chunks, optimizer)
+                    if turn == 0:
+                        with pytest.raises(AssertionError, match="a save is in flight"):
+                            saver.save(turn, config, chunks, optimizer, device.torch, {})
+                saved = saver.wait().folder
+                hashes.append({path.name: hash_file(path) for path in saved.glob("*.distcp")})
+                shutil.rmtree(saved)
+            different += [(turn, name) for name in hashes[0] if hashes[0][name] != hashes[1].get(name)]
+        disconnect()
+    return different
+
+
+def _change_everything(chunks, optimizer) -> None:
+    with torch.no_grad():
+        for parameter in chunks[0].parameters():
+            parameter.normal_()  # draws from the generator, which is saved as well
+        for part in optimizer.chained_optimizers:
+            for main, state in part.optimizer.state.items():
+                for tensor in (main, *state.values()):
+                    tensor.normal_()
+
+
+def test_a_hundred_snapshots_are_of_the_moment_they_were_asked_for(small_config: Path, tmp_path: Path):
+    outcome = Rank(_save_and_change_everything, (small_config, tmp_path / "saves"), {}, tmp_path / "rank").finish()
+    assert outcome.exit_code == 0, outcome.stderr
+    assert outcome.result == []
 
 
 def _held_by_a_save(config_path: Path, checkpoints: Path) -> tuple[int, int]:
