@@ -201,6 +201,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
             "step": step,
             "loss": result.loss,
             "grad_norm": result.grad_norm,
+            "highest_sample_loss": max(result.sample_losses),
             "learning_rate": learning_rate,
             "consumed_samples": consumed,
             "consumed_tokens": config.consumed_tokens_at(step),

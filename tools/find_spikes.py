@@ -27,12 +27,14 @@ COLOURS = {
 
 @dataclass(frozen=True)
 class Curve:
-    """Steps with their losses, gradient norms (None where they are not known), and what they tell of the layers."""
+    """Steps with their losses, gradient norms (None where they are not known), and what they tell of layers and
+    samples."""
 
     steps: list[int]
     losses: list[float]
     norms: list[float] | None
     layers: list[dict | None]
+    highest: list[float | None]
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ def read_curve(path: Path) -> Curve:
         if not events:
             raise ValueError(f"{path} tells of no step")
         values = ([event[key] for event in events] for key in ("step", "loss", "grad_norm"))
-        return Curve(*values, layers=[event.get("layers") for event in events])
+        highest = [event.get("highest_sample_loss") for event in events]
+        return Curve(*values, layers=[event.get("layers") for event in events], highest=highest)
     with path.open(newline="") as lines:
         rows = list(csv.DictReader(lines))
     if not rows or not {"step", "loss"} <= rows[0].keys():
@@ -90,15 +93,15 @@ def read_curve(path: Path) -> Curve:
         )
     norms = [float(row["grad_norm"]) for row in rows] if "grad_norm" in rows[0] else None
     steps, losses = [int(float(row["step"])) for row in rows], [float(row["loss"]) for row in rows]
-    return Curve(steps, losses, norms, layers=[None] * len(rows))
+    return Curve(steps, losses, norms, layers=[None] * len(rows), highest=[None] * len(rows))
 
 
 def find_spikes(curve: Curve, settings: Spikes) -> list[Spike]:
     """Run the detector over the curve."""
     state, spikes, called = State(), [], None
     norms = curve.norms or [1.0] * len(curve.steps)  # a constant never deviates
-    for step, loss, norm, layers in zip(curve.steps, curve.losses, norms, curve.layers, strict=True):
-        state, finding = observe(state, settings, step, loss, norm, layers)
+    for values in zip(curve.steps, curve.losses, norms, curve.layers, curve.highest, strict=True):
+        state, finding = observe(state, settings, *values)
         if finding and finding.kind == "spike":
             called = finding
         elif finding and called:

@@ -215,7 +215,51 @@ def test_layers_are_watched_on_from_a_stored_state_as_if_never_stopped():
     assert watch_layers(losses, norms, layers, stops=(100, 303, 309, 320, 345)) == whole
 
 
-def test_state_from_before_the_layers_were_watched_is_read():
+# The samples
+
+
+def highest_losses(steps: int, seed: int) -> np.ndarray:
+    """The highest loss of a sample in batches of a healthy run: above the mean, with a heavy tail."""
+    return 2.5 + 0.3 * np.abs(np.random.default_rng(seed).standard_t(3, steps))
+
+
+def watch_samples(losses, norms, highest, stops: tuple[int, ...] = ()) -> list[Finding]:
+    state, findings = State(), []
+    for number, values in enumerate(zip(losses, norms, highest, strict=True)):
+        if number in stops:
+            state = restore(json.loads(json.dumps(state.plain())))
+        loss, norm, value = map(float, values)
+        state, finding = observe(state, SETTINGS, number + 1, loss, norm, None, value)
+        findings += [finding] if finding else []
+    return findings
+
+
+def test_no_false_alarm_of_samples_in_5000_clean_steps():
+    for seed in range(4):
+        assert watch_samples(*signals(5000, seed), highest_losses(5000, seed)) == []
+
+
+def test_one_bad_row_of_a_large_batch_calls_a_spike_and_is_named():
+    """Its share of the mean is below the noise."""
+    losses, norms, highest = *signals(600, 6), highest_losses(600, 6)
+    highest[300:320] = 9.0
+    found = watch_samples(losses, norms, highest)
+    spike, verdict = found
+    assert (spike.kind, spike.onset, verdict.kind) == ("spike", 301, "benign")
+    assert spike.trip - 300 <= 5
+    assert [signal.signal for signal in spike.layers] == ["highest_sample_loss"]
+    assert watch_samples(losses, norms, highest, stops=(100, 303, 310, 330)) == found
+    highest[300:302], highest[302:] = 9.0, highest_losses(600, 6)[302:]
+    assert watch_samples(losses, norms, highest) == [], "in one batch or two it is a needle"
+
+
+def test_samples_that_stay_at_a_new_level_are_told_of_once():
+    losses, norms, highest = *signals(900, 6), highest_losses(900, 6)
+    highest[300:] *= 3.0
+    assert [finding.kind for finding in watch_samples(losses, norms, highest)] == ["spike", "benign"]
+
+
+def test_state_from_before_layers_and_samples_were_watched_is_read():
     old = State(losses=(1.0,), log_norms=(2.0,)).plain()
-    del old["layers"]
+    del old["layers"], old["samples"]
     assert restore(old) == State(losses=(1.0,), log_norms=(2.0,))

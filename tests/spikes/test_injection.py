@@ -53,6 +53,7 @@ def went_on(half, small_config, tmp_path):
 # Which signals may be named first, and what comes of it within 20 steps
 FOUND = {
     "garbage_rows": ("benign", ""),
+    "one_garbage_row": ("benign", ""),
     "repeated_tokens": ("benign", ""),
     "label_noise": ("benign", ""),
     "learning_rate_jump": ("malignant", "activation_rms"),

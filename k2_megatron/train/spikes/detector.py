@@ -1,16 +1,17 @@
 """Find a spike in the signals of a run, one step at a time; width counts before height.
 
-In:  (state, settings, step, loss, gradient norm, what the step tells of the layers). Out: (the next state, a finding or
-None). The state is a plain value that a checkpoint's manifest stores, so that a resumed run goes on watching as if it
-had never stopped.
+In:  (state, settings, step, loss, gradient norm, what the step tells of layers and samples). Out: (the next state, a
+finding or None). The state is a plain value that a checkpoint's manifest stores, so that a resumed run goes on watching
+as if it had never stopped.
 
 Each signal has a deviation: its distance above the rolling median, in robust standard deviations (1.4826 times the
 median absolute deviation, Rousseeuw & Croux 1993). The deviations are added up by a one-sided cumulative sum (Page
 1954) whose steps are bounded: a needle of any height counts as one step, and a spike must last to be called one. The
 spike began when the sum last left zero, and is over when the sums are back at zero.
 
-Any signal calls a spike. Loss and gradient norm alone make one malignant: a layer that stays at a new level while they
-are as before has changed, and the run is none the worse for it.
+Any signal calls a spike: beside loss and gradient norm, each layer, and the highest loss of a sample, in which one bad
+row of a large batch shows. Loss and gradient norm alone make one malignant: a layer that stays at a new level while
+they are as before has changed, and the run is none the worse for it.
 """
 
 import math
@@ -40,7 +41,8 @@ class Settings(Protocol):
 @dataclass(frozen=True)
 class State:
     """`losses`, `log_norms`: the last undisturbed values; `loss_sum`, `norm_sum`: the cumulative sums; `onset`: the
-    step at which a sum left zero; `trip`: the step at which the spike was called one; `layers`: the same of them."""
+    step at which a sum left zero; `trip`: the step at which the spike was called one; `layers`, `samples`: the same of
+    them."""
 
     losses: tuple[float, ...] = ()
     log_norms: tuple[float, ...] = ()
@@ -49,6 +51,12 @@ class State:
     onset: int | None = None
     trip: int | None = None
     layers: LayerState = field(default_factory=LayerState)
+    samples: LayerState = field(default_factory=LayerState)
+
+    @property
+    def own_sums(self) -> tuple[float, ...]:
+        """The cumulative sums of the signals that have onsets of their own."""
+        return (*self.layers.sums, *self.samples.sums)
 
     def plain(self) -> dict[str, Any]:
         """The state as JSON takes it; `restore` gives it back equal."""
@@ -57,10 +65,10 @@ class State:
 
 def restore(plain: dict[str, Any]) -> State:
     """The state that `State.plain` returned."""
-    layers = plain.get("layers", asdict(LayerState()))
-    logs = tuple(map(tuple, layers["logs"]))
-    kept = LayerState(logs, tuple(layers["sums"]), tuple(layers["onsets"]))
-    values = {"losses": tuple(plain["losses"]), "log_norms": tuple(plain["log_norms"]), "layers": kept}
+    values: dict[str, Any] = {key: tuple(plain[key]) for key in ("losses", "log_norms")}
+    for key in ("layers", "samples"):
+        kept = plain.get(key, asdict(LayerState()))  # an earlier version did not watch them
+        values[key] = LayerState(tuple(map(tuple, kept["logs"])), tuple(kept["sums"]), tuple(kept["onsets"]))
     return State(**{**plain, **values})
 
 
@@ -70,7 +78,7 @@ class Finding:
 
     Steps are numbered from 1 as in the journal. `loss_deviation` and `norm_deviation` are this step's, in robust
     standard deviations; `usual_loss` and `usual_norm` the medians they are measured from; `layers` are the signals of
-    layers that deviate most; `over`: all signals are back, which they need not be for a benign verdict.
+    layers and samples that deviate most; `over`: all signals are back, which they need not be for a benign verdict.
     """
 
     kind: str
@@ -86,23 +94,29 @@ class Finding:
 
 
 def observe(
-    state: State, settings: Settings, step: int, loss: float, grad_norm: float, layers: Mapping | None = None
+    state: State,
+    settings: Settings,
+    step: int,
+    loss: float,
+    grad_norm: float,
+    layers: Mapping | None = None,
+    highest_sample_loss: float | None = None,
 ) -> tuple[State, Finding | None]:
-    """Take in one finished step (finite values), with what it tells of the layers, if it does. Nothing is judged
-    before the window is full."""
+    """Take in one finished step (finite values), with what it tells of the layers and of its samples, if it does.
+    Nothing is judged before the window is full."""
+    samples = None if highest_sample_loss is None else {"highest_sample_loss": highest_sample_loss}
     log_norm = math.log(max(grad_norm, 1e-30))  # norms scatter by factors: their logarithm has a symmetric noise
     window, threshold = settings.window_steps, settings.threshold
     if len(state.losses) < window:
-        return _with_values(state, window, loss, log_norm, layers), None
+        return _with_values(state, window, loss, log_norm, layers, samples), None
     usual_loss, loss_deviation = deviation(state.losses, loss, SMALLEST_RELATIVE_DEVIATION)
     usual_norm, norm_deviation = deviation(state.log_norms, log_norm, SMALLEST_RELATIVE_DEVIATION, relative=False)
     loss_sum = _accumulated(state.loss_sum, loss_deviation, threshold)
     norm_sum = _accumulated(state.norm_sum, norm_deviation, threshold)
-    of_layers: LayerState = state.layers
-    deviating: tuple[Deviation, ...] = ()
-    if layers is not None:
-        of_layers, deviating = observe_layers(state.layers, window, threshold, step, layers)
-    following = replace(state, loss_sum=loss_sum, norm_sum=norm_sum, layers=of_layers)
+    of_layers, deviating = observe_layers(state.layers, window, threshold, step, layers)
+    of_samples, also_deviating = observe_layers(state.samples, window, threshold, step, samples)
+    deviating = tuple(sorted((*deviating, *also_deviating), key=lambda signal: -signal.deviation))
+    following = replace(state, loss_sum=loss_sum, norm_sum=norm_sum, layers=of_layers, samples=of_samples)
     over = _is_over(following, threshold)
     if state.trip is None:
         following, kind = _called(following, step, threshold)
@@ -119,7 +133,7 @@ def observe(
     # Until a spike is called, what looks like noise is noise, and the medians bear some outliers. During a spike the
     # measure stands still, so that a spike cannot become its own norm; after a malignant one it begins anew.
     if following.trip is None and kind != "malignant":
-        following = _with_values(following, window, loss, log_norm, layers)
+        following = _with_values(following, window, loss, log_norm, layers, samples)
     return following, finding
 
 
@@ -127,11 +141,12 @@ def _called(state: State, step: int, threshold: float) -> tuple[State, str | Non
     """No spike so far: is this one?"""
     disturbed = max(state.loss_sum, state.norm_sum) > 0
     onset = (step if state.onset is None else state.onset) if disturbed else None
-    if max(state.loss_sum, state.norm_sum, *state.layers.sums) < threshold:
+    if max(state.loss_sum, state.norm_sum, *state.own_sums) < threshold:
         return replace(state, onset=onset), None
     # Among many layers some sum leaves zero at most steps, for a step: those that reached the threshold count.
     began = [step if onset is None else onset]
-    began += [since for since, total in zip(state.layers.onsets, state.layers.sums, strict=True) if total >= threshold]
+    own_onsets = (*state.layers.onsets, *state.samples.onsets)
+    began += [since for since, total in zip(own_onsets, state.own_sums, strict=True) if total >= threshold]
     return replace(state, onset=min(began), trip=step), "spike"
 
 
@@ -146,12 +161,12 @@ def _judged(state: State, step: int, threshold: float, benign_steps: int) -> tup
         return state, None
     # Told once. Under "watch" the new level of the loss becomes the norm as well.
     lasts = max(state.loss_sum, state.norm_sum) >= threshold / 2
-    return (State(), "malignant") if lasts else (over, "benign")
+    return (State(), "malignant") if lasts else (replace(over, samples=LayerState()), "benign")
 
 
 def _is_over(state: State, threshold: float) -> bool:
     # Of many layers one or another is always a little above zero.
-    return max(state.loss_sum, state.norm_sum) == 0 and max(state.layers.sums, default=0.0) < threshold / 2
+    return max(state.loss_sum, state.norm_sum) == 0 and max(state.own_sums, default=0.0) < threshold / 2
 
 
 def deviation(values: Sequence[float], value: float, smallest: float, *, relative: bool = True) -> tuple[float, float]:
@@ -166,7 +181,13 @@ def _accumulated(total: float, deviation: float, threshold: float) -> float:
     return min(threshold, max(0.0, total + min(deviation, TALLEST) - ALLOWANCE))
 
 
-def _with_values(state: State, window: int, loss: float, log_norm: float, layers: Mapping | None) -> State:
-    of_layers = state.layers if layers is None else with_layers(state.layers, window, layers)
-    losses, log_norms = (*state.losses, loss)[-window:], (*state.log_norms, log_norm)[-window:]
-    return replace(state, losses=losses, log_norms=log_norms, layers=of_layers)
+def _with_values(
+    state: State, window: int, loss: float, log_norm: float, layers: Mapping | None, samples: Mapping | None
+) -> State:
+    return replace(
+        state,
+        losses=(*state.losses, loss)[-window:],
+        log_norms=(*state.log_norms, log_norm)[-window:],
+        layers=with_layers(state.layers, window, layers),
+        samples=with_layers(state.samples, window, samples),
+    )

@@ -1,4 +1,5 @@
-"""The signals of the layers: gradient norms and output sizes, each watched like the loss, all of them at once.
+"""The signals of the layers: gradient norms and output sizes, each watched like the loss, all of them at once. The
+highest loss of a sample is watched in the same way, by itself.
 
 In:  what a step event tells of the layers, the values of the steps before. Out: each signal's deviation and cumulative
 sum, as in detector.py, on logarithms: norms scatter, and grow, by factors.
@@ -54,10 +55,11 @@ def signals(layers: Mapping[str, Sequence[float] | float]) -> dict[str, float]:
 
 
 def observe_layers(
-    state: LayerState, window_steps: int, threshold: float, step: int, layers: Mapping
+    state: LayerState, window_steps: int, threshold: float, step: int, layers: Mapping | None
 ) -> tuple[LayerState, tuple[Deviation, ...]]:
-    """(the state with new sums, the signals that deviate most); nothing is judged before the window is full."""
-    if len(state.logs) < window_steps:
+    """(the state with new sums, the signals that deviate most); nothing is judged before the window is full, nor of a
+    step that tells of no layers."""
+    if layers is None or len(state.logs) < window_steps:
         return state, ()
     named = signals(layers)
     values, window = np.array(_logarithms(named)), np.array(state.logs)
@@ -78,8 +80,10 @@ def observe_layers(
     return replace(state, sums=tuple(sums.tolist()), onsets=tuple(onsets)), found
 
 
-def with_layers(state: LayerState, window_steps: int, layers: Mapping) -> LayerState:
+def with_layers(state: LayerState, window_steps: int, layers: Mapping | None) -> LayerState:
     """The state after an undisturbed step."""
+    if layers is None:
+        return state
     return replace(state, logs=(*state.logs, _logarithms(signals(layers)))[-window_steps:])
 
 

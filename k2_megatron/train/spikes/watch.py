@@ -25,7 +25,7 @@ DOSSIERS = "dossiers"
 # person to go back to: with the default 10,000 steps, some two days of a run of 65B.
 KEPT_FOR = 100
 SAMPLES_DESCRIBED = 256  # the documents of more would make the dossier unreadable; tools/inspect_data.py tells the rest
-_OF_A_STEP = ("step", "loss", "grad_norm", "learning_rate", "samples", "layers")
+_OF_A_STEP = ("step", "loss", "grad_norm", "highest_sample_loss", "learning_rate", "samples", "layers")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class SpikeWatch:
     def observe(self, event: dict, sample_losses: Sequence[float]) -> Finding | None:
         """Take in one step event of the journal, and the loss of each of the step's samples."""
         before, values = self.state, (event["step"], event["loss"], event["grad_norm"], event.get("layers"))
-        self.state, finding = observe(before, self.settings, *values)
+        self.state, finding = observe(before, self.settings, *values, max(sample_losses))
         # What is judged and not over is measured anew: its sums are gone, and it is not.
         lasts = finding and finding.kind != "spike" and not finding.over
         disturbed = _disturbed(before if lasts else self.state, self.settings.threshold, event)
@@ -153,6 +153,7 @@ class SpikeWatch:
 
 def _disturbed(state: State, threshold: float, event: dict) -> tuple[str, ...]:
     named = [name for name, total in (("loss", state.loss_sum), ("grad_norm", state.norm_sum)) if total > 0]
+    named += ["highest_sample_loss" for total in state.samples.sums if total >= threshold / 2]
     if state.layers.sums and "layers" in event:
         totals = zip(signals(event["layers"]), state.layers.sums, strict=True)
         named += [name for name, total in totals if total >= threshold / 2]  # as in the detector
