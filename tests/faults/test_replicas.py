@@ -17,6 +17,7 @@ from k2_megatron.runtime.cpu_stand_in import cpu_stands_in_for_cuda
 from k2_megatron.runtime.devices import find_device
 from k2_megatron.runtime.groups import build_groups, connect, disconnect
 from k2_megatron.runtime.launch import read_environment
+from k2_megatron.train.checkpoint_state import unwrapped
 from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
 from k2_megatron.train.replicas import _sum_of_bits, compare_replicas, majority_of, replicated_tensors
 from k2_megatron.train.run_data import open_run_data
@@ -26,6 +27,8 @@ CASES = 100
 STEPS = 5
 # Five steps of three replicas, saved after 2, 4 and 5
 SETTINGS = ["parallel.data=3", "train.global_batch=6", f"train.steps={STEPS}", "checkpoint.every_steps=2"]
+# A model as small as it gets: many flips, each of them compared
+TINY = ["model.layers=1", "model.hidden_size=16", "model.ffn_hidden_size=16", "model.heads=2", "model.kv_heads=2"]
 NO_EVALUATION = ["train.evaluate_every_steps=", "train.evaluate_batches=", "data.held_out="]
 
 
@@ -68,7 +71,7 @@ def _flip_and_compare(config_path: Path, settings: list[str]) -> list[tuple[str,
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_every_flipped_bit_is_found_and_its_rank_and_tensor_named(small_config, tmp_path, precision):
-    settings = [*SETTINGS, *NO_EVALUATION, f"train.precision={precision}"]
+    settings = [*SETTINGS, *NO_EVALUATION, *TINY, f"train.precision={precision}"]
     said = results_of(run_ranks(_flip_and_compare, 3, (small_config, settings), tmp_path))
     assert said[0] == said[1] == said[2], "every rank hears the same"
     assert said[0][0][2] == said[0][-1][2] == "None"
@@ -76,6 +79,55 @@ def test_every_flipped_bit_is_found_and_its_rank_and_tensor_named(small_config, 
     assert [case for case in cases if not case[2].endswith(f"{case[0]} in {case[1]}")] == []
     kinds = {name.split(" of ")[0] for _, name, _ in cases if " of " in name}
     assert kinds == {"exp_avg", "exp_avg_sq", *(["main parameter"] if precision == "bfloat16" else [])}
+
+
+IN_EACH_STEP = [
+    "train.precision=bfloat16",
+    "parallel.distributed_optimizer=true",
+    "train.compare_replicas_every_steps=1",
+]
+
+
+def _flip_and_train(config_path: Path, settings: list[str]) -> list[tuple[str, str, bool, str]]:
+    """In each step but the last flip a random bit of a random weight of a random rank, and take it back afterwards:
+    (rank, weight, whether the step was applied, what comparing said)."""
+    environment = read_environment()
+    config = load_config(config_path, settings, world_size=environment.world_size)
+    device = find_device(environment.local_rank)
+    with cpu_stands_in_for_cuda(device.type):
+        connect(environment, device, 120.0)
+        groups = build_groups(config.parallel)
+        data = open_run_data(config)
+        kernels = dict.fromkeys(OPS, "torch")
+        chunks = wrap_model(config, build_model(config, kernels, groups.collection), groups.collection)
+        optimizer = build_optimizer(config, chunks, kernels, groups.collection)
+        set_learning_rate(optimizer, 1e-3, 0.1)
+        weights = list(unwrapped(chunks[0]).named_parameters())
+        chance, said = random.Random(7), []
+        for _ in range(CASES):
+            victim, (name, weight) = chance.randrange(groups.world_size), chance.choice(weights)
+            place = chance.randrange(weight.numel()), chance.randrange(8 * weight.element_size())
+            if groups.rank == victim:
+                flip_bit(weight, *place)
+            result = train_step(config, groups, chunks, optimizer, data.train, 0, device.torch)
+            if groups.rank == victim:
+                flip_bit(weight, *place)
+            said.append((f"data {victim})", name, result.updated, str(result.difference)))
+        result = train_step(config, groups, chunks, optimizer, data.train, 0, device.torch)
+        said.append(("none", "none", result.updated, str(result.difference)))
+        disconnect()
+    return said
+
+
+def test_every_flipped_weight_is_found_in_the_step_that_computes_with_it(small_config, tmp_path):
+    """Where the optimizer is sharded, or the weights are bfloat16 copies, the next update would hide it."""
+    settings = [*SETTINGS, *NO_EVALUATION, *TINY, *IN_EACH_STEP]
+    said = results_of(run_ranks(_flip_and_train, 3, (small_config, settings), tmp_path))
+    assert said[0] == said[1] == said[2], "every rank hears the same"
+    *cases, last = said[0]
+    assert last[2:] == (True, "None"), "the flips left nothing behind"
+    wrong = [case for case in cases if case[2] or not case[3].endswith(f"{case[0]} in {case[1]}")]
+    assert len(cases) == CASES and wrong == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
