@@ -41,7 +41,7 @@ from k2_megatron.runtime.seeds import require_determinism, seed_everything
 from k2_megatron.runtime.signals import StopSignals, end_at_once
 from k2_megatron.train.checkpoint import find_checkpoint, load_checkpoint
 from k2_megatron.train.checkpoint_files import apply_retention, remove_unfinished
-from k2_megatron.train.checkpoint_manifest import read_manifest
+from k2_megatron.train.checkpoint_manifest import CheckpointError, read_manifest
 from k2_megatron.train.checkpoint_save import CheckpointWriter, SaveResult
 from k2_megatron.train.checkpoint_state import layout_name
 from k2_megatron.train.journal import Journal
@@ -165,7 +165,8 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
         views.say(resume_report(config, manifest, newest, doubts, found))
     saved_step = kept_step = step  # published; the same, or still being written
     leaving = "--until"
-    saver = CheckpointWriter(checkpoints, groups, asynchronous=config.checkpoint.asynchronous)
+    how = {"asynchronous": config.checkpoint.asynchronous, "retry_seconds": config.checkpoint.retry_seconds}
+    saver = CheckpointWriter(checkpoints, groups, **how)
     peak, checkpoint_seconds = peak_bf16_flops(device), 0.0
 
     # The loop: one step, what is told of it, then the rare events
@@ -273,7 +274,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
             saved_step = tell_of_save(saver.wait(), config, journal, checkpoints, spikes) or saved_step
             stop_when_different(compare_replicas(chunks, optimizer, groups), step, saved_step, journal)
             journal.sync()
-            data.record_position(step, consumed)
+            data.record_position(step, consumed, config.checkpoint.retry_seconds)
             facts = {**data.position(), **spikes.position(), "origin": origin, "passed_over": passed_over}
             began = time.monotonic()
             saver.save(step, config, chunks, optimizer, device.torch, facts)
@@ -319,8 +320,11 @@ def tell_of_save(
         weights=saved.weights,
     )
     if journal.is_writer:
-        pinned = spikes.pinned(checkpoints)
-        apply_retention(checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every_steps, pinned)
+        keep = config.checkpoint
+        try:
+            apply_retention(checkpoints, keep.keep_last, keep.keep_every_steps, spikes.pinned(checkpoints))
+        except (CheckpointError, OSError) as error:
+            print(f"older checkpoints stay until the next save: {error}", file=sys.stderr, flush=True)
     return saved.step
 
 

@@ -52,6 +52,7 @@ HARMLESS = {
     "checkpoint.keep_last": _SAVED,
     "checkpoint.keep_every_steps": _SAVED,
     "checkpoint.asynchronous": _SAVED,
+    "checkpoint.retry_seconds": _SAVED,
     "checkpoint.start_from": _BEGINNING,
     "checkpoint.start_optimizer": _BEGINNING,
     "spikes.policy": _SPIKES,

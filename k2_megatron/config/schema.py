@@ -209,6 +209,9 @@ class Checkpoint(Section):
     """Checkpoints at multiples of this are kept whatever their age; a multiple of the distance between two."""
     asynchronous: bool = False
     """Write in the background while training goes on."""
+    retry_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 120.0
+    """How long what the disk refuses of a save is tried again (a file server that restarts, a disk on which somebody
+    makes room), before the run ends and is left to go on from the checkpoint before."""
     start_from: PathText | None = None
     """Begin the run with the weights of this checkpoint (a step_* folder, or a run folder: its latest) of another run,
     at step 0, with data, schedule, RoPE base and sequence length of its own. Once the run has a checkpoint, no more."""

@@ -32,6 +32,10 @@ CHAIN_START = ""  # the chain of no samples
 FILE_NAME = "ledger.jsonl"
 
 
+class LedgerNotWritten(ValueError):
+    """The disk did not take a line; nothing of it is in the ledger."""
+
+
 class Samples(Protocol):
     """What the ledger needs of a feed."""
 
@@ -82,13 +86,13 @@ class Ledger:
         return [entry for entry in self.entries if entry["event"] == "position"]
 
     def append(self, event: str, **fields: Any) -> dict[str, Any]:
-        """Write one line, durably. Call on rank 0 only. ValueError where the disk does not take it."""
+        """Write one line, durably. Call on rank 0 only. LedgerNotWritten where the disk does not take it."""
         entry = {"event": event, "time": now(), **fields, "previous": self._last_hash}
         line = json.dumps(entry).encode()
         try:
             self._write(line)
         except OSError as error:
-            raise ValueError(
+            raise LedgerNotWritten(
                 f"{self.path} could not be written ({error}); make room or restore access, and start again"
             ) from None
         self._whole_bytes += len(line) + 1

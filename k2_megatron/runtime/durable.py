@@ -1,17 +1,29 @@
 """Files that survive a power cut: a name is safe when its folder was synced, a content when the file was."""
 
+import contextlib
 import os
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+ASIDE = ".writing"  # ends the name of what is being written and has no name of its own yet
 
 
 def write_file(path: Path, text: str) -> None:
     """Write a small text file so that a reader sees the old one or the new one, never a part."""
-    aside = path.with_name(f".{path.name}.writing")
-    with aside.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(aside, path)
+    aside = path.with_name(f".{path.name}{ASIDE}")
+    try:
+        with aside.open("w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(aside, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 
@@ -30,3 +42,24 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for made in reversed(missing):
         sync(made.parent)
+
+
+def persist(action: Callable[[], T], seconds: float, refusal: type[Exception], tell: Callable[[Any, float], None]) -> T:
+    """What `action` returns; while it raises `refusal` it is tried again, for `seconds` in all. `tell` is given each
+    error and the pause before the next try."""
+    for pause in pauses(seconds):
+        try:
+            return action()
+        except refusal as error:
+            tell(error, pause)
+            time.sleep(pause)
+    return action()
+
+
+def pauses(seconds: float) -> Iterator[float]:
+    """How long to wait after each try of what a disk refuses, for `seconds` in all: 1, 2, 4 ... 30, 30."""
+    pause = 1.0
+    while seconds > 0:
+        yield min(pause, seconds)
+        seconds -= pause
+        pause = min(2 * pause, 30.0)

@@ -23,9 +23,16 @@ from k2_megatron.train.checkpoint_files import (
     candidate_checkpoints,
     first_cause,
     set_damaged_aside,
+    set_incomplete_aside,
     set_later_aside,
 )
-from k2_megatron.train.checkpoint_manifest import CheckpointError, CheckpointVersionError, read_manifest, verify_files
+from k2_megatron.train.checkpoint_manifest import (
+    MANIFEST,
+    CheckpointError,
+    CheckpointVersionError,
+    read_manifest,
+    verify_files,
+)
 from k2_megatron.train.checkpoint_pickles import pickle_problems
 from k2_megatron.train.checkpoint_reader import RestrictedLoading
 from k2_megatron.train.checkpoint_state import (
@@ -49,6 +56,9 @@ def find_checkpoint(checkpoints: Path, groups: Groups, *, set_aside: bool = True
     """
     candidates, doubt = _as_rank_0_sees(groups, partial(candidate_checkpoints, checkpoints))
     doubts: list[str] = [doubt] if doubt else []
+    if set_aside:
+        incomplete = _as_rank_0_sees(groups, partial(set_incomplete_aside, checkpoints))
+        doubts += [f"{name} has no {MANIFEST}: it was set aside under this name" for name in incomplete]
     for folder in candidates:
         problems = shared_problems(folder, groups)
         if not problems:

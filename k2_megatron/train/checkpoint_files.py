@@ -8,13 +8,14 @@ A reader believes a folder only if its manifest is there and every file agrees w
 and the folder gets its name last, so a half-written checkpoint cannot be taken for a whole one.
 """
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from k2_megatron.runtime.durable import make_folder, sync, write_file
+from k2_megatron.runtime.durable import ASIDE, make_folder, sync, write_file
 from k2_megatron.train.checkpoint_manifest import (
     FOLDER,
     MANIFEST,
@@ -41,10 +42,15 @@ _REPLACED = "replaced"
 # Writing
 
 
+def aside_folder(checkpoints: Path, step: int) -> Path:
+    """The folder a save of `step` writes into, until it gets its name."""
+    return checkpoints / f".{folder_name(step)}{ASIDE}"
+
+
 def start_writing(checkpoints: Path, step: int) -> Path:
-    """The empty folder a save of `step` writes into."""
+    """Make that folder, empty."""
     make_folder(checkpoints)
-    aside = checkpoints / f".{folder_name(step)}.writing"
+    aside = aside_folder(checkpoints, step)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     return aside
@@ -102,17 +108,34 @@ def set_damaged_aside(folder: Path) -> Path:
     return aside
 
 
+def set_incomplete_aside(checkpoints: Path) -> list[str]:
+    """Rename folders that have a checkpoint's name and no manifest: they lost it, since a save gives the name last.
+    Returns their new names; the step may be saved again, and nothing of them is removed."""
+    names = []
+    for path in sorted(checkpoints.iterdir() if checkpoints.is_dir() else []):
+        if FOLDER.fullmatch(path.name) and path.is_dir() and not (path / MANIFEST).exists():
+            names.append(set_damaged_aside(path).name)
+    return names
+
+
 def remove_unfinished(checkpoints: Path) -> list[str]:
     """Remove what kills left behind; returns the names. A checkpoint that was to be replaced, and whose successor did
     not get its name, gets it back."""
     for path in checkpoints.glob(f".step_*.{_REPLACED}"):
         final = path.with_name(path.name.removeprefix(".").removesuffix(f".{_REPLACED}"))
         if not os.path.lexists(final):
-            os.rename(path, final)
-            sync(checkpoints)
+            try:
+                os.rename(path, final)
+                sync(checkpoints)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{path} cannot be given back its name {final.name} ({error.strerror}); restore access to it"
+                ) from None
     left = [path for path in checkpoints.glob(".step_*") if path.is_dir()]
     for path in left:
         _remove(path)
+    with contextlib.suppress(OSError):  # harmless, as the folders are
+        (checkpoints / f".latest{ASIDE}").unlink(missing_ok=True)
     return sorted(path.name for path in left)
 
 

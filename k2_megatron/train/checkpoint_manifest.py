@@ -16,6 +16,7 @@ MANIFEST = "k2.json"
 MANIFEST_FORMAT = 1
 FOLDER = re.compile(r"step_(\d{8,})")
 _READ_BYTES = 1 << 22
+_ALTERED = "its content was altered: its own xxh3 hash differs"
 _FIELDS = {"step": int, "files": dict, "layout": str, "precision": str, "weights": str, "config": dict}
 
 
@@ -57,14 +58,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     it is of another format."""
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        text = path.read_text()
+        manifest = json.loads(text)
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {MANIFEST}: it is not a complete checkpoint") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); restore access to it") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); use another checkpoint") from None
-    problem = _problem_of_content(manifest)
+    problem = _problem_of_content(manifest, text)
     if problem:
         raise CheckpointError(f"{path} is damaged ({problem}); use another checkpoint")
     if manifest["format"] != MANIFEST_FORMAT:
@@ -77,13 +79,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _problem_of_content(manifest: Any) -> str | None:
+def _problem_of_content(manifest: Any, text: str) -> str | None:
     if not isinstance(manifest, dict) or type(manifest.get("format")) is not int:
         return "it is no manifest"
-    if manifest["format"] != MANIFEST_FORMAT:
-        return None  # another version knows what belongs in it
-    if "xxh3" in manifest and manifest["xxh3"] != content_hash(manifest):  # those of earlier versions have none
-        return "its content was altered: its own xxh3 hash differs"
+    if manifest["format"] != MANIFEST_FORMAT:  # another version knows what belongs in it; but the number may be damaged
+        return _ALTERED if manifest.get("xxh3") == content_hash({**manifest, "format": MANIFEST_FORMAT}) else None
+    if "xxh3" in manifest:  # to the byte: a flipped bit in a space or in the case of an exponent is damage, too
+        if text != manifest_text(manifest):
+            return _ALTERED
+    elif _ends_with_its_hash(manifest):  # manifests of earlier versions have none
+        return _ALTERED
     wrong = [key for key, kind in _FIELDS.items() if type(manifest.get(key)) is not kind]
     if wrong:
         return f"it lacks {', '.join(wrong)}"
@@ -91,6 +96,12 @@ def _problem_of_content(manifest: Any) -> str | None:
         if Path(name).name != name or not isinstance(facts, dict) or facts.keys() != {"bytes", "xxh3"}:
             return f"what it says of the file {name!r} is no size and hash"
     return None
+
+
+def _ends_with_its_hash(manifest: dict) -> bool:
+    """Whether the last value is the hash of all before it, and only its name is wrong."""
+    *content, (_, last) = manifest.items()
+    return last == content_hash(dict(content))
 
 
 def hash_file(path: Path) -> dict:

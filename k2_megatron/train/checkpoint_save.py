@@ -8,9 +8,12 @@ as much as any other. Who writes what depends on names and sizes alone.
     in the background: write, hash, exchange the hashes, publish; over a process group of its own, since training uses
                        the others at the same time
 
-At most one save is in flight: the next one waits for it.
+At most one save is in flight: the next one waits for it. Nothing touches the disk while ranks wait for each other in a
+collective of the plan: what fails on one rank is known to all before any goes on. A save that fails is tried again from
+its beginning, for `checkpoint.retry_seconds`: the state is in memory, and a file system may come back.
 """
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,16 +23,17 @@ from pathlib import Path
 import torch
 import torch.distributed as distributed
 import torch.distributed.checkpoint as torch_checkpoint
-from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     distribute_main_replicas_with_precomputed_distribution,
 )
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
@@ -37,8 +41,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from k2_megatron.config import Config
+from k2_megatron.runtime.durable import persist
 from k2_megatron.runtime.groups import Groups
-from k2_megatron.train.checkpoint_files import first_cause, publish, start_writing
+from k2_megatron.train.checkpoint_files import aside_folder, first_cause, publish, start_writing
 from k2_megatron.train.checkpoint_hashing import HashingWriter
 from k2_megatron.train.checkpoint_manifest import CheckpointError, folder_name
 from k2_megatron.train.checkpoint_state import (
@@ -62,28 +67,44 @@ class SaveResult:
     weights: str
 
 
-class _Plan(TorchDistSaveShardedStrategy):
-    """In megatron-core's place for a writer: keeps what is to be written, to be written by `write` below.
+class SaveError(CheckpointError):
+    """A save that failed, on some rank; `brief` is what to say when it is not given up."""
 
-    megatron-core's own writer starts a manager process and forks one process a file even for a synchronous save,
-    6-10 s on two cores for 15 MB; ours writes the same files from this process.
+    def __init__(self, message: str, brief: str) -> None:
+        super().__init__(message)
+        self.brief = brief
+
+
+class _Plan:
+    """What this rank writes, decided with the others; written by `write`, as often as it takes.
+
+    The files are those of megatron-core's `dist_checkpointing.save`. That writes some before its collectives, where a
+    full disk on one rank leaves the others waiting; and its writer starts a manager process and forks one process a
+    file even for a synchronous save, 6-10 s on two cores for 15 MB.
     """
 
     def __init__(self, replicas: distributed.ProcessGroup, *, copy: bool) -> None:
-        super().__init__("torch_dist", 1, thread_count=1)
         self.replicas = replicas
         self.copy = copy
         self.tensors: dict = {}
+        self.common: dict = {}
 
-    def save(self, sharded_state_dict, checkpoint_dir) -> None:
-        shares = determine_main_replica_uniform_distribution(sharded_state_dict, self.replicas)
-        distribute_main_replicas_with_precomputed_distribution(sharded_state_dict, self.replicas, shares)
-        named, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+    def take(self, state: dict) -> None:
+        """Decide who writes what of `state`. No file is touched."""
+        sharded, self.common = save_preprocess(state)  # checks that each element is stored, and once
+        shares = determine_main_replica_uniform_distribution(sharded, self.replicas)
+        distribute_main_replicas_with_precomputed_distribution(sharded, self.replicas, shares)
+        named, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
         if self.copy:  # training goes on changing the originals
             for shard in nested_values(named):
                 if not isinstance(shard, ShardedObject):
                     shard.data = shard.data.detach().to("cpu", copy=True)
         self.tensors = mcore_to_pyt_state_dict(named, False)
+
+    def write_small_files(self, folder: Path) -> None:
+        """What megatron-core puts beside the tensors, on one rank: what is no tensor, and the name of the format."""
+        torch.save(self.common, folder / COMMON_STATE_FNAME)
+        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
     def write(self, folder: Path, group: distributed.ProcessGroup) -> dict[str, dict]:
         """Write this rank's share under `folder`; {file name: {"bytes", "xxh3"}}."""
@@ -100,12 +121,13 @@ class _Plan(TorchDistSaveShardedStrategy):
 class CheckpointWriter:
     """Saves checkpoints of one run under `checkpoints`; made on every rank alike."""
 
-    def __init__(self, checkpoints: Path, groups: Groups, *, asynchronous: bool) -> None:
+    def __init__(self, checkpoints: Path, groups: Groups, *, asynchronous: bool, retry_seconds: float = 0.0) -> None:
         self._checkpoints = checkpoints
         self._rank = groups.rank
         self._groups = groups
         self._group = distributed.new_group(backend="gloo", timeout=groups.timeout)
         self._asynchronous = asynchronous
+        self._retry_seconds = retry_seconds
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[SaveResult] | None = None
 
@@ -126,13 +148,11 @@ class CheckpointWriter:
         assert self._pending is None, "a save is in flight; ask wait() for its result first"
         began = time.monotonic()
         weights = weight_fingerprint(chunks, device)
-        aside = self._checkpoints / f".{folder_name(step)}.writing"
-        self._everywhere(step, lambda: start_writing(self._checkpoints, step) if self._rank == 0 else None)
         plan = _Plan(self._groups.collection.dp_cp, copy=self._asynchronous)
         model = model_state(chunks)
         tensors, _local = optimizer_state(optimizer, model, loading=False)
         state = {**model, "optimizer": tensors, **random_state(self._groups, layout_name(config))}
-        self._everywhere(step, lambda: dist_checkpointing.save(state, str(aside), sharded_strategy=plan))
+        self._everywhere(step, lambda: plan.take(state))
         manifest = {
             "step": step,
             "consumed_samples": config.consumed_samples_at(step),
@@ -146,11 +166,11 @@ class CheckpointWriter:
         }
         if self._asynchronous:
             stall_seconds = time.monotonic() - began
-            self._pending = self._thread.submit(self._write, plan, aside, manifest, began, stall_seconds)
+            self._pending = self._thread.submit(self._write, plan, manifest, began, stall_seconds)
         else:
             self._pending = Future()
             try:
-                self._pending.set_result(self._write(plan, aside, manifest, began, None))
+                self._pending.set_result(self._write(plan, manifest, began, None))
             except CheckpointError as error:
                 self._pending.set_exception(error)
 
@@ -179,14 +199,9 @@ class CheckpointWriter:
             distributed.barrier(group=self._group)
             raise
 
-    def _write(self, plan: _Plan, aside: Path, manifest: dict, began: float, stall_seconds: float | None) -> SaveResult:
+    def _write(self, plan: _Plan, manifest: dict, began: float, stall_seconds: float | None) -> SaveResult:
         step = manifest["step"]
-        files: dict[str, dict] = {}
-        self._everywhere(step, lambda: files.update(plan.write(aside, self._group)))
-        gathered: list = [None] * distributed.get_world_size()
-        distributed.all_gather_object(gathered, files, group=self._group)
-        manifest["files"] = {name: facts for written in gathered for name, facts in written.items()}
-        self._everywhere(step, lambda: publish(aside, manifest) if self._rank == 0 else None)
+        persist(lambda: self._write_once(plan, manifest), self._retry_seconds, SaveError, self._tell)  # on all alike
         seconds = time.monotonic() - began
         return SaveResult(
             step=step,
@@ -196,6 +211,25 @@ class CheckpointWriter:
             bytes=sum(file["bytes"] for file in manifest["files"].values()),
             weights=manifest["weights"],
         )
+
+    def _tell(self, error: SaveError, pause: float) -> None:
+        if self._rank == 0:
+            print(f"{error.brief}; trying again in {pause:.0f} s", file=sys.stderr, flush=True)
+
+    def _write_once(self, plan: _Plan, manifest: dict) -> None:
+        step = manifest["step"]
+        aside = aside_folder(self._checkpoints, step)
+
+        def begin() -> None:
+            plan.write_small_files(start_writing(self._checkpoints, step))
+
+        self._everywhere(step, lambda: begin() if self._rank == 0 else None)
+        files: dict[str, dict] = {}
+        self._everywhere(step, lambda: files.update(plan.write(aside, self._group)))
+        gathered: list = [None] * distributed.get_world_size()
+        distributed.all_gather_object(gathered, files, group=self._group)
+        manifest["files"] = {name: facts for written in gathered for name, facts in written.items()}
+        self._everywhere(step, lambda: publish(aside, manifest) if self._rank == 0 else None)
 
     def _everywhere(self, step: int, action: Callable[[], object]) -> None:
         """Run `action` on this rank; when it failed on any, raise CheckpointError on all."""
@@ -210,7 +244,8 @@ class CheckpointWriter:
         distributed.all_gather_object(errors, error, group=self._group)
         found = next((error for error in errors if error), None)
         if found is not None:
-            raise CheckpointError(
+            raise SaveError(
                 f"step {step} could not be saved under {self._checkpoints}: {found}; earlier checkpoints are "
-                "untouched. Make room or restore access, and start again to resume from the last one"
+                "untouched. Make room or restore access, and start again to resume from the last one",
+                f"step {step} is not saved yet ({found})",
             )

@@ -1,11 +1,14 @@
 """The data of one run: the rows it trains on, the rows it is evaluated on, its ledger, and its position."""
 
+import sys
+from functools import partial
 from pathlib import Path
 
 from k2_megatron.config import Config
 from k2_megatron.data.feed import Feed, open_feed
-from k2_megatron.data.ledger import CHAIN_START, Ledger
+from k2_megatron.data.ledger import CHAIN_START, Ledger, LedgerNotWritten
 from k2_megatron.data.tokenizer import load_tokenizer
+from k2_megatron.runtime.durable import persist
 from k2_megatron.train.checkpoint_manifest import CheckpointError
 
 
@@ -28,11 +31,12 @@ class RunData:
         if self._writer:
             self.chain = self.ledger.chain(self.chain, first_sample, end_sample)
 
-    def record_position(self, step: int, consumed_samples: int) -> None:
+    def record_position(self, step: int, consumed_samples: int, retry_seconds: float) -> None:
         """Write the position reached and its chain into the ledger, before a checkpoint of it is saved: what was
-        consumed is so whether or not the save succeeds."""
+        consumed is so whether or not the save succeeds. What the disk refuses is tried again for `retry_seconds`."""
         if self._writer:
-            self.ledger.record_position(consumed_samples, self.chain, step=step)
+            record = partial(self.ledger.record_position, consumed_samples, self.chain, step=step)
+            persist(record, retry_seconds, LedgerNotWritten, _tell)
 
     def position(self) -> dict:
         """What a checkpoint says of the data; the sample number itself is a function of the step."""
@@ -60,6 +64,10 @@ class RunData:
         if self._writer:
             self.ledger.continue_from(manifest)
         self.chain = manifest["chain"]
+
+
+def _tell(error: LedgerNotWritten, pause: float) -> None:
+    print(f"{error}. Trying again in {pause:.0f} s", file=sys.stderr, flush=True)
 
 
 def open_run_data(config: Config, *, writer: bool = False) -> RunData:

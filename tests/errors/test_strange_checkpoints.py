@@ -12,10 +12,10 @@ import pytest
 from endings import MISTAKE, says_one_line
 
 from k2_megatron.train.checkpoint_files import complete_checkpoints
-from k2_megatron.train.checkpoint_manifest import read_manifest, verify_files
+from k2_megatron.train.checkpoint_manifest import manifest_text, read_manifest, verify_files
 from k2_megatron.train.journal import read_events
 
-SETTINGS = {"train.steps": 6, "checkpoint.every_steps": 2}
+SETTINGS = {"train.steps": 6, "checkpoint.every_steps": 2, "checkpoint.retry_seconds": 0}
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def newest(finished_run: Path, tmp_path: Path) -> Path:
 def test_checkpoint_of_a_later_version_stops_the_run_and_stays(attempt, newest):
     """It is not damaged: setting it aside and going on from an older one would lose what it holds."""
     manifest = json.loads((newest / "k2.json").read_text())
-    (newest / "k2.json").write_text(json.dumps({**manifest, "format": 2}))
+    (newest / "k2.json").write_text(manifest_text({**manifest, "format": 2}))
     outcomes = attempt(SETTINGS)
     says_one_line(outcomes, MISTAKE, "k2.json has format 2, this version reads 1; use the version of k2_megatron that")
     assert newest.is_dir()

@@ -1,12 +1,15 @@
 """Storage that fails under a running run: what the run says, that it loses nothing, and how it goes on."""
 
+import errno
 import os
 import shutil
 import signal
+import time
 from functools import partial
 from pathlib import Path
 
 import pytest
+from failing_disk import FailingDisk
 from rank_processes import pretrain, results_of
 from run_results import steps_of, stored_state
 from small_run import overrides
@@ -100,7 +103,7 @@ def test_ledger_that_cannot_be_written_ends_the_run_before_the_save(small_config
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "ledger.jsonl").symlink_to("/dev/full")
-    ended = run(small_config, folder)
+    ended = run(small_config, folder, **{"checkpoint.retry_seconds": 0})
     assert ended.exit_code == 2
     assert (
         ended.stderr.startswith(f"error: {folder}/ledger.jsonl could not be written (") and "make room" in ended.stderr
@@ -108,6 +111,37 @@ def test_ledger_that_cannot_be_written_ends_the_run_before_the_save(small_config
     assert not list((folder / "checkpoints").glob("step_*"))
     (folder / "ledger.jsonl").unlink()
     results_of([run(small_config, folder)])
+    assert_same(folder, whole)
+
+
+def _lose_the_file_system(folder: Path) -> None:
+    """From step 4 on every call in the run folder fails, as on a file server that restarts: for 2 s; and then the first
+    of retention."""
+    disk, lost = FailingDisk(folder), []
+
+    def fails(_number: int) -> int:
+        if time.monotonic() < lost[0]:
+            return errno.ESTALE
+        if disk.calls[-1:] and ".removed" in disk.calls[-1] and len(lost) == 1:
+            lost.append(0.0)
+            return errno.EIO
+        return 0
+
+    def lose() -> None:
+        lost.append(time.monotonic() + 2.0)
+        disk.fails = fails
+
+    _before_step_4(lose)
+
+
+def test_file_system_that_is_gone_for_a_while_is_waited_for(small_config, tmp_path, whole):
+    folder = tmp_path / "run"
+    more = {"checkpoint.keep_last": 2, "watchdog.heartbeat_seconds": 0.5}
+    ended = run(small_config, folder, partial(_lose_the_file_system, folder), **more)
+    assert ended.exit_code == 0, ended.stderr
+    assert "ledger.jsonl could not be written ([Errno 116] Stale file handle" in ended.stderr
+    assert ". Trying again in 1 s" in ended.stderr
+    assert "journal: cannot write" in ended.stderr and "heartbeat cannot be written" in ended.stderr
     assert_same(folder, whole)
 
 

@@ -23,7 +23,9 @@ from k2_megatron.train.checkpoint_hashing import HashingWriter
 from k2_megatron.train.checkpoint_manifest import (
     CheckpointError,
     CheckpointVersionError,
+    content_hash,
     hash_file,
+    manifest_text,
     read_manifest,
     step_of,
     verify_files,
@@ -141,6 +143,7 @@ def test_saving_a_step_again_replaces_it(saved):
 def test_unfinished_saves_are_removed_and_nothing_else(saved):
     checkpoints = saved(5)
     start_writing(checkpoints, 10)
+    (checkpoints / ".latest.writing").touch()
     assert steps(checkpoints) == [5]
     assert remove_unfinished(checkpoints) == [".step_00000010.writing"]
     assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000005"]
@@ -179,7 +182,7 @@ def test_shares_of_the_files_cover_each_file_once(saved):
 def test_manifest_of_another_format_is_refused(saved):
     folder = complete_checkpoints(saved(5))[0]
     manifest = json.loads((folder / "k2.json").read_text())
-    (folder / "k2.json").write_text(json.dumps({**manifest, "format": 99}))
+    (folder / "k2.json").write_text(manifest_text({**manifest, "format": 99}))
     with pytest.raises(CheckpointError, match="has format 99, this version reads 1"):
         read_manifest(folder)
 
@@ -199,6 +202,9 @@ def test_manifest_of_before_its_own_hash_is_read(saved):
     del manifest["xxh3"]
     path.write_text(json.dumps(manifest))
     assert read_manifest(path.parent) == manifest
+    path.write_text(json.dumps({**manifest, "xxh7": content_hash(manifest)}))
+    with pytest.raises(CheckpointError, match=r"k2\.json is damaged \(its content was altered"):
+        read_manifest(path.parent)
 
 
 @pytest.mark.parametrize(
