@@ -115,7 +115,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
     distributed.barrier()
     journal = Journal(folder, writer=is_writer)
     spikes = SpikeWatch(config.spikes, folder, writer=is_writer)
-    watchdog = Watchdog(config.watchdog, folder, groups.rank, groups.world_size)
+    watchdog = Watchdog(config.watchdog, folder, groups.rank, groups.world_size, config.global_batch_at)
     views = Views(config, folder, enabled=is_writer)
 
     # Data, model, optimizer

@@ -245,10 +245,10 @@ class Spikes(Section):
 class Watchdog(Section):
     """When a rank that makes no progress is called hung; every rank then writes its stacks and ends."""
 
-    step_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 10.0
-    """A step hangs when it takes this many times the median of the recent ones."""
-    minimum_seconds: PositiveFloat = 120.0
-    """But not before so many seconds."""
+    step_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 3.0
+    """A step hangs when it takes this many times the median of the recent ones (by sample: batches may grow) ..."""
+    minimum_seconds: PositiveFloat = 10.0
+    """... and so many seconds more, which a busy machine or a slow file system may cost any step."""
     pause_seconds: PositiveFloat = 3600.0
     """Limit of what is no step: start, first step, evaluation, saving and loading."""
     heartbeat_seconds: PositiveFloat = 10.0

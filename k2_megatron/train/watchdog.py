@@ -4,8 +4,8 @@ In:  what the training loop says it is doing. Out: heartbeats/rank_NNNNN.json, r
 is passed, incidents/step_NNNNNNNN/rank_NNNNN.txt with the stacks of all threads, an "incident" in the journal that
 names the ranks behind, and exit code 4, so that the launcher ends the job instead of paying for a hung one.
 
-The limit of a step follows from the recent ones. All ranks hang together when one does (they wait for it), so each
-ends itself; one that is stopped by the system cannot, and is killed by its launcher (run_local_ranks, srun).
+The limit of a step follows from the recent ones, by sample. All ranks hang together when one does (they wait for it),
+so each ends itself; one that is stopped by the system cannot, and is killed by its launcher (run_local_ranks, srun).
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -44,11 +44,13 @@ _WAITING = (".wait()", ".item()", ".tolist()", ".cpu()", "synchronize(")
 
 @dataclass(frozen=True)
 class Progress:
-    """What the rank does: a phase of the loop, after `step` finished steps, since a time of the monotonic clock."""
+    """What the rank does: a phase of the loop, after `step` finished steps, since a time of the monotonic clock; how
+    long it may last."""
 
     phase: str
     step: int
     since: float
+    limit: float
 
 
 @dataclass(frozen=True)
@@ -59,26 +61,34 @@ class Place:
     waits: bool
 
 
-def limit_seconds(settings: Settings, phase: str, recent: Sequence[float]) -> float:
-    """How long the phase may last, given the seconds of the recent steps."""
+def limit_seconds(settings: Settings, phase: str, recent: Sequence[float], samples: int = 1) -> float:
+    """How long the phase may last, given the seconds a sample of the recent steps, and the samples of this one."""
     if phase != STEP or len(recent) < FEWEST_STEPS:
         return settings.pause_seconds
-    return max(settings.minimum_seconds, min(settings.step_factor * median(recent), settings.pause_seconds))
+    return settings.minimum_seconds + min(settings.step_factor * median(recent) * samples, settings.pause_seconds)
 
 
 def collective_timeout_seconds(settings: Settings) -> float:
     """The libraries' own limit for a collective: above each of the watchdog, which tells more when it ends a run."""
-    longest = max(settings.minimum_seconds, settings.pause_seconds)
+    longest = settings.minimum_seconds + settings.pause_seconds
     return longest + REPORT_SECONDS + GRACE_SECONDS + 2 * BACKSTOP_SECONDS
 
 
 class Watchdog:
-    """Started at once; `stop` ends it. `at` is called by the loop, from its own thread."""
+    """Started at once; `stop` ends it. `at` is called by the loop, from its own thread. `samples_at` gives the samples
+    of the step that follows a number of steps: a growing batch is no hang."""
 
-    def __init__(self, settings: Settings, folder: Path, rank: int, world_size: int) -> None:
-        self._settings, self._folder, self._rank = settings, folder, rank
-        self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
-        self._progress = Progress("start", 0, time.monotonic())
+    def __init__(
+        self,
+        settings: Settings,
+        folder: Path,
+        rank: int,
+        world_size: int,
+        samples_at: Callable[[int], int] = lambda _step: 1,
+    ) -> None:
+        self._settings, self._folder, self._rank, self._samples_at = settings, folder, rank, samples_at
+        self._recent: deque[float] = deque(maxlen=RECENT_STEPS)  # seconds a sample
+        self._progress = Progress("start", 0, time.monotonic(), settings.pause_seconds)
         self._heartbeats = folder / HEARTBEATS
         self._heartbeats.mkdir(parents=True, exist_ok=True)
         self._world_size = world_size
@@ -91,9 +101,9 @@ class Watchdog:
         """The rank begins `phase` after `step` finished steps; a finished "step" is one more to measure by."""
         now = time.monotonic()
         if self._progress.phase == STEP:
-            self._recent.append(now - self._progress.since)
-        self._progress = Progress(phase, step, now)
-        limit = limit_seconds(self._settings, phase, self._recent)
+            self._recent.append((now - self._progress.since) / self._samples_at(self._progress.step))
+        limit = limit_seconds(self._settings, phase, self._recent, self._samples_at(step) if phase == STEP else 1)
+        self._progress = Progress(phase, step, now, limit)
         faulthandler.dump_traceback_later(limit + GRACE_SECONDS + BACKSTOP_SECONDS, exit=True, file=sys.stderr)
 
     def stop(self) -> None:
@@ -111,7 +121,7 @@ class Watchdog:
             if now >= next_heartbeat:
                 self._write_heartbeat(progress, now)
                 next_heartbeat = now + self._settings.heartbeat_seconds
-            limit = limit_seconds(self._settings, progress.phase, list(self._recent))
+            limit = progress.limit
             if now - progress.since > limit and progress is self._progress:
                 frame = sys._current_frames().get(self._main_thread or 0)
                 self._write_heartbeat(progress, now, place_of(frame))

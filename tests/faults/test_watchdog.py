@@ -24,8 +24,9 @@ LIMITS = ["watchdog.minimum_seconds=6.0", "watchdog.heartbeat_seconds=0.5", "wat
 
 def test_limit_follows_the_recent_steps():
     settings = Settings(step_factor=10.0, minimum_seconds=60.0, pause_seconds=1800.0)
-    assert limit_seconds(settings, "step", [25.0, 24.0, 90.0, 25.0]) == 250.0
-    assert limit_seconds(settings, "step", [0.1] * 50) == 60.0
+    assert limit_seconds(settings, "step", [25.0, 24.0, 90.0, 25.0]) == 310.0
+    assert limit_seconds(settings, "step", [0.125] * 50) == 61.25
+    assert limit_seconds(settings, "step", [0.125] * 50, 64) == 140.0, "seconds a sample, 64 samples"
     assert limit_seconds(settings, "step", [300.0, 0.1]) == 1800.0, "the first steps compile"
     assert limit_seconds(settings, "checkpoint", [25.0] * 50) == 1800.0
 
@@ -41,6 +42,22 @@ def test_steps_of_the_large_run_raise_no_alarm_and_a_hang_is_found_within_three_
         assert seconds < limit, f"a false alarm at step {step}"
         assert len(recent) < 3 or limit <= 3 * median(recent) + 10
         recent.append(seconds)
+
+
+def test_batch_that_grows_is_no_hang(tmp_path, monkeypatch):
+    """K2-65B's could begin with 8 sequences and go on with 2,040: steps of 0.1 s are then steps of 25 s."""
+    now = [0.0]
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+    settings = Settings(heartbeat_seconds=3600.0)
+    guard = watchdog.Watchdog(settings, tmp_path, 0, 1, lambda step: 8 if step < 5 else 2040)
+    for step in range(6):
+        guard.at("step", step)
+        limit = guard._progress.limit
+        now[0] += 0.1 if step < 5 else 25.0
+    guard.at("end", 6)
+    guard.stop()
+    assert limit == pytest.approx(3 * 0.1 * 2040 / 8 + 10)
+    assert limit > 25.0
 
 
 def test_ranks_behind_are_named_with_the_reason():
