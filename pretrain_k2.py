@@ -48,7 +48,7 @@ from k2_megatron.train.journal import Journal
 from k2_megatron.train.layer_norms import ActivationSquares
 from k2_megatron.train.not_finite import count_as_update, in_words, made_again, where_not_finite
 from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
-from k2_megatron.train.phases import StepPhases, gather_phases
+from k2_megatron.train.phases import StepPhases, StragglerReports
 from k2_megatron.train.replicas import compare_replicas, stop_when_different
 from k2_megatron.train.run_data import RunData, open_run_data
 from k2_megatron.train.run_folder import (
@@ -167,7 +167,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
     leaving = "--until"
     how = {"asynchronous": config.checkpoint.asynchronous, "retry_seconds": config.checkpoint.retry_seconds}
     saver = CheckpointWriter(checkpoints, groups, **how)
-    peak, checkpoint_seconds = peak_bf16_flops(device), 0.0
+    peak, reports, checkpoint_seconds = peak_bf16_flops(device), StragglerReports(groups), 0.0
 
     # The loop: one step, what is told of it, then the rare events
     while step < min(until, config.train.steps):
@@ -232,12 +232,10 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
             count_as_update(optimizer)
         if phases:
             own = {**phases.collect(result.data_seconds), "checkpoint": checkpoint_seconds}
-            every_rank, slow = gather_phases(own, groups)
+            every_rank, slow = reports.gather(own)
             journal.write("phases", step=step, seconds=every_rank, slow=slow and asdict(slow))
             if slow:
-                views.say(
-                    f"step {step}: {slow.place} is slow in {slow.phase}, {slow.ratio} times the median of its like"
-                )
+                views.say(f"step {step}: {slow.words}")
             checkpoint_seconds = 0.0
         data.consumed(first_sample, consumed)
         spike = spikes.observe(event, result.sample_losses) if result.updated else None

@@ -4,14 +4,17 @@ In:  a step that is measured. Out: seconds of this rank's own work by phase, eve
 rank that takes longer than its like, if one does.
 
 Ranks that work together wait for the slowest, so that all their steps are as long as its steps. What tells them apart
-is the work alone: waiting for tensor- and context-parallel neighbours is taken off, and messages between stages and the
-reduction of gradients lie outside of megatron-core's timers of forward and backward. The distributed optimizer gathers
-the new weights within "optimizer", which there is as long as that of the slowest rank. Compared are ranks of one
-pipeline stage, whose work is the same.
+is the work alone: waiting for tensor- and context-parallel neighbours is taken off, and the gathering of new weights by
+the distributed optimizer; messages between stages and the reduction of gradients lie outside of megatron-core's timers
+of forward and backward.
+
+Compared are ranks of one pipeline stage, whose work is the same; a rank alone in its stage with the other stages, but
+for the last, which has the output layer. Beside this each rank is compared with itself: with what it took in earlier
+reports, while the others take what they took. So a stage is found that is slow as a whole.
 """
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,11 +23,15 @@ from typing import Any
 
 import torch
 import torch.distributed as distributed
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import layers, mappings
 
 from k2_megatron.runtime.groups import Groups
 
-PHASES = {"forward-compute": "forward", "backward-compute": "backward", "optimizer": "optimizer"}
+PHASES = {"forward-compute": "forward", "backward-compute": "backward"}  # megatron-core's timers, by our names
+OPTIMIZER = "optimizer"
+WAITS = {"params-all-gather": OPTIMIZER}  # megatron-core's timers of what is waiting, and the phase that they lie in
+REPORTS_KEPT, FEWEST_REPORTS = 16, 4  # of each rank, to be compared with; before that it is not compared with itself
 SLOW_RATIO = 1.5  # times the median of the others; clocks of equal machines differ by some per cent
 SMALLEST_SHARE = 0.05  # of the work of a step: a phase that is slower by less holds nobody up
 # Every name by which a collective of a forward or backward pass is called; two modules bind theirs when imported.
@@ -40,13 +47,20 @@ _COLLECTIVES = (
 
 @dataclass(frozen=True)
 class Straggler:
-    """A rank whose `phase` took `ratio` times the median of its like, `seconds` more than that."""
+    """A rank whose `phase` took `ratio` times what is usual, `seconds` more than that: the median of its like, or of
+    itself in earlier reports (`before`)."""
 
     rank: int
     place: str
     phase: str
     ratio: float
     seconds: float
+    before: bool = False
+
+    @property
+    def words(self) -> str:
+        usual = "its own earlier median" if self.before else "the median of its like"
+        return f"{self.place} is slow in {self.phase}, {self.ratio} times {usual}"
 
 
 class StepPhases:
@@ -57,9 +71,10 @@ class StepPhases:
         self._spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
         self._waits: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
         self._open: dict[str, Any] = {}
+        self._open_waits: dict[str, Any] = {}
 
     def __call__(self, name: str, log_level: int | None = None) -> "_Timer":
-        return _Timer(self, PHASES.get(name))
+        return _Timer(self, PHASES.get(name), WAITS.get(name))
 
     def start(self, phase: str) -> None:
         self._open[phase] = self._mark()
@@ -81,12 +96,31 @@ class StepPhases:
             for module, name, function in right:
                 setattr(module, name, function)
 
+    @contextmanager
+    def updating(self, optimizer: MegatronOptimizer) -> Iterator[None]:
+        """Measure the update of the weights."""
+        for part in optimizer.chained_optimizers:
+            part.config.timers = self
+        self.start(OPTIMIZER)
+        try:
+            yield
+        finally:
+            self.stop(OPTIMIZER)
+            for part in optimizer.chained_optimizers:
+                part.config.timers = None
+
+    def begin_waiting(self, phase: str) -> None:
+        self._open_waits[phase] = self._mark()
+
+    def end_waiting(self, phase: str) -> None:
+        self._waits[phase].append((self._open_waits.pop(phase), self._mark()))
+
     def collect(self, data_seconds: float) -> dict[str, float]:
         """Seconds by phase since the last call, of which `data_seconds` were spent on waiting for rows."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         found = {"data": data_seconds}
-        for phase in PHASES.values():
+        for phase in (*PHASES.values(), OPTIMIZER):
             found[phase] = self._sum(self._spans[phase]) - self._sum(self._waits[phase])
         found["forward"] = max(0.0, found["forward"] - data_seconds)  # rows are fetched within it
         self._spans.clear()
@@ -128,14 +162,19 @@ class StepPhases:
 class _Timer:
     phases: StepPhases
     phase: str | None
+    waits_in: str | None
 
     def start(self, barrier: bool = False) -> None:
         if self.phase:
             self.phases.start(self.phase)
+        if self.waits_in:
+            self.phases.begin_waiting(self.waits_in)
 
     def stop(self, barrier: bool = False) -> None:
         if self.phase:
             self.phases.stop(self.phase)
+        if self.waits_in:
+            self.phases.end_waiting(self.waits_in)
 
 
 @dataclass(frozen=True)
@@ -147,26 +186,67 @@ class _Handle:
         self.phases.wait_for(self.work)
 
 
-def gather_phases(seconds: Mapping[str, float], groups: Groups) -> tuple[dict[str, list[float]], Straggler | None]:
-    """({phase: seconds of each rank}, the straggler), the same on every rank."""
-    everywhere: list = [None] * groups.world_size
-    distributed.all_gather_object(everywhere, (dict(seconds), groups.pipeline_rank, groups.name))
-    by_rank, stages, places = zip(*everywhere, strict=True)
-    told = {phase: [round(of_rank[phase], 6) for of_rank in by_rank] for phase in seconds}
-    return told, slowest(by_rank, stages, places)
+class StragglerReports:
+    """The reports of a run, the same on every rank."""
+
+    def __init__(self, groups: Groups) -> None:
+        self._groups = groups
+        self._earlier: deque[Sequence[Mapping[str, float]]] = deque(maxlen=REPORTS_KEPT)
+
+    def gather(self, seconds: Mapping[str, float]) -> tuple[dict[str, list[float]], Straggler | None]:
+        """({phase: seconds of each rank}, the straggler)."""
+        everywhere: list = [None] * self._groups.world_size
+        own = (dict(seconds), self._groups.pipeline_rank, self._groups.name)
+        distributed.all_gather_object(everywhere, own)
+        by_rank, stages, places = zip(*everywhere, strict=True)
+        slow = slowest(by_rank, stages, places, tuple(self._earlier))
+        self._earlier.append(by_rank)
+        return {phase: [round(of_rank[phase], 6) for of_rank in by_rank] for phase in seconds}, slow
 
 
-def slowest(by_rank: Sequence[Mapping[str, float]], stages: Sequence[int], places: Sequence[str]) -> Straggler | None:
-    """The rank and phase that lie furthest above the median of the other ranks of its stage; None when alike."""
+def slowest(
+    by_rank: Sequence[Mapping[str, float]],
+    stages: Sequence[int],
+    places: Sequence[str],
+    earlier: Sequence[Sequence[Mapping[str, float]]] = (),
+) -> Straggler | None:
+    """The rank and phase that lie furthest above what is usual; None when all are alike."""
     found = []
     for rank, seconds in enumerate(by_rank):
-        others = [other for number, other in enumerate(by_rank) if stages[number] == stages[rank] and number != rank]
-        if not others:
-            continue
-        step = sum(median(other[phase] for other in others) for phase in seconds)
-        for phase, value in seconds.items():
-            usual = median(other[phase] for other in others)
-            if value > SLOW_RATIO * usual and value - usual > SMALLEST_SHARE * step:
-                ratio = round(value / max(usual, 1e-9), 2)
-                found.append(Straggler(rank, places[rank], phase, ratio, round(value - usual, 6)))
+        for usual, before in ((_of_its_like(rank, by_rank, stages), False), (_of_itself(rank, by_rank, earlier), True)):
+            step = sum(usual.values())
+            for phase, median_seconds in usual.items():
+                more = seconds[phase] - median_seconds
+                if seconds[phase] > SLOW_RATIO * median_seconds and more > SMALLEST_SHARE * step:
+                    ratio = round(seconds[phase] / max(median_seconds, 1e-9), 2)
+                    found.append(Straggler(rank, places[rank], phase, ratio, round(more, 6), before))
     return max(found, key=lambda straggler: straggler.seconds, default=None)
+
+
+def _of_its_like(rank: int, by_rank: Sequence[Mapping[str, float]], stages: Sequence[int]) -> dict[str, float]:
+    """{phase: the median of the ranks with the same work}; without ranks in its stage, of those of other stages."""
+    others = [other for number, other in enumerate(by_rank) if stages[number] == stages[rank] and number != rank]
+    phases = list(by_rank[rank])
+    if not others and stages[rank] < max(stages):
+        inner = [other for number, other in enumerate(by_rank) if stages[number] < max(stages) and number != rank]
+        others, phases = inner, [phase for phase in phases if phase != "data"]  # the first and last stage read rows
+    return {phase: median(other[phase] for other in others) for phase in phases} if others else {}
+
+
+def _of_itself(
+    rank: int, by_rank: Sequence[Mapping[str, float]], earlier: Sequence[Sequence[Mapping[str, float]]]
+) -> dict[str, float]:
+    """{phase: the rank's own median in earlier reports, times how much longer the others take now than they took}: a
+    batch that grows, or a file system that is slow for all, makes no straggler."""
+    if len(earlier) < FEWEST_REPORTS or len(by_rank) < 2:
+        return {}
+    usual = {}
+    for phase in by_rank[rank]:
+        medians = [median(report[number][phase] for report in earlier) for number in range(len(by_rank))]
+        grown = [
+            seconds[phase] / medians[number]
+            for number, seconds in enumerate(by_rank)
+            if number != rank and medians[number] > 0
+        ]
+        usual[phase] = medians[rank] * max(1.0, median(grown) if grown else 1.0)
+    return usual

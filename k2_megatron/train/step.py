@@ -164,11 +164,8 @@ def train_step(
         difference = compare_replicas(chunks, optimizer, groups)
     updated = finite and difference is None
     if updated:
-        if phases:
-            phases.start("optimizer")
-        update(optimizer, norm, config.optimizer.clip_grad_norm)
-        if phases:
-            phases.stop("optimizer")
+        with phases.updating(optimizer) if phases else nullcontext():
+            update(optimizer, norm, config.optimizer.clip_grad_norm)
     layers = None
     if activations:
         elements = global_batch * config.model.sequence_length * config.model.hidden_size

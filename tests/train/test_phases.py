@@ -34,15 +34,51 @@ ALIKE = (0.01, 1.0, 2.0, 0.1, 0.0)
         # The last stage has the output layer: it is compared with its own kind
         (ranks(ALIKE, ALIKE, (0.0, 3.0, 6.0, 0.1, 0.0), (0.0, 3.0, 6.0, 0.1, 0.0)), [0, 0, 1, 1], None),
         (ranks(ALIKE, (0.0, 3.0, 6.0, 0.1, 0.0)), [0, 1], None),
+        # Alone in its stage: with the other stages, of which the first reads rows
+        (ranks((0.5, 1.0, 2.0, 0.1, 0.0), ALIKE, (0.01, 2.0, 2.0, 0.1, 0.0), (0.0, 3.0, 6.0, 0.1, 0.0)), [0, 1, 2, 3],
+         (2, "forward", 2.0)),
     ],
-)
+)  # fmt: skip
 def test_slowest(by_rank, stages, expected):
-    found = slowest(by_rank, stages, [f"rank {number}" for number in range(len(by_rank))])
+    found = slowest(by_rank, stages, names(by_rank))
     assert (found and (found.rank, found.phase, found.ratio)) == expected
 
 
-def pauses(slow: dict[int, tuple[str | tuple[str, ...], tuple[int, ...]]]) -> None:
-    """{step: (phase or phases, the ranks that pause in them)}."""
+def names(by_rank) -> list[str]:
+    return [f"rank {number}" for number in range(len(by_rank))]
+
+
+LAST = (0.01, 3.0, 6.0, 0.1, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("by_rank", "expected"),
+    [
+        (ranks(ALIKE, LAST), None),
+        (ranks(ALIKE, (0.01, 3.0, 12.0, 0.1, 0.0)), (1, "backward", 2.0)),
+        (ranks((0.01, 2.0, 2.0, 0.1, 0.0), LAST), (0, "forward", 2.0)),
+        # A batch three times as large, storage that is slow for all
+        (ranks((0.03, 3.0, 6.0, 0.1, 0.0), (0.03, 9.0, 18.0, 0.1, 0.0)), None),
+        (ranks((0.51, 1.0, 2.0, 0.1, 0.0), (0.51, 3.0, 6.0, 0.1, 0.0)), None),
+    ],
+)
+def test_rank_alone_in_its_stage_is_compared_with_itself(by_rank, expected):
+    earlier = [ranks(ALIKE, LAST)] * 4
+    found = slowest(by_rank, [0, 1], names(by_rank), earlier)
+    assert (found and (found.rank, found.phase, found.ratio)) == expected
+    assert found is None or (found.before and "times its own earlier median" in found.words)
+    assert slowest(by_rank, [0, 1], names(by_rank), earlier[:3]) is None
+
+
+def test_stage_that_is_slow_as_a_whole_is_found():
+    earlier = [ranks(ALIKE, ALIKE, LAST, LAST)] * 4
+    slow = (0.01, 2.0, 4.0, 0.1, 0.0)
+    found = slowest(ranks(slow, slow, LAST, LAST), [0, 0, 1, 1], ["0", "1", "2", "3"], earlier)
+    assert (found.rank, found.phase, found.before) == (0, "backward", True)
+
+
+def pauses(slow: dict[int, tuple[str | tuple[str, ...], tuple[int, ...]]], longer: tuple = (0, "", ())) -> None:
+    """{step: (phase or phases, the ranks that pause in them)}; the step, phase and ranks that pause longer."""
     import torch.distributed as distributed
 
     import k2_megatron.train.step as step_module
@@ -56,6 +92,8 @@ def pauses(slow: dict[int, tuple[str | tuple[str, ...], tuple[int, ...]]]) -> No
     def pause(phase: str) -> float:
         wanted, of_ranks = slow.get(now[0], ("", ()))
         seconds = PAUSE_SECONDS if phase in wanted and distributed.get_rank() in of_ranks else 0.0
+        if now[0] == longer[0] and phase == longer[1] and distributed.get_rank() in longer[2]:
+            seconds *= 4
         time.sleep(seconds)
         return seconds
 
@@ -93,7 +131,12 @@ def pauses(slow: dict[int, tuple[str | tuple[str, ...], tuple[int, ...]]]) -> No
 
 
 def data_parallel_pauses() -> None:
-    pauses({2: ("data", (1,)), 4: ("forward", (0,)), 6: (EVERYWHERE, (0, 1))})
+    pauses({2: ("data", (1,)), 4: ("optimizer", (1,)), 6: (EVERYWHERE, (0, 1))})
+
+
+def pipeline_pauses() -> None:
+    """Everyone pauses in every step, so that a busy machine does not decide; in the last, one stage pauses longer."""
+    pauses(dict.fromkeys(range(1, 7), (EVERYWHERE, (0, 1))), longer=(6, "forward", (1,)))
 
 
 def tensor_parallel_pauses() -> None:
@@ -104,22 +147,28 @@ def tensor_parallel_pauses() -> None:
     ("settings", "fault", "expected"),
     [
         (
-            {"parallel.data": 2, "train.steps": 6},
+            # The sharded optimizer gathers the weights within its step, where the others wait for the slow one
+            {"parallel.data": 2, "parallel.distributed_optimizer": True, "train.steps": 6},
             data_parallel_pauses,
-            {2: (1, "data"), 4: (0, "forward"), 6: None},
+            {2: (1, "data"), 4: (1, "optimizer"), 6: None},
         ),
         (
             {"parallel.tensor": 2, "train.steps": 8},
             tensor_parallel_pauses,
             {2: (1, "forward"), 4: (0, "backward"), 6: (1, "optimizer"), 8: None},
         ),
+        (
+            {"parallel.pipeline": 2, "train.steps": 6, "log.phases_every_steps": 1},
+            pipeline_pauses,
+            {**dict.fromkeys(range(1, 6)), 6: (1, "forward")},
+        ),
     ],
-    ids=["data", "tensor"],
+    ids=["data", "tensor", "pipeline"],
 )
 def test_slow_rank_is_named_although_the_others_wait_for_it(small_config, tmp_path, settings, fault, expected):
     more = {
         "run.folder": tmp_path / "run",
-        "log.phases_every_steps": 2,
+        "log.phases_every_steps": settings.get("log.phases_every_steps", 2),
         "train.micro_batch": 4,
         "train.evaluate_every_steps": settings["train.steps"],
     }
@@ -131,6 +180,6 @@ def test_slow_rank_is_named_although_the_others_wait_for_it(small_config, tmp_pa
     } == expected
     assert [set(event["seconds"]) for event in told] == [set(NAMES)] * len(told)
     assert all(len(values) == 2 for event in told for values in event["seconds"].values())
-    rank, phase = expected[2]
-    (line,) = [line for line in outcomes[0].stdout.splitlines() if line.startswith("step 2: rank")]
-    assert f"step 2: rank {rank} (" in line and f"is slow in {phase}, " in line
+    step, (rank, phase) = next((step, slow) for step, slow in expected.items() if slow)
+    (line,) = [line for line in outcomes[0].stdout.splitlines() if line.startswith(f"step {step}: rank")]
+    assert f"step {step}: rank {rank} (" in line and f"is slow in {phase}, " in line
