@@ -1,103 +1,71 @@
 """Speed of preprocessing: ours end to end, against the raw encoder and the tokenizer's own library, in one run.
 
-    python benchmarks/preprocess.py [--tokenizer tokenizer.json] [--text corpus.jsonl] [--workers 2]
-    python benchmarks/preprocess.py --varied [FOLDER ...] [--megabytes 300]
+    python benchmarks/preprocess.py [--tokenizer FILE] [--text corpus.jsonl] [--workers 2]
+    python benchmarks/preprocess.py --varied [FOLDER ...] [--megabytes 300] [--sentencepiece]
 
 Without --text the State of the Union speeches are repeated to --megabytes (cut at another place each time, so that no
 cache sees the same document twice). --varied takes text that nobody repeated: every text file (source code, manuals in
 many languages, licences, pages) below the folders named, by default Python's own and /usr/share's, each content once,
-in a fixed shuffled order; without --tokenizer a byte-level one of 32,000 pieces is trained on a sixth of it.
-All measures read the same .jsonl file with the same number of processes, fresh ones for each measure:
+in a fixed shuffled order. With --varied or --text and no --tokenizer one of 32,000 pieces is trained on a part of the
+text: byte-level, or with --sentencepiece as LLaMA's is (BPE with byte fallback).
+All measures read the same .jsonl file with the same number of processes or threads, in turn, fresh processes each time:
 
-    ours         tools/preprocess_data.py: read, parse, encode, append the end, hash, write; wall from start to end,
-                 and by CPU second without the start of the processes
-    raw encoder  gigatoken (or what ours falls back to) on texts that are parsed and in memory as UTF-8: no file, no
-                 output, the same allocator settings as ours; by CPU second of encoding alone
-    own library  tokenizers or sentencepiece on the same texts (a slice of them: it is slow)
+    ours          tools/preprocess_data.py: read, parse, encode, append the end, hash, write
+    encode_files  gigatoken's own file reader, one process of as many threads: read, parse, encode into memory; nothing
+                  is written, bad lines end the file without a word, and all ids are in memory at once
+    encoder only  gigatoken (or what ours falls back to) on texts that are parsed and in memory as UTF-8: no file, no
+                  output, the same allocator settings as ours; a stricter measure than any tool that reads files
+    own library   tokenizers or sentencepiece on the same texts (a slice of them: it is slow)
 
-CPU seconds are what to compare on a machine that others use too.
+Speeds are without start-up (ours: the tool on eight lines, measured in each round; the others: loading apart), by wall
+clock and by CPU second; CPU seconds are what to compare on a machine that others use too.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
-import hashlib
 import json
-import lzma
 import multiprocessing
 import os
-import random
 import resource
+import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
+from preprocess_text import FOLDERS, ROOT, make_text, make_varied_text, train_byte_level, train_sentencepiece
 
 from k2_megatron.data.texts import Texts
 
-ROOT = Path(__file__).parents[1]
 BATCH_BYTES = 8 << 20
-FOLDERS = (*(sysconfig.get_paths()[name] for name in ("purelib", "stdlib")), "/usr/share/doc", "/usr/share/man")
-TEXT_SUFFIXES = frozenset(".py .pyi .md .rst .txt .h .hpp .html .js .gz .1 .3 .5 .7 .8".split())
-LARGEST_FILE = 1 << 20  # bytes; larger ones are tables more often than text
-VOCABULARY = 32_000
+SLICE_FOR_OWN_LIBRARY = 8_000_000  # bytes
 
 
-def make_text(path: Path, megabytes: int) -> None:
-    with lzma.open(ROOT / "examples/toy/state_of_the_union.jsonl.xz", "rt", encoding="utf-8") as lines:
-        texts = [json.loads(line)["text"] for line in lines]
-    written, turn = 0, 0
-    with open(path, "w", encoding="utf-8") as file:
-        while written < megabytes * 1_000_000:
-            for text in texts:
-                cut = 1 + 997 * (turn + 1) % max(1, len(text) - 1)
-                written += file.write(json.dumps({"text": text[cut:] + text[:cut]}, ensure_ascii=False) + "\n")
-            turn += 1
+@dataclass(frozen=True)
+class Measured:
+    """Tokens made in so many seconds; `largest`: bytes in memory of the largest process."""
 
+    tokens: int
+    wall: float
+    cpu: float
+    largest: int = 0
 
-def text_of(path: Path) -> str | None:
-    """A file's text, None where it is none (or short, or a table)."""
-    if path.suffix not in TEXT_SUFFIXES or path.is_symlink() or not path.is_file():
-        return None
-    if not 200 <= path.stat().st_size <= LARGEST_FILE:
-        return None
-    content = path.read_bytes()
-    try:
-        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
-    except (UnicodeDecodeError, OSError, EOFError):
-        return None
+    def without(self, start: Measured) -> Measured:
+        return Measured(self.tokens, self.wall - start.wall, self.cpu - start.cpu, self.largest)
 
+    @property
+    def by_wall(self) -> float:
+        return self.tokens / 1e6 / self.wall
 
-def make_varied_text(path: Path, folders: list[str], megabytes: int) -> None:
-    """Every different text file below the folders as a document, up to --megabytes."""
-    paths = sorted(path for folder in folders for path in Path(folder).rglob("*"))
-    random.Random(1).shuffle(paths)
-    seen, written = set(), 0
-    with open(path, "w", encoding="utf-8") as file:
-        for found in paths:
-            text = text_of(found)
-            digest = hashlib.blake2b((text or "").encode(), digest_size=8).digest()
-            if text is None or "\0" in text or digest in seen:
-                continue
-            seen.add(digest)
-            written += file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-            if written > megabytes * 1_000_000:
-                return
-
-
-def train_tokenizer(path: Path, output: Path) -> None:
-    """The project's own training on every sixth document."""
-    from k2_megatron.data.training import train_byte_level_bpe
-
-    with open(path, encoding="utf-8") as lines:
-        texts = (json.loads(line)["text"] for number, line in enumerate(lines) if number % 6 == 0)
-        train_byte_level_bpe(texts, VOCABULARY, ["<|endoftext|>"]).save(str(output))
+    @property
+    def by_cpu(self) -> float:
+        return self.tokens / 1e6 / self.cpu
 
 
 def batches_of(path: Path, share: tuple[int, int], limit_bytes: int) -> list[Texts]:
@@ -124,7 +92,7 @@ def batches_of(path: Path, share: tuple[int, int], limit_bytes: int) -> list[Tex
 
 
 def encode_share(tokenizer_path: str, path: Path, share: tuple[int, int], limit: int, own: bool, barrier, results):
-    """One process of the raw measurement: everything ready, then wait for the others, then encode."""
+    """One process of the measures that only encode: everything ready, then wait for the others, then encode."""
     os.environ["RAYON_NUM_THREADS"] = "1"
     from k2_megatron.data.encoder import make_encoder
     from k2_megatron.data.preprocess import keep_freed_memory
@@ -136,13 +104,13 @@ def encode_share(tokenizer_path: str, path: Path, share: tuple[int, int], limit:
     batches = batches_of(path, share, limit)
     encode(["warm up"])
     barrier.wait()
-    cpu = time.process_time()
+    wall, cpu = time.monotonic(), time.process_time()
     tokens = sum(int(encode(batch)[1].sum()) for batch in batches)
-    results.put((tokens, time.process_time() - cpu))
+    results.put(Measured(tokens, time.monotonic() - wall, time.process_time() - cpu))
 
 
-def raw_encoder(tokenizer: str, path: Path, workers: int, limit: int, own: bool = False) -> float:
-    """M tokens a CPU second of `workers` processes that only encode; `own`: with the tokenizer's own library."""
+def encoder_only(tokenizer: str, path: Path, workers: int, limit: int, own: bool = False) -> Measured:
+    """`workers` processes that only encode; `own`: with the tokenizer's own library."""
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(workers), context.Queue()
     processes = [
@@ -151,13 +119,42 @@ def raw_encoder(tokenizer: str, path: Path, workers: int, limit: int, own: bool 
         )
         for number in range(workers)
     ]
+    found = _results_of(processes, results)
+    return Measured(sum(one.tokens for one in found), max(one.wall for one in found), sum(one.cpu for one in found))
+
+
+def _results_of(processes: list[Any], results: Any) -> list[Measured]:
     for process in processes:
         process.start()
     found = [results.get() for _ in processes]
     for process in processes:
         process.join()
-    tokens, cpu = zip(*found, strict=True)
-    return sum(tokens) / 1e6 / sum(cpu)
+    return found
+
+
+def encode_files_here(tokenizer: str, path: Path, threads: int, results: Any) -> None:
+    """The process of `encode_files`."""
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
+    import gigatoken
+
+    content = Path(tokenizer).read_bytes()
+    is_model = tokenizer.endswith(".model")
+    load = gigatoken.Tokenizer.from_sentencepiece if is_model else gigatoken.Tokenizer.from_json
+    encoder = load(content)
+    encoder.encode_batch(["warm up"])
+    wall, cpu = time.monotonic(), time.process_time()
+    ids = encoder.encode_files(gigatoken.JsonlFileSource([str(path)], "text"), parallel=True)
+    wall, cpu = time.monotonic() - wall, time.process_time() - cpu
+    offsets = np.asarray(ids.layout.offsets.data)
+    results.put(Measured(int(offsets[-1] - offsets[0]), wall, cpu, psutil.Process().memory_info().rss))
+
+
+def encode_files(tokenizer: str, path: Path, threads: int) -> Measured:
+    """gigatoken's own reader of files, in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=encode_files_here, args=(tokenizer, path, threads, results))
+    return _results_of([process], results)[0]
 
 
 def cpu_of_children() -> float:
@@ -178,8 +175,8 @@ def largest_worker(process: subprocess.Popen) -> int:
     return largest
 
 
-def ours(tokenizer: str, path: Path, workers: int, shard: str) -> tuple[float, float, int, int]:
-    """(wall seconds, CPU seconds, tokens, bytes of the largest worker) of the tool."""
+def ours(tokenizer: str, path: Path, workers: int, shard: str) -> Measured:
+    """The tool, from start to end."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", str(path), "--append-eod"]
         command += ["--tokenizer", tokenizer, "--output-prefix", f"{folder}/x", "--workers", str(workers)]
@@ -189,55 +186,66 @@ def ours(tokenizer: str, path: Path, workers: int, shard: str) -> tuple[float, f
         largest = largest_worker(process)
         seconds, cpu = time.monotonic() - start, cpu_of_children() - cpu
         manifest = json.loads(Path(folder, "x_text_document.manifest.json").read_text(encoding="utf-8"))
-    return seconds, cpu, manifest["tokens"], largest
+    return Measured(manifest["tokens"], seconds, cpu, largest)
 
 
-def start_cpu_seconds(tokenizer: str, workers: int, folder: Path) -> float:
-    """CPU seconds of the tool on next to nothing: Python, imports, workers, loading the tokenizer."""
+def start_of_ours(tokenizer: str, workers: int, folder: Path) -> Measured:
+    """The tool on next to nothing: Python, imports, workers, loading the tokenizer, ending."""
     path = folder / "nothing.jsonl"
     path.write_text('{"text": "x"}\n' * 8, encoding="utf-8")
-    return ours(tokenizer, path, workers, "64")[1]
+    return ours(tokenizer, path, workers, "64")
 
 
 def measure(tokenizer: str, path: Path, workers: int, rounds: int) -> None:
     size = path.stat().st_size
     shard = f"{max(1, size // (workers * 4) >> 20)}M"
-    print(f"{size / 1e6:.0f} MB, tokenizer {tokenizer}, {workers} processes, shards of {shard}")
-    print("M tokens/s by wall | CPU s | M tokens by CPU second: ours, raw encoder, ours/raw, own library, ours/own")
-    for _ in range(rounds):
-        empty = start_cpu_seconds(tokenizer, workers, path.parent)
-        seconds, cpu, tokens, largest = ours(tokenizer, path, workers, shard)
-        raw = raw_encoder(tokenizer, path, workers, size)
-        slow = raw_encoder(tokenizer, path, workers, min(size, 8_000_000), own=True)
-        inside = tokens / 1e6 / (cpu - empty)
+    print(f"{size / 1e6:.0f} MB, tokenizer {tokenizer}, {workers} processes or threads, shards of {shard}")
+    ratios = []
+    for number in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            start = start_of_ours(tokenizer, workers, Path(folder))
+        whole = ours(tokenizer, path, workers, shard)
+        inside, files = whole.without(start), encode_files(tokenizer, path, workers)
+        alone = encoder_only(tokenizer, path, workers, size)
+        own = encoder_only(tokenizer, path, workers, min(size, SLICE_FOR_OWN_LIBRARY), own=True)
+        by_cpu = [inside.by_cpu / other.by_cpu for other in (files, alone, own)]
+        ratios.append([by_cpu[0], inside.by_wall / files.by_wall, *by_cpu[1:]])
         print(
-            f"{tokens / 1e6 / seconds:8.2f} ({size / 1e6 / seconds:.1f} MB/s) | {cpu:.2f}, {empty:.2f} to start | "
-            f"{inside:8.2f} {raw:8.2f} {inside / raw:6.2f} {slow:8.2f} {inside / slow:6.1f} | "
-            f"largest worker {largest / 1e6:.0f} MB",
-            flush=True,
+            f"round {number + 1}: {whole.by_wall:.2f} M tokens/s start to end ({size / 1e6 / whole.wall:.1f} MB/s, "
+            f"{whole.wall:.2f} s, {whole.cpu:.2f} CPU s; start-up {start.wall:.2f} s, {start.cpu:.2f} CPU s); largest "
+            f"worker {whole.largest / 1e6:.0f} MB, encode_files {files.largest / 1e6:.0f} MB"
         )
+        for name, one in (("ours", inside), ("encode_files", files), ("encoder only", alone), ("own library", own)):
+            print(f"  {name:14}{one.by_wall:8.2f} M tokens/s {one.by_cpu:8.2f} M tokens/CPU s", flush=True)
+    names = ("encode_files by CPU second", "encode_files by wall", "encoder only by CPU second", "own library by CPU s")
+    for name, column in zip(names, zip(*ratios, strict=True), strict=True):
+        print(f"ours / {name:27} {statistics.median(column):6.2f} (rounds: {', '.join(f'{x:.2f}' for x in column)})")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", help="default: the toy's, or with --varied one that is trained")
-    parser.add_argument("--text", type=Path, help='a .jsonl file with text under "text"')
-    parser.add_argument("--varied", nargs="*", metavar="FOLDER", help="text files below these, each content once")
+    parser.add_argument("--tokenizer", help="default: the toy's, or with --varied or --text one that is trained")
+    parser.add_argument("--sentencepiece", action="store_true", help="train a sentencepiece model as LLaMA's is")
+    corpus = parser.add_mutually_exclusive_group()
+    corpus.add_argument("--text", type=Path, help='a .jsonl file with text under "text"')
+    corpus.add_argument("--varied", nargs="*", metavar="FOLDER", help="text files below these, each content once")
     parser.add_argument("--megabytes", type=int, default=200, help="of text that is made where --text is not given")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        path = options.text or Path(folder, "text.jsonl")
-        tokenizer = options.tokenizer or str(ROOT / "examples/toy/tokenizer.json")
+        path, tokenizer = options.text or Path(folder, "text.jsonl"), options.tokenizer
         if options.varied is not None:
             make_varied_text(path, options.varied or list(FOLDERS), options.megabytes)
-            if options.tokenizer is None:
-                tokenizer = f"{folder}/tokenizer.json"
-                train_tokenizer(path, Path(tokenizer))
         elif options.text is None:
             make_text(path, options.megabytes)
-        measure(tokenizer, path, options.workers, options.rounds)
+        if tokenizer is None and options.sentencepiece:
+            tokenizer = f"{folder}/trained.model"
+            train_sentencepiece(path, Path(tokenizer))
+        elif tokenizer is None and (options.text or options.varied is not None):
+            tokenizer = f"{folder}/trained.json"
+            train_byte_level(path, Path(tokenizer))
+        measure(tokenizer or str(ROOT / "examples/toy/tokenizer.json"), path, options.workers, options.rounds)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ the tokenizer, and every worker compares it again on the first documents it sees
 
 from __future__ import annotations
 
+import ctypes
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +21,8 @@ from k2_megatron.data.texts import Texts
 from k2_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 
 ENCODERS = ("auto", "gigatoken", "tokenizers", "sentencepiece")
-LARGE_PROCESS_BYTES = 220 << 20  # of a worker that may take 300 MB; asked as seldom as the next line says
-IDS_BEFORE_FORGETTING = 16_000_000  # words are learnt again in a tenth of the time that so many take
+LARGE_PROCESS_BYTES = 220 << 20  # of a worker that may take 300 MB: the table of words doubles when it is full
+IDS_BEFORE_FORGETTING = 4_000_000  # should the tokenizer alone be so large, words are not forgotten at every call
 Encode = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 PROBE = (
     "",
@@ -36,6 +38,13 @@ PROBE = (
 )
 
 
+def release_freed_memory() -> None:
+    """Have glibc give back what is free (preprocess.py has it keep that)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+    if trim is not None:
+        trim(0)
+
+
 @dataclass(frozen=True)
 class Encoder:
     """`encode(texts)` -> (ids [sum of lengths], lengths int64 [texts]); `name`, `reason`: which library and why."""
@@ -44,6 +53,7 @@ class Encoder:
     reason: str
     encode: Encode
     reference: Encode
+    make_room: Callable[[], None] = release_freed_memory  # before something large is held in memory
 
 
 def make_encoder(tokenizer: HuggingFaceTokenizer | SentencePieceTokenizer, requested: str = "auto") -> Encoder:
@@ -62,7 +72,7 @@ def make_encoder(tokenizer: HuggingFaceTokenizer | SentencePieceTokenizer, reque
     except Exception as error:  # a Rust panic arrives as a bare exception type of its own
         problem = f"{type(error).__name__}: {error}"
     if not problem:
-        return Encoder("gigatoken", f"gives the same ids as {own}", fast, reference)
+        return Encoder("gigatoken", f"gives the same ids as {own}", fast, reference, fast.forget)
     if requested == "gigatoken":
         raise ValueError(f"--encoder gigatoken: it does not take {tokenizer.path} ({problem}); ask for auto or {own}")
     return Encoder(own, f"gigatoken does not take this tokenizer ({problem})", reference, reference)
@@ -107,13 +117,15 @@ class GigatokenEncode:
         if not tokenizer.special_pieces:  # gigatoken matches every added piece it knows of: tell it of no special one
             settings["added_tokens"] = [t for t in settings.get("added_tokens") or [] if not t.get("special")]
         self._settings = json.dumps(settings)
+        _import_awkward()
         self.forget()
 
     def forget(self) -> None:
-        """Start with no word known."""
+        """Start with no word known, and give back the memory of those that were."""
         import gigatoken
 
         self._backend: Any = None  # the old one's memory goes first
+        release_freed_memory()
         self._backend = gigatoken.Tokenizer.from_json(self._settings)
         self._ids_since = 0
 
@@ -125,6 +137,18 @@ class GigatokenEncode:
         if self._ids_since > IDS_BEFORE_FORGETTING and psutil.Process().memory_info().rss > LARGE_PROCESS_BYTES:
             self.forget()
         return ids, np.diff(offsets)
+
+
+def _import_awkward() -> None:
+    """gigatoken's array type, without pyarrow, which it imports where it finds it: 27 MiB of every worker that only
+    parquet files need."""
+    if "pyarrow" in sys.modules:
+        return
+    sys.modules["pyarrow"] = None  # type: ignore[assignment]  # to an import: not installed
+    try:
+        import awkward  # noqa: F401
+    finally:
+        del sys.modules["pyarrow"]
 
 
 def _as_strings(texts: Sequence[str]):

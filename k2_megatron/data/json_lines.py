@@ -30,11 +30,11 @@ class Piece:
     lines: int  # lines (rows, files) read, blank and rejected ones included
     blank: list[int] = field(default_factory=list)  # line numbers in the piece, from 0
     rejected: list[tuple[int, str]] = field(default_factory=list)
-    raw: Sequence[bytes] = ()  # what was read, for the hash of the source
+    raw: Sequence[bytes | bytearray | memoryview] = ()  # what was read, for the hash of the source
     consumed: int = 0  # bytes of the file on disk read so far, for the progress bar
 
 
-def parse_lines(block: bytes, keys: Sequence[str], shard: int) -> Piece:
+def parse_lines(block: bytes | bytearray, keys: Sequence[str], shard: int) -> Piece:
     """The documents of a block of JSON lines; what is not an object with a string under every key is rejected.
 
     RuntimeError where documents, rejected and blank lines are not the lines of the block, counted on their own.
@@ -55,7 +55,7 @@ def parse_lines(block: bytes, keys: Sequence[str], shard: int) -> Piece:
     return piece
 
 
-def scan_lines(scanner: ModuleType, block: bytes, key: str, shard: int) -> Piece:
+def scan_lines(scanner: ModuleType, block: bytes | bytearray, key: str, shard: int) -> Piece:
     """`parse_lines` for one key: the scanner from line to line, orjson for each line at which it stops."""
     name = key.encode()
     content = np.empty(len(block) + SPARE_BYTES, dtype=np.uint8)
@@ -85,15 +85,15 @@ def scan_lines(scanner: ModuleType, block: bytes, key: str, shard: int) -> Piece
         cursor[:] = end, documents
 
 
-def _address(content: bytes) -> int:
+def _address(content: bytes | bytearray) -> int:
     return np.frombuffer(content, dtype=np.uint8).ctypes.data if content else 0
 
 
-def parse_every_line(block: bytes, keys: Sequence[str], shard: int) -> Piece:
+def parse_every_line(block: bytes | bytearray, keys: Sequence[str], shard: int) -> Piece:
     """`parse_lines` by orjson alone."""
-    lines = block.split(b"\n")
+    lines: Sequence[bytes | bytearray] = block.split(b"\n")
     if not lines[-1]:
-        lines.pop()
+        lines = lines[:-1]
     texts: dict[str, list[str]] = {key: [] for key in keys}
     piece = Piece(shard, texts, lines=len(lines), raw=(block,))
     loads = orjson.loads

@@ -1,28 +1,31 @@
 """Text files to documents: JSON lines (plain, .gz, .zst, .xz), parquet, and plain text (one document a file).
 
-In: paths, folders and globs. Out: `Piece`s of about 8 MiB, each of whole documents of one shard.
+In: paths, folders and globs. Out: `Piece`s of about 2 MiB, each of whole documents of one shard.
 A shard is a fixed range of a source's uncompressed bytes: a line belongs to the shard in which its first byte lies.
 Shards therefore depend on the sources and the shard size alone, never on workers, parts of a job, or compression.
 """
 
 from __future__ import annotations
 
+import codecs
 import glob
 import gzip
 import io
 import lzma
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
-from k2_megatron.data.json_lines import Piece, parse_lines, take_texts
+import numpy as np
 
-PIECE_BYTES = 8 << 20
+from k2_megatron.data.json_lines import Piece, parse_lines
+from k2_megatron.data.texts import Texts
+
+PIECE_BYTES = 2 << 20  # smaller ones cost no time, larger ones leave less memory to the encoder's words
 READ_BYTES = 1 << 20
-PARQUET_BYTES, PARQUET_ROWS = 4 << 20, 128  # decoded at once: bytes by the mean of a row group, at most so many rows
 MAX_DOCUMENT_BYTES = 64 << 20  # a longer line is rejected, so that a worker's memory stays bounded
 KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "txt"}
 COMPRESSIONS = (".gz", ".zst", ".xz")
@@ -109,14 +112,20 @@ def decompressed(source: Source, raw: IO[bytes]) -> IO[bytes]:
 
 
 def pieces(
-    source: Source, keys: Sequence[str], shard_bytes: int, first_shard: int, last_shard: int | None
+    source: Source,
+    keys: Sequence[str],
+    shard_bytes: int,
+    first_shard: int,
+    last_shard: int | None,
+    make_room: Callable[[], None] = lambda: None,
 ) -> Iterator[Piece]:
-    """The pieces of shards first_shard..last_shard (None: to the end) of one source, in order.
+    """The pieces of shards first_shard..last_shard (None: to the end) of one source, in order. `make_room` is called
+    before a long document is held in memory.
 
     ValueError where the file cannot be read to its end: cut short, damaged, or of another kind than its name says.
     """
     try:
-        yield from _pieces(source, keys, shard_bytes, first_shard, last_shard)
+        yield from _pieces(source, keys, shard_bytes, first_shard, last_shard, make_room)
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:  # arrow's are ValueErrors
         if str(error).startswith(source.path):
             raise
@@ -126,20 +135,30 @@ def pieces(
         ) from error
 
 
-def _pieces(source: Source, keys: Sequence[str], shard_bytes: int, first_shard: int, last_shard: int | None):
+def _pieces(
+    source: Source,
+    keys: Sequence[str],
+    shard_bytes: int,
+    first_shard: int,
+    last_shard: int | None,
+    make_room: Callable[[], None],
+):
     if source.kind == "jsonl":
-        return _line_pieces(source, keys, shard_bytes, first_shard, last_shard)
+        return _line_pieces(source, keys, shard_bytes, first_shard, last_shard, make_room)
     assert last_shard is None, f"{source.path} cannot be entered in the middle"
     if source.kind == "parquet":
-        return _parquet_pieces(source, keys, shard_bytes, first_shard)
-    return _text_pieces(source, keys)
+        from k2_megatron.data.parquet_rows import parquet_pieces  # brings pyarrow
+
+        return parquet_pieces(source, keys, shard_bytes, first_shard, make_room)
+    return _text_pieces(source, keys, make_room)
 
 
 class LineReader:
     """Whole lines of a stream in blocks of about `PIECE_BYTES`; `position` is the offset of the next line."""
 
-    def __init__(self, file: IO[bytes], position: int):
-        self.file, self.position = file, position
+    def __init__(self, file: IO[bytes], position: int, make_room: Callable[[], None] = lambda: None):
+        """`make_room` is called before a long line is held in memory."""
+        self.file, self.position, self._make_room = file, position, make_room
         if position:  # the line that `position` cuts belongs to the shard before
             self._skip_to(position - 1)
             self.position += self._drop_line() - 1
@@ -163,7 +182,7 @@ class LineReader:
             if not part or part.endswith(b"\n"):
                 return dropped
 
-    def read_block(self, limit: int) -> tuple[bytes, bool]:
+    def read_block(self, limit: int) -> tuple[bytes | bytearray, bool]:
         """(lines that begin before offset `limit`, whether a line after them was dropped for its length).
 
         (b"", False) where no more lines begin before `limit`.
@@ -172,19 +191,30 @@ class LineReader:
         self.position += len(block)
         if not block or block.endswith(b"\n"):
             return block, False
-        rest = self.file.readline(MAX_DOCUMENT_BYTES)
-        self.position += len(rest)
         last_line = block.rfind(b"\n") + 1
-        if len(block) - last_line + len(rest) <= MAX_DOCUMENT_BYTES:
-            return block + rest, False
-        if not rest.endswith(b"\n"):
-            self.position += self._drop_line()
-        return block[:last_line], True
+        lines = bytearray(block)  # grows where it lies, unlike bytes
+        block = b""
+        while not lines.endswith(b"\n"):
+            part = self.file.readline(PIECE_BYTES)
+            self.position += len(part)
+            if not part:
+                break  # the file ends without a newline
+            if len(part) == PIECE_BYTES and len(lines) - last_line <= PIECE_BYTES:
+                self._make_room()
+            lines += part
+            if len(lines) - last_line > MAX_DOCUMENT_BYTES:
+                if not part.endswith(b"\n"):
+                    self.position += self._drop_line()
+                del lines[last_line:]
+                return lines, True
+        return lines, False
 
 
-def _line_pieces(source: Source, keys, shard_bytes: int, first_shard: int, last_shard: int | None) -> Iterator[Piece]:
+def _line_pieces(
+    source: Source, keys, shard_bytes: int, first_shard: int, last_shard: int | None, make_room: Callable[[], None]
+) -> Iterator[Piece]:
     with open(source.path, "rb") as raw:
-        reader = LineReader(decompressed(source, raw), first_shard * shard_bytes)
+        reader = LineReader(decompressed(source, raw), first_shard * shard_bytes, make_room)
         shard = first_shard
         while last_shard is None or shard <= last_shard:
             block, dropped = reader.read_block((shard + 1) * shard_bytes)
@@ -202,83 +232,33 @@ def _line_pieces(source: Source, keys, shard_bytes: int, first_shard: int, last_
             yield piece
 
 
-def _parquet_pieces(source: Source, keys: Sequence[str], shard_bytes: int, first_shard: int) -> Iterator[Piece]:
-    """Shards of a parquet file are runs of row groups, closed where their uncompressed size reaches `shard_bytes`."""
-    import pyarrow.parquet as parquet
-
-    with parquet.ParquetFile(source.path, buffer_size=READ_BYTES) as file:
-        missing = [key for key in keys if key not in file.schema_arrow.names]
-        if missing:
-            raise ValueError(
-                f"{source.path}: no column {missing[0]!r}; it has {', '.join(file.schema_arrow.names)} (--json-keys)"
-            )
-        shard, filled = 0, 0
-        for group in range(file.num_row_groups):
-            if filled >= shard_bytes:
-                shard, filled = shard + 1, 0
-            filled += file.metadata.row_group(group).total_byte_size
-            if shard < first_shard:
-                continue
-            batches = file.iter_batches(_rows_at_a_time(file, group, keys), row_groups=[group], columns=list(keys))
-            for piece in _row_pieces(batches, keys, shard):
-                piece.consumed = source.size * (group + 1) // file.num_row_groups
-                yield piece
-
-
-def _rows_at_a_time(file: Any, group: int, keys: Sequence[str]) -> int:
-    """How many rows of a row group arrow may decode at once; it counts in rows only."""
-    facts = file.metadata.row_group(group)
-    columns = [facts.column(number) for number in range(facts.num_columns)]
-    size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema in keys)
-    return max(1, min(PARQUET_ROWS, PARQUET_BYTES * facts.num_rows // max(1, size)))
-
-
-def _row_pieces(batches: Iterable[Any], keys: Sequence[str], shard: int) -> Iterator[Piece]:
-    """Pieces of about `PIECE_BYTES` of text out of arrow's batches of rows."""
-    texts, raw, piece, size = _empty_piece(keys, shard)
-    for row in (row for batch in batches for row in zip(*(batch.column(key) for key in keys), strict=True)):
-        record = dict(zip(keys, (value.as_py() for value in row), strict=True))
-        encoded = [value.encode() for value in record.values() if isinstance(value, str)]
-        if sum(map(len, encoded)) > MAX_DOCUMENT_BYTES:
-            reason = f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB"
-        else:
-            reason = take_texts(record, keys, texts)
-        if reason:
-            piece.rejected.append((piece.lines, reason))
-        else:
-            raw += encoded
-            size += sum(map(len, encoded))
-        piece.lines += 1
-        if size >= PIECE_BYTES:
-            yield piece
-            texts, raw, piece, size = _empty_piece(keys, shard)
-    if piece.lines:
-        yield piece
-
-
-def _empty_piece(keys: Sequence[str], shard: int) -> tuple[dict[str, list[str]], list[bytes], Piece, int]:
-    """(its texts, what was read of it, the piece that holds both, bytes so far)."""
-    texts: dict[str, list[str]] = {key: [] for key in keys}
-    raw: list[bytes] = []
-    return texts, raw, Piece(shard, texts, lines=0, raw=raw), 0
-
-
-def _text_pieces(source: Source, keys: Sequence[str]) -> Iterator[Piece]:
+def _text_pieces(source: Source, keys: Sequence[str], make_room: Callable[[], None]) -> Iterator[Piece]:
+    if source.size > PIECE_BYTES:
+        make_room()
     with open(source.path, "rb") as raw:
         content = decompressed(source, raw).read(MAX_DOCUMENT_BYTES + 1)
-    texts: dict[str, list[str]] = {key: [] for key in keys}
-    piece = Piece(0, texts, lines=1, raw=(content,), consumed=source.size)
-    if len(content) > MAX_DOCUMENT_BYTES:
-        piece.rejected.append((0, f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB"))
+    piece = Piece(0, {key: [] for key in keys}, lines=1, raw=(content,), consumed=source.size)
+    problem = why_not_text(content)
+    if problem:
+        piece.rejected.append((0, problem))
     else:
-        try:
-            text = content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            piece.rejected.append((0, f"not UTF-8: {error}"))
-        else:
-            for key in keys:
-                texts[key].append(text)
+        offsets = np.array([0, len(content)], dtype=np.int64)
+        piece.texts = {key: Texts(np.frombuffer(content, dtype=np.uint8), offsets) for key in keys}
     yield piece
+
+
+def why_not_text(content: bytes | memoryview) -> str:
+    """ "" where the content is the text of one document, not too long."""
+    if len(content) > MAX_DOCUMENT_BYTES:
+        return f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB"
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        for first in range(0, len(content) + 1, READ_BYTES):  # a string of the whole could take four bytes a character
+            part = content[first : first + READ_BYTES]
+            decoder.decode(part, final=first + READ_BYTES > len(content))
+    except UnicodeDecodeError as error:
+        return f"not UTF-8: {error.reason}"
+    return ""
 
 
 def documents(sources: Sequence[Source], key: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +20,13 @@ import xxhash
 from k2_megatron.data.encoder import Encoder, first_difference, make_encoder
 from k2_megatron.data.indexed import token_dtype
 from k2_megatron.data.json_lines import Piece
+from k2_megatron.data.long_texts import Slicer, apart
 from k2_megatron.data.readers import Source, pieces
 from k2_megatron.data.store import TokenWriter, read_sealed, write_sealed
+from k2_megatron.data.texts import Texts, beginnings
 from k2_megatron.data.tokenizer import load_tokenizer
 
-COMPARED_DOCUMENTS, COMPARED_CHARACTERS = 64, 1 << 16  # what each worker encodes twice, to trust the fast encoder
+COMPARED_CHARACTERS = 1 << 16  # what each worker encodes twice, to trust the fast encoder
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,8 @@ class ShardMaker:
                 return
             shard += 1
         open_shard = _OpenShard(self, unit.source, shard)
-        for piece in pieces(source, self.job.keys, self.job.shard_bytes, shard, unit.last_shard):
+        room = self.encoder.make_room
+        for piece in pieces(source, self.job.keys, self.job.shard_bytes, shard, unit.last_shard, make_room=room):
             while open_shard.number < piece.shard:
                 open_shard.close(last=False)
                 open_shard = _OpenShard(self, unit.source, open_shard.number + 1)
@@ -161,18 +164,32 @@ class ShardMaker:
         return max(1, -(-source.size // self.job.shard_bytes)) - 1
 
     def encode(self, texts: Sequence[str], where: str) -> tuple[np.ndarray, np.ndarray]:
-        if not self._compared and self.encoder.encode is not self.encoder.reference:
-            sample = [text[:COMPARED_CHARACTERS] for text in texts[:COMPARED_DOCUMENTS]]
-            total = np.cumsum([len(text) for text in sample])
-            sample = sample[: int(np.searchsorted(total, COMPARED_CHARACTERS)) + 1]
-            problem = first_difference(self.encoder.encode, self.encoder.reference, sample)
-            if problem:
-                raise ValueError(
-                    f"{where}: gigatoken gives other ids than the tokenizer's own library: {problem}; "
-                    "run again with --encoder tokenizers (or sentencepiece for a .model)"
-                )
-            self._compared = True
+        self._compare(texts, where)
         return self.encoder.encode(texts)
+
+    def encode_long(self, text: np.ndarray, where: str) -> Iterator[np.ndarray]:
+        """The ids of one long text, given as UTF-8, slice after slice."""
+        self._compare(Texts(text, np.array([0, len(text)], dtype=np.int64)), where)
+        return self.slicer.encode(text)
+
+    @cached_property
+    def slicer(self) -> Slicer:
+        """Made when the first long text comes: it looks through the whole vocabulary."""
+        return Slicer(self.encoder.encode, self.tokenizer.pieces())
+
+    def _compare(self, texts: Sequence[str], where: str) -> None:
+        """ValueError where the fast encoder gives the first texts that this worker sees other ids than the tokenizer's
+        own library."""
+        if self._compared or self.encoder.encode is self.encoder.reference:
+            return
+        sample = beginnings(texts, COMPARED_CHARACTERS)
+        problem = first_difference(self.encoder.encode, self.encoder.reference, sample)
+        if problem:
+            raise ValueError(
+                f"{where}: gigatoken gives other ids than the tokenizer's own library: {problem}; "
+                "run again with --encoder tokenizers (or sentencepiece for a .model)"
+            )
+        self._compared = True
 
 
 class _OpenShard:
@@ -199,8 +216,12 @@ class _OpenShard:
             if key not in self.writers:
                 prefix = job.shard_output(key, self.source, self.number)
                 self.writers[key] = TokenWriter(prefix, token_dtype(maker.tokenizer.vocab_size))
-            ids, lengths = maker.encode(piece.texts[key], job.sources[self.source].path)
-            tokens += self.writers[key].add(ids, lengths, end)
+            where = job.sources[self.source].path
+            for texts in apart(piece.texts[key]):
+                if isinstance(texts, np.ndarray):
+                    tokens += self.writers[key].add_long(maker.encode_long(texts, where), end)
+                else:
+                    tokens += self.writers[key].add(*maker.encode(texts, where), end)
         self.blank += [self.lines + line for line in piece.blank]
         self.rejected += [(self.lines + line, reason) for line, reason in piece.rejected]
         self.lines += piece.lines

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,18 @@ class TokenWriter:
         self.bin.write(np.ascontiguousarray(ids, dtype=self.dtype))
         self._lengths.append(lengths.astype(np.int32))
         return int(lengths.sum())
+
+    def add_long(self, parts: Iterable[np.ndarray], end_of_document: int | None) -> int:
+        """Append one document whose ids come in parts."""
+        length = 0
+        for ids in parts:
+            self.bin.write(ids.astype(self.dtype))
+            length += len(ids)
+        if end_of_document is not None and length:
+            self.bin.write(np.array([end_of_document], dtype=self.dtype))
+            length += 1
+        self._lengths.append(np.array([length], dtype=np.int32))
+        return length
 
     def finish(self) -> dict[str, Any]:
         """Publish the three files; their counts, sizes and hashes for the manifest."""

@@ -31,3 +31,27 @@ class Texts(Sequence[str]):
             raise IndexError(place)
         place %= len(self)
         return self.content[self.offsets[place] : self.offsets[place + 1]].tobytes().decode("utf-8")
+
+    def run(self, first: int, end: int) -> Texts:
+        """Texts first..end-1, over the same buffer."""
+        offsets = self.offsets[first : end + 1]
+        return Texts(self.content[offsets[0] : offsets[-1]], offsets - offsets[0])
+
+
+def beginnings(texts: Sequence[str], characters: int) -> list[str]:
+    """The first characters of every text until there are so many in all; the rest of a long text is never decoded."""
+    found: list[str] = []
+    for number in range(len(texts)):
+        found.append(_beginning(texts, number, characters))
+        characters -= len(found[-1])
+        if characters <= 0:
+            break
+    return found
+
+
+def _beginning(texts: Sequence[str], number: int, characters: int) -> str:
+    if not isinstance(texts, Texts):
+        return texts[number][:characters]
+    start, end = texts.offsets[number : number + 2].tolist()
+    content = texts.content[start : min(end, start + 4 * characters)].tobytes()
+    return content.decode("utf-8", errors="ignore")[:characters]  # but for a last character that was cut

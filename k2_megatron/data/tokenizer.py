@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +30,8 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
     def piece_id(self, piece: str) -> int | None: ...
+
+    def pieces(self) -> Iterable[str]: ...
 
 
 class HuggingFaceTokenizer:
@@ -60,6 +62,9 @@ class HuggingFaceTokenizer:
 
     def piece_id(self, piece: str) -> int | None:
         return self.backend.token_to_id(piece)
+
+    def pieces(self) -> Iterable[str]:
+        return self.backend.get_vocab(with_added_tokens=True)
 
 
 class SentencePieceTokenizer:
@@ -93,6 +98,9 @@ class SentencePieceTokenizer:
     def piece_id(self, piece: str) -> int | None:
         token = self.backend.piece_to_id(piece)
         return None if token == self.backend.unk_id() and piece != self.backend.id_to_piece(token) else token
+
+    def pieces(self) -> Iterable[str]:
+        return map(self.backend.id_to_piece, range(self.vocab_size))
 
 
 def load_tokenizer(

@@ -1,0 +1,103 @@
+"""Long documents are encoded in slices with the ids of the whole, in every kind of vocabulary, or whole."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from k2_megatron.data import long_texts
+from k2_megatron.data.encoder import make_encoder
+from k2_megatron.data.long_texts import Slicer, apart
+from k2_megatron.data.texts import Texts
+from k2_megatron.data.tokenizer import load_tokenizer
+
+WORDS = [
+    "union",
+    "State of",
+    "don't",
+    "naïve",
+    "日本語。",
+    "🙂",
+    ");",
+    "x=1,",
+    "  ",
+    "\n",
+    "\n\n",
+    "\t",
+    "»",
+    "…",
+    "42",
+    "ſ",
+]
+
+
+@pytest.fixture(params=["toy_tokenizer", "sentencepiece_model", "hugging_face_twin"])
+def tokenizer(request):
+    return load_tokenizer(request.getfixturevalue(request.param))
+
+
+@pytest.fixture(autouse=True)
+def small_slices(monkeypatch):
+    monkeypatch.setattr(long_texts, "LONG_TEXT_BYTES", 400)
+    monkeypatch.setattr(long_texts, "SLICE_BYTES", 150)
+    monkeypatch.setattr(long_texts, "WINDOW_BYTES", 60)
+
+
+def utf8(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), dtype=np.uint8)
+
+
+def slices(tokenizer, text: str) -> tuple[list[list[int]], list[int]]:
+    encode = make_encoder(tokenizer).encode
+    found = [ids.tolist() for ids in Slicer(encode, tokenizer.pieces()).encode(utf8(text))]
+    return found, encode([text])[0].tolist()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_slices_have_the_ids_of_the_whole(tokenizer, seed):
+    draw = random.Random(seed)
+    text = "".join(draw.choice(WORDS) + draw.choice(["", " ", " ", "\n"]) for _ in range(600))
+    found, whole = slices(tokenizer, text)
+    assert [token for part in found for token in part] == whole
+    assert len(found) > 5
+
+
+@pytest.mark.parametrize("text", ["日本語" * 300, "a" * 1000, " " * 1000, "\n" * 1000, "a  \n\n" * 300])
+def test_a_text_without_a_place_to_cut_is_encoded_whole(tokenizer, text):
+    found, whole = slices(tokenizer, text)
+    assert found == [whole]
+
+
+def test_no_cut_where_a_piece_of_the_vocabulary_reaches_over_it(tmp_path, toy_tokenizer):
+    """The piece "of ", where words are not kept apart: the window around a cut need not show it."""
+    settings = json.loads(Path(toy_tokenizer).read_text(encoding="utf-8"))
+    settings["pre_tokenizer"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
+    vocabulary = settings["model"]["vocab"]
+    for left, right in (("f", "Ġ"), ("o", "fĠ")):
+        vocabulary[left + right] = len(vocabulary)
+        settings["model"]["merges"].append([left, right])
+    path = tmp_path / "joined.json"
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    tokenizer = load_tokenizer(path)
+    encode = make_encoder(tokenizer, "tokenizers").encode
+    text = "of the " * 200
+    found = [ids.tolist() for ids in Slicer(encode, tokenizer.pieces()).encode(utf8(text))]
+    assert [token for part in found for token in part] == encode([text])[0].tolist()
+    cuts = np.cumsum([len(tokenizer.decode(part)) for part in found])[:-1]
+    assert all(text[:cut].endswith("the") for cut in cuts.tolist()) and len(cuts) > 3
+
+
+def test_long_texts_are_taken_apart_in_order():
+    texts = ["a", "b" * 500, "c", "d", "e" * 500]
+    content = utf8("".join(texts))
+    offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
+    for given in (texts, Texts(content, offsets)):
+        found = [run.tobytes().decode() if isinstance(run, np.ndarray) else list(run) for run in apart(given)]
+        assert found == [["a"], "b" * 500, ["c", "d"], "e" * 500]
