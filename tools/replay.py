@@ -3,30 +3,38 @@
     python tools/replay.py runs/k2_65b_stage1 --step 12345
     python tools/replay.py runs/k2_65b_stage1 --step 12345 --launch "srun --ntasks=480"
 
-Losses, gradient norms and samples of every step up to the first saved one at or after N are compared, and there the
-fingerprint of the weights. A difference means that one of the two computations went wrong in the machine (silent
-corruption), or that something in the run is not deterministic: replay again, on other nodes, to tell which.
-Steps are repeated in the layout, and on the device and with the kernels, that computed them: others round otherwise.
-The run itself is only read: what is trained goes to a folder aside. Exit code: 0 equal, 1 different, 2 not possible.
+Losses, gradient norms and samples of every step up to the first saved one at or after N are compared, and the
+fingerprint of the weights wherever the run had saved. A difference means that one of the two computations went wrong in
+the machine (silent corruption), or that something in the run is not deterministic: replay again, on other nodes, to
+tell which. N may be the step after the last one, at which the run crashes: it is computed, and not compared.
+Steps are repeated under the settings and in the layout that computed them, and judged where device and kernels are the
+same too: others round otherwise. The run itself is only read: what is trained goes to a folder beside it, which all
+nodes see. Exit code: 0 equal, 1 different, 2 not possible.
 """
 
 import argparse
+import contextlib
+import itertools
+import json
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from k2_megatron.config import load_config
+from k2_megatron.config import Config, load_config
+from k2_megatron.config.changes import ACCEPTED, COMPUTING
+from k2_megatron.data.ledger import FILE_NAME as LEDGER
 from k2_megatron.runtime.durable import write_file
 from k2_megatron.train.checkpoint_files import complete_checkpoints
-from k2_megatron.train.checkpoint_manifest import step_of
+from k2_megatron.train.checkpoint_manifest import read_manifest, step_of
 from k2_megatron.train.checkpoint_state import layout_name
 from k2_megatron.train.journal import JOURNAL, read_events, read_steps
 from k2_megatron.train.run_folder import CONFIG
 
 EQUAL, DIFFERENT, NOT_POSSIBLE = 0, 1, 2
+REPLAYED = "replayed.toml"
 COMPARED = ("loss", "grad_norm", "learning_rate", "samples")
 PRETRAIN = Path(__file__).resolve().parents[1] / "pretrain_k2.py"
 
@@ -50,40 +58,121 @@ def replay(run: Path, step: int, launch: list[str], kept: Path | None) -> int:
     journal = run / JOURNAL
     if not journal.is_file():
         raise ValueError(f"{journal} does not exist: {run} is no run folder")
-    told = read_steps(journal)
-    if step not in told:
-        raise ValueError(f"step {step} is not in {journal}, which goes to step {max(told, default=0)}")
-    before = [folder for folder in complete_checkpoints(run / "checkpoints") if step_of(folder) < step]
-    if not before:
-        raise ValueError(f"no checkpoint from before step {step} is kept in {run / 'checkpoints'}")
-    start, weights = before[0], saved_weights(journal)
-    end = min((saved for saved in weights if step <= saved and saved in told), default=step)
-    steps, starts = range(step_of(start) + 1, end + 1), starts_of(journal)
-    layouts, now = (
-        {starts[number]["layout"] for number in steps if number in starts},
-        layout_name(load_config(run / CONFIG)),
-    )
+    told, weights, starts = read_steps(journal), saved_weights(journal), starts_of(journal)
+    last = max(told, default=0)
+    if not 1 <= step <= min(last + 1, load_config(run / CONFIG).train.steps):
+        raise ValueError(f"step {step} is not in {journal}, which goes to step {last}")
+    start = checkpoint_before(run, step, weights)
+    first = step_of(start) if start else 0
+    end = min((saved for saved in weights if step <= saved <= last), default=step)
+    steps = range(first + 1, end + 1)
+    config = config_of(run, start, steps)
+    layouts, now = {starts[number]["layout"] for number in steps if number in starts}, layout_name(config)
     if layouts - {now}:
         raise ValueError(
-            f"steps {steps[0]} to {end} were computed in layout {' and '.join(sorted(layouts))}, and {run / CONFIG} "
-            f"says {now}: another layout rounds otherwise. Choose a step that {now} computed, or start the run in the "
-            "other one"
+            f"steps {steps[0]} to {end} were computed in layout {' and '.join(sorted(layouts))}, and their "
+            f"configuration says {now}: another layout rounds otherwise. Choose a step that {now} computed"
         )
-    with tempfile.TemporaryDirectory(prefix="replay_") as scratch:
-        folder = kept or Path(scratch)
-        prepare(run, start, folder)
-        command = [sys.executable, str(PRETRAIN), str(run / CONFIG), "--until", str(end)]
-        # A replay looks on; it must not go back by itself.
-        sets = [f"run.folder={folder}", "spikes.policy=watch", "spikes.scope=", "spikes.max_rollbacks="]
-        print(f"from {start.name} to step {end}")
-        code = subprocess.run([*launch, *command, *(part for key in sets for part in ("--set", key))]).returncode
-        if code:
-            raise ValueError(f"the replay itself ended with exit code {code}; what it said stands above")
+    with folder_for(run, kept) as given:
+        folder = Path(given)
+        prepare(run, start, folder, config)
+        print(f"from {start.name if start else 'the beginning'} to step {end}", flush=True)
+        train(launch, folder, end, config)
         again = read_steps(folder / JOURNAL)
-        found = compare(told, again, step_of(start), end, weights.get(end), saved_weights(folder / JOURNAL).get(end))
+        compared = range(first + 1, min(end, last) + 1)
+        found = compare(told, again, compared, weights, saved_weights(folder / JOURNAL)) if compared else EQUAL
         if found == DIFFERENT:
-            refuse_other_machines(steps, starts, starts_of(folder / JOURNAL))
+            refuse_other_machines(compared, starts, starts_of(folder / JOURNAL))
+        if step > last and step in again:
+            loss, norm = again[step]["loss"], again[step]["grad_norm"]
+            print(f"step {step}, which the run did not finish: loss {loss!r}, gradient norm {norm!r}")
         return found
+
+
+def folder_for(run: Path, kept: Path | None) -> contextlib.AbstractContextManager:
+    """The folder of the replay: `kept`, or one beside the run, where every node sees it, that is removed afterwards."""
+    if kept is not None:
+        if kept.exists() and any(kept.iterdir()):
+            raise ValueError(f"--folder {kept} is not empty: name an empty folder, or one that does not exist")
+        return contextlib.nullcontext(kept)
+    beside = run.resolve()
+    try:
+        return tempfile.TemporaryDirectory(prefix=f".replay_of_{beside.name}_", dir=beside.parent)
+    except OSError as error:
+        raise ValueError(f"{beside.parent} cannot hold the replay ({error.strerror}): name a --folder") from None
+
+
+def checkpoint_before(run: Path, step: int, weights: dict[int, str]) -> Path | None:
+    """The newest checkpoint from before `step`; None where none had been saved by then, and the run began anew."""
+    before = [folder for folder in complete_checkpoints(run / "checkpoints") if step_of(folder) < step]
+    saved = [number for number in weights if number < step]
+    if not before and saved:
+        raise ValueError(
+            f"no checkpoint from before step {step} is kept in {run / 'checkpoints'}; the last was of step {max(saved)}"
+        )
+    return before[0] if before else None
+
+
+def config_of(run: Path, start: Path | None, steps: range) -> Config:
+    """The run's configuration, but with what decides the bits of a step as it was when `steps` were computed.
+
+    A checkpoint stores the configuration that it was saved under, and a resume tells what was changed from that one.
+    """
+    tables = load_config(run / CONFIG).model_dump(exclude_none=True)
+    resumes = resumes_of(run / JOURNAL)
+    then: dict[str, object] = {}
+    if start is None:
+        for changes in reversed(resumes.values()):
+            then |= {change["key"]: change["was"] for change in changes}
+    elif (manifest := read_manifest(start))["data"] is not None:  # else it was brought in, and no run of ours made it
+        then = {key: manifest["config"].get(section, {}).get(name) for key, section, name in split(COMPUTING)}
+    for step, changes in resumes.items():
+        changed = {change["key"]: change["now"] for change in changes if change["key"] in COMPUTING}
+        if steps[0] <= step < steps[-1] and changed:
+            raise ValueError(
+                f"{', '.join(changed)} changed after step {step}, and of the checkpoints around it none is kept that "
+                f"would part steps {steps[0]} to {steps[-1]} there; choose a step outside of them"
+            )
+        if step == steps[0] - 1:
+            then |= changed
+    for key, section, name in split(COMPUTING):
+        if key in then:
+            tables[section].pop(name, None)
+            tables[section] |= {} if then[key] is None else {name: then[key]}
+    return Config(**tables)
+
+
+def split(keys: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """(key, section, name in it) of dotted keys."""
+    for key in keys:
+        section, _, name = key.partition(".")
+        yield key, section, name
+
+
+def resumes_of(journal: Path) -> dict[int, list[dict]]:
+    """{step: the changes that a resume from there told of}, of the lives that made the steps which stand."""
+    resumes: dict[int, list[dict]] = {}
+    for event in read_events(journal):
+        if event["event"] in ("resume", "rollback"):
+            resumes = {step: changes for step, changes in resumes.items() if step <= event["step"]}
+        if event["event"] == "resume":
+            resumes[event["step"]] = event["changes"]
+    return resumes
+
+
+def train(launch: list[str], folder: Path, end: int, config: Config) -> None:
+    """Repeat the steps; ValueError when that does not come to its end."""
+    # A replay looks on; it must not go back by itself.
+    sets = [f"run.folder={folder}", "spikes.policy=watch", "spikes.scope=", "spikes.max_rollbacks="]
+    values = config.flat()  # what may differ from the checkpoint's when it is named
+    sets += [f"{key}={'' if values[key] is None else values[key]}" for key in ACCEPTED]
+    command = [*launch, sys.executable, str(PRETRAIN), str(folder / REPLAYED), "--until", str(end)]
+    try:
+        code = subprocess.run([*command, *(part for key in sets for part in ("--set", key))]).returncode
+    except OSError as error:
+        raise ValueError(f"--launch {shlex.join(launch)}: {error.strerror}") from None
+    if code:
+        raise ValueError(f"the replay itself ended with exit code {code}; what it said stands above")
 
 
 def starts_of(journal: Path) -> dict[int, dict]:
@@ -115,20 +204,25 @@ def saved_weights(journal: Path) -> dict[int, str]:
     return {event["step"]: event["weights"] for event in read_events(journal) if event["event"] == "checkpoint"}
 
 
-def prepare(run: Path, start: Path, folder: Path) -> None:
+def prepare(run: Path, start: Path | None, folder: Path, config: Config) -> None:
     """A run folder that resumes from `start`: its checkpoint by a link, the ledger by a copy."""
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True)
-    (checkpoints / start.name).symlink_to(start.resolve(), target_is_directory=True)
-    write_file(checkpoints / "latest", start.name + "\n")
-    if (run / "ledger.jsonl").exists():
-        shutil.copy(run / "ledger.jsonl", folder / "ledger.jsonl")
+    write_file(folder / REPLAYED, config.to_toml())
+    ledger = (run / LEDGER).read_bytes().splitlines(keepends=True) if (run / LEDGER).exists() else []
+    if start is not None:
+        (checkpoints / start.name).symlink_to(start.resolve(), target_is_directory=True)
+        write_file(checkpoints / "latest", start.name + "\n")
+    else:  # where the ledger has a position, a run does not begin anew
+        ledger = list(itertools.takewhile(lambda line: json.loads(line)["event"] != "position", ledger))
+    if ledger:
+        (folder / LEDGER).write_bytes(b"".join(ledger))
 
 
-def compare(told: dict, again: dict, start: int, end: int, weights: str | None, weights_again: str | None) -> int:
+def compare(told: dict, again: dict, steps: range, weights: dict[int, str], weights_again: dict[int, str]) -> int:
     """Print what differs, first the first; the exit code."""
-    differences = 0
-    for step in range(start + 1, end + 1):
+    differences, saved = 0, []
+    for step in steps:
         if (step in told) != (step in again):
             differences += 1
             print(f"step {step}: finite in {'the run' if step in told else 'the replay'} alone")
@@ -137,14 +231,19 @@ def compare(told: dict, again: dict, start: int, end: int, weights: str | None, 
             if told[step][key] != again[step][key]:
                 differences += 1
                 print(f"step {step}: {key} was {told[step][key]!r}, is {again[step][key]!r}")
-    if weights is not None and weights != weights_again:
-        differences += 1
-        print(f"step {end}: the weights had fingerprint {weights}, have {weights_again}")
+        if step in weights and (step in weights_again or step == steps[-1]):
+            saved.append(step)
+            if weights[step] != weights_again.get(step):
+                differences += 1
+                print(f"step {step}: the weights had fingerprint {weights[step]}, have {weights_again.get(step)}")
     if differences:
-        print(f"different: {differences} values in steps {start + 1} to {end}, the first listed first")
+        print(f"different: {differences} values in steps {steps[0]} to {steps[-1]}, the first listed first")
         return DIFFERENT
-    with_weights = f", and the weights of step {end} ({weights})" if weights else "; weights were not saved there"
-    print(f"equal to the bit: steps {start + 1} to {end}{with_weights}")
+    of = ", ".join(f"step {step} ({weights[step]})" for step in saved)
+    print(
+        f"equal to the bit: steps {steps[0]} to {steps[-1]}"
+        + (f", and the weights of {of}" if of else "; weights were not saved there")
+    )
     return EQUAL
 
 

@@ -112,6 +112,9 @@ REFUSED = {
     "train.precision": "weights and main parameters are stored in it",
 }
 
+# What decides, besides the refused, what a step computes to the bit
+COMPUTING = (*ACCEPTED, *(key for key, reason in HARMLESS.items() if reason in (_LAYOUT, _COMPUTED)))
+
 SHAPES = tuple(key for key, reason in REFUSED.items() if reason == _SHAPE)
 
 

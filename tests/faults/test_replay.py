@@ -1,0 +1,240 @@
+"""tools/replay.py: steps made again are equal to the bit; what a machine did wrong, or does differently, shows."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rank_processes import REPOSITORY, Rank, pretrain, run_pretrain
+
+STEPS = 9
+SETTINGS = [f"train.steps={STEPS}", "checkpoint.every_steps=3", "train.evaluate_every_steps=9"]
+TOOL = REPOSITORY / "tools" / "replay.py"
+
+
+def _flip_a_weight_bit_after_step_4() -> None:
+    import torch
+
+    import pretrain_k2
+    from k2_megatron.train.checkpoint_state import unwrapped
+
+    train_step = pretrain_k2.train_step
+
+    def and_flip(config, groups, chunks, *rest):
+        result = train_step(config, groups, chunks, *rest)
+        if rest[2] == 3:
+            weight = unwrapped(chunks[0]).decoder.layers[1].mlp.linear_fc2.weight
+            bits = weight.data.view(-1).view(torch.int32)
+            bits[5] ^= 1 << 22  # the highest bit of the fraction
+        return result
+
+    pretrain_k2.train_step = and_flip
+
+
+def _gradient_differs_in_its_last_bit_in_step_5() -> None:
+    """As of a kernel that adds in another order now and then."""
+    import torch
+
+    import k2_megatron.train.step as step
+
+    finalize, calls = step.finalize_model_grads, []
+
+    def and_differ(model, *arguments, **keywords):
+        finalize(model, *arguments, **keywords)
+        calls.append(1)
+        if len(calls) == 5:
+            next(model[0].parameters()).main_grad.view(-1).view(torch.int32)[:] ^= 1
+
+    step.finalize_model_grads = and_differ
+
+
+def _dies_in_step_8() -> None:
+    import pretrain_k2
+
+    train_step = pretrain_k2.train_step
+
+    def dies(*arguments):
+        if arguments[5] == 7:
+            os._exit(1)
+        return train_step(*arguments)
+
+    pretrain_k2.train_step = dies
+
+
+@pytest.fixture(scope="module")
+def run(small_config, tmp_path_factory):
+    """run(*settings, fault=None, folder=None) -> the folder of a run under these settings."""
+
+    def go(*more: str, fault=None, folder: Path | None = None, exit_code: int = 0) -> Path:
+        folder = folder or tmp_path_factory.mktemp("replayed") / "run"
+        output = folder.with_name(f"output_{len(list(folder.parent.iterdir()))}")
+        (ended,) = pretrain(1, small_config, [*SETTINGS, f"run.folder={folder}", *more], output, fault=fault)
+        assert ended.exit_code == exit_code, ended.stderr
+        return folder
+
+    return go
+
+
+@pytest.fixture(scope="module")
+def whole(run) -> Path:
+    """A run in which nothing went wrong."""
+    return run()
+
+
+@pytest.fixture
+def replayed(tmp_path, monkeypatch, capfd):
+    """replayed(run, step) -> (exit code, what was said), with the ranks forked instead of started anew."""
+    specification = importlib.util.spec_from_file_location("replay", TOOL)
+    tool = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(tool)
+
+    def forked(command: list[str]):
+        assert command[:2] == [sys.executable, str(REPOSITORY / "pretrain_k2.py")]
+        output = tmp_path / f"output_{len(list(tmp_path.iterdir()))}"
+        ended = Rank(run_pretrain, (command[2:],), {}, output).finish()
+        sys.stderr.write(ended.stderr)
+        return SimpleNamespace(returncode=ended.exit_code)
+
+    def go(folder: Path, step: int) -> tuple[int, str]:
+        monkeypatch.setattr(tool.subprocess, "run", forked)
+        monkeypatch.setattr(sys, "argv", ["replay.py", str(folder), "--step", str(step)])
+        code = tool.main()
+        monkeypatch.undo()
+        assert not list(folder.parent.glob(".replay_of*"))
+        said = capfd.readouterr()
+        return code, said.out + said.err
+
+    return go
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_sound_step_is_equal_to_the_bit_and_the_run_untouched(whole):
+    before = files(whole)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(TOOL), str(whole), "--step", "5"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "from step_00000003 to step 6" in done.stdout
+    assert "equal to the bit: steps 4 to 6, and the weights of step 6 (" in done.stdout
+    assert files(whole) == before
+    assert [path.name for path in whole.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_flipped_weight_bit_shows_with_the_first_step_that_computed_with_it(run, replayed):
+    code, said = replayed(run(fault=_flip_a_weight_bit_after_step_4), 5)
+    assert code == 1, said
+    assert "\nstep 5: loss was" in said, "the first step computed with the flipped bit"
+    assert "\nstep 4: " not in said
+    assert "step 6: the weights had fingerprint" in said
+
+
+def test_what_is_not_deterministic_shows(run, replayed):
+    code, said = replayed(run(fault=_gradient_differs_in_its_last_bit_in_step_5), 4)
+    assert code == 1, said
+    assert "\nstep 4: " not in said and "\nstep 5: loss was" not in said
+    assert "\nstep 5: grad_norm was" in said and "\nstep 6: grad_norm was" in said
+    assert "step 6: the weights had fingerprint" in said
+
+
+def test_weights_are_compared_at_every_save_between(whole, tmp_path, replayed):
+    """Retention has removed the checkpoint nearest to the step: the replay begins earlier."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "checkpoints" / "step_00000006")
+    code, said = replayed(folder, 8)
+    assert code == 0, said
+    assert "from step_00000003 to step 9" in said
+    assert "equal to the bit: steps 4 to 9, and the weights of step 6 (" in said and ", step 9 (" in said
+
+
+def test_steps_before_the_first_save_are_replayed_from_the_beginning(whole, tmp_path, replayed):
+    code, said = replayed(whole, 2)
+    assert code == 0, said
+    assert (
+        "from the beginning to step 3" in said and "equal to the bit: steps 1 to 3, and the weights of step 3" in said
+    )
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    for step in (3, 6):
+        shutil.rmtree(folder / "checkpoints" / f"step_{step:08d}")
+    code, said = replayed(folder, 8)
+    assert code == 2
+    assert "no checkpoint from before step 8 is kept in" in said and "the last was of step 6" in said
+
+
+def test_step_that_crashes_is_computed_and_not_compared(run, replayed):
+    folder = run(fault=_dies_in_step_8, exit_code=1)
+    code, said = replayed(folder, 8)
+    assert code == 0, said
+    assert "equal to the bit: steps 7 to 7; weights were not saved there" in said
+    assert "step 8, which the run did not finish: loss " in said
+
+
+def test_steps_are_repeated_under_the_settings_of_their_time(run, replayed):
+    """Changed on a resume, once by --set, once in the size of a micro-batch, which rounds otherwise."""
+    folder = run("train.steps=12", fault=partial(_leave_after, 6))
+    changed = ("optimizer.learning_rate=1e-3", "train.micro_batch=4", "train.steps=12")
+    run(*changed, folder=folder)
+    for step, expected in ((5, "steps 4 to 6"), (8, "steps 7 to 9"), (11, "steps 10 to 12"), (2, "steps 1 to 3")):
+        code, said = replayed(folder, step)
+        assert code == 0, said
+        assert f"equal to the bit: {expected}" in said
+    shutil.rmtree(folder / "checkpoints" / "step_00000006")
+    code, said = replayed(folder, 8)
+    assert code == 2
+    assert "train.micro_batch, optimizer.learning_rate changed after step 6" in said
+
+
+def _leave_after(step: int) -> None:
+    import pretrain_k2
+
+    train = pretrain_k2.train
+    pretrain_k2.train = lambda config, environment, device, _until, given: train(
+        config, environment, device, step, given
+    )
+
+
+def test_what_others_computed_is_not_judged(run, tmp_path, replayed):
+    """Another device or kernel, another layout."""
+    folder = run(fault=_flip_a_weight_bit_after_step_4)
+    journal = folder / "journal.jsonl"
+    text = journal.read_text()
+    journal.write_text(text.replace('"adamw": "', '"adamw": "another, '))
+    code, said = replayed(folder, 5)
+    assert code == 2, said
+    assert "adamw another, " in said and ", and repeated by " in said
+    journal.write_text(text.replace('"layout": "tp1-', '"layout": "tp2-'))
+    code, said = replayed(folder, 5)
+    assert code == 2, said
+    assert "computed in layout tp2-pp1-vp1-cp1-dp1" in said and "says tp1-pp1-vp1-cp1-dp1" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["{run}", "--step", "50"], "step 50 is not in {run}/journal.jsonl, which goes to step 9"),
+        (["{run}", "--step", "10"], "step 10 is not in"),
+        (["{run}", "--step", "0"], "step 0 is not in"),
+        (["{run}/checkpoints", "--step", "5"], "{run}/checkpoints is no run folder"),
+        (["{run}", "--step", "5", "--folder", "{run}"], "--folder {run} is not empty"),
+        (["{run}", "--step", "5", "--launch", "no-such-launcher -n 2"], "--launch no-such-launcher -n 2: No such file"),
+        (["{run}", "--step", "5", "--launch", "false"], "the replay itself ended with exit code 1"),
+    ],
+)
+def test_wrong_input_is_one_line(whole, monkeypatch, capsys, arguments, said):
+    specification = importlib.util.spec_from_file_location("replay", TOOL)
+    tool = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(tool)
+    monkeypatch.setattr(sys, "argv", ["replay.py", *(argument.format(run=whole) for argument in arguments)])
+    assert tool.main() == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert said.format(run=whole) in error
