@@ -4,9 +4,11 @@
     --results DIR  where the JSON goes (benchmarks/results), named after the hardware
 
 All candidates of a workload and a plain copy take turns in every round, so that a machine whose speed drifts favours
-none; the fastest round counts, since other processes only ever add time (the JSON holds the medians too). Inputs rotate
-through sets that together exceed the last-level cache. On a GPU a round is a queue of launches behind a device-side
-wait, timed by events: the host's time is not in it. On a CPU glibc is told to keep freed memory, for everyone: else the
+none; the fastest round counts, since other processes only ever add time (the JSON holds the medians too). Every launch
+takes the next of the sets of inputs, which together exceed the last-level cache, and its results are kept until as many
+others have followed: what one candidate has read or written, the next one would find in the cache. Who begins changes
+from round to round. On a GPU a round is a queue of launches behind a device-side wait, timed by events: the host's time
+is not in it. On a CPU glibc is told to keep freed memory, for everyone: else the
 page faults of fresh results would be what is timed.
 """
 
@@ -14,14 +16,17 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import json
 import platform
 import re
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -47,47 +52,60 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, (1 << 31) - 1)
 
 
-def milliseconds(device: str, run: Callable[[int], object]) -> float:
-    """One round of one candidate; run(i) is its i-th launch."""
+class Rotation:
+    """The sets of inputs in turn, and the latest results, held so that their memory is not written again at once."""
+
+    def __init__(self, sets: list):
+        self.first = sets[0]
+        self.sets = itertools.cycle(sets)
+        self.results: deque = deque(maxlen=len(sets))
+
+    def launch(self, run: Callable[..., Any]) -> None:
+        """run(*inputs), of the next set."""
+        results = run(*next(self.sets))
+        # Detached: a graph would hold what a candidate saves for its backward.
+        self.results.append([result.detach() for result in as_tuple(results) if isinstance(result, torch.Tensor)])
+
+
+def as_tuple(results: Any) -> tuple:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def milliseconds(device: str, run: Callable[[], object]) -> float:
+    """One round of one candidate."""
     if device == "cpu":
         start = time.perf_counter()
-        run(0)
+        run()
         return (time.perf_counter() - start) * 1e3
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda._sleep(WAIT_CYCLES)
     first.record()
-    for launch in range(LAUNCHES):
-        run(launch)
+    for _ in range(LAUNCHES):
+        run()
     last.record()
     last.synchronize()
     return first.elapsed_time(last) / LAUNCHES
 
 
-def passes(workload: Workload, sets: list, candidate: Callable) -> dict[str, Callable[[int], object]]:
-    """The forward, and forward and backward together, as functions of a launch's number."""
-    runs: dict[str, Callable[[int], object]] = {"forward": lambda i: candidate(*sets[i % len(sets)])}
-    if workload.wanted(sets[0]):
-        outputs = candidate(*sets[0])
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        gradients = [torch.randn_like(output) for output in outputs]
+def passes(workload: Workload, rotation: Rotation, candidate: Callable) -> dict[str, Callable[[], object]]:
+    """One launch of the forward, and of forward and backward together."""
+    runs: dict[str, Callable[[], object]] = {"forward": lambda: rotation.launch(candidate)}
+    if workload.wanted(rotation.first):
+        gradients = [torch.randn_like(output) for output in as_tuple(candidate(*rotation.first))]
 
-        def both(i):
-            inputs = sets[i % len(sets)]
-            results = candidate(*inputs)
-            torch.autograd.grad(
-                results if isinstance(results, tuple) else (results,), workload.wanted(inputs), gradients
-            )
+        def both(*inputs):
+            return torch.autograd.grad(as_tuple(candidate(*inputs)), workload.wanted(inputs), gradients)
 
-        runs["forward + backward"] = both
+        runs["forward + backward"] = lambda: rotation.launch(both)
     return runs
 
 
-def able(workload: Workload, sets: list, name: str, candidate: Callable) -> dict[str, Callable[[int], object]] | None:
+def able(workload: Workload, rotation: Rotation, name: str, candidate: Callable) -> dict[str, Callable] | None:
     """passes() of a candidate, tried once; None, with the reason on the screen, where another's package fails."""
     try:
-        runs = passes(workload, sets, candidate)
+        runs = passes(workload, rotation, candidate)
         for run in runs.values():
-            run(0)
+            run()
     except Exception as error:
         if name == "ours":
             raise
@@ -99,21 +117,24 @@ def able(workload: Workload, sets: list, name: str, candidate: Callable) -> dict
 def measure(workload: Workload, device: str, rounds: int, with_compile: bool) -> dict[str, dict[str, list[float]]]:
     """Milliseconds of each round, by pass and candidate; "copy" among them."""
     each = max(workload.forward_bytes // 2, 1 << 24)
-    sets = [workload.inputs() for _ in range(min(12, max(2, ROTATION_BYTES[device] // each)))]
+    rotation = Rotation([workload.inputs() for _ in range(min(12, max(2, ROTATION_BYTES[device] // each)))])
     candidates = dict(workload.candidates)
     if with_compile and workload.compiled:
         torch._dynamo.reset()
         candidates["compile"] = torch.compile(workload.compiled, fullgraph=True, dynamic=False)
     source = torch.ones(COPY_BYTES[device] // 4, device=device)
     target = torch.zeros_like(source)
-    runs = {name: run for name, candidate in candidates.items() if (run := able(workload, sets, name, candidate))}
+    able_runs = {name: able(workload, rotation, name, candidate) for name, candidate in candidates.items()}
+    runs = {name: run for name, run in able_runs.items() if run}
     times: dict[str, dict[str, list[float]]] = {}
     for part in next(iter(runs.values())):
-        turns = {name: run[part] for name, run in runs.items()} | {"copy": lambda _: target.copy_(source)}
+        turns = {name: run[part] for name, run in runs.items()} | {"copy": lambda: target.copy_(source)}
         times[part] = {name: [] for name in turns}
+        names = list(turns)
         for number in range(rounds + 2):
-            for name, run in turns.items():
-                taken = milliseconds(device, lambda i, run=run, number=number: run(number * LAUNCHES + i))
+            first = number % len(names)
+            for name in names[first:] + names[:first]:
+                taken = milliseconds(device, turns[name])
                 if number >= 2:  # the first two warm up, and compile
                     times[part][name].append(taken)
     return times

@@ -19,13 +19,16 @@ import torch
 from k2_megatron.kernels import peers
 from k2_megatron.kernels.checks import (
     FLOATS,
+    REFERENCE_FLOATS,
     require,
     require_backend,
     require_backend_device,
     require_contiguous,
     require_dtype,
     require_no_overlap,
+    require_one_device,
     require_shape,
+    require_tensors,
 )
 from k2_megatron.kernels.library import DTYPE_CODES, address_of, addresses, pointer, register, run
 
@@ -56,14 +59,13 @@ class AdamW(torch.optim.Optimizer):
     ):
         require_backend(OP, backend, "apex")
         refused = {name: value for name, value in unsupported.items() if value}
-        require(
-            not refused, OP, f"options {refused} are not offered (states are fp32, parameters are fp32 main copies)"
-        )
+        require(not refused, OP, "options {} are not offered (states are fp32, parameters are fp32 main copies)",
+                refused)  # fmt: skip
         require(adam_w_mode and bias_correction, OP, "only decoupled weight decay with bias correction is offered: "
-                f"adam_w_mode is {adam_w_mode}, bias_correction {bias_correction}")  # fmt: skip
-        require(lr >= 0 and eps >= 0 and weight_decay >= 0, OP, f"lr {lr}, eps {eps}, weight_decay {weight_decay}; "
-                "none may be negative")  # fmt: skip
-        require(0 <= betas[0] < 1 and 0 <= betas[1] < 1, OP, f"betas are {betas}; both lie in [0, 1)")
+                "adam_w_mode is {}, bias_correction {}", adam_w_mode, bias_correction)  # fmt: skip
+        require(lr >= 0 and eps >= 0 and weight_decay >= 0, OP, "lr {}, eps {}, weight_decay {}; none may be "
+                "negative", lr, eps, weight_decay)  # fmt: skip
+        require(0 <= betas[0] < 1 and 0 <= betas[1] < 1, OP, "betas are {}; both lie in [0, 1)", betas)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.backend = backend
         self.model_copies: dict[torch.Tensor, torch.Tensor] = {}
@@ -75,6 +77,8 @@ class AdamW(torch.optim.Optimizer):
         scale); the attribute of that name where none is given."""
         loss = None
         gradient_scale = self.gradient_scale if gradient_scale is None else gradient_scale
+        if gradient_scale is not None:
+            require_tensors(OP, gradient_scale=gradient_scale)
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -108,6 +112,8 @@ class AdamW(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         numbers = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["step"])
         if self.backend == "torch":
+            _check(parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale, reference=True)
+            _check_memory(parameters, gradients, exp_avg, exp_avg_sq, copies)
             adamw_reference_(parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale, *numbers)
         elif self.backend == "apex":
             _check(parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale)
@@ -137,40 +143,46 @@ def adamw_reference_(
         torch._foreach_copy_(copies, parameters)
 
 
-def _check(parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale):
+def _check(parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale, reference=False):
+    """reference: fp64 and strided tensors too; what the others need that are given pointers."""
+    floats, states = (REFERENCE_FLOATS, (torch.float32, torch.float64)) if reference else (FLOATS, (torch.float32,))
     lists = {"parameters": parameters, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "gradients": gradients}
     if copies:
         lists["model_copies"] = copies
     for name, tensors in lists.items():
-        require(len(tensors) == len(parameters), OP, f"{len(tensors)} {name} for {len(parameters)} parameters")
+        require(len(tensors) == len(parameters), OP, "{} {} for {} parameters", len(tensors), name,
+                len(parameters))  # fmt: skip
         if not tensors:
             return
         free = name in ("gradients", "model_copies")
-        require_dtype(OP, f"{name}[0]", tensors[0], FLOATS if free else (torch.float32,))
+        require_dtype(OP, f"{name}[0]", tensors[0], floats if free else states)
         for index, (tensor, parameter) in enumerate(zip(tensors, parameters, strict=True)):
-            if not _fits(tensor, tensors[0].dtype, parameter, parameters[0].device):
-                _refuse(f"{name}[{index}]", tensor, tensors[0].dtype, parameter, parameters[0].device, index)
+            if not _fits(tensor, tensors[0].dtype, parameter, parameters[0].device, reference):
+                _refuse(f"{name}[{index}]", tensor, tensors[0].dtype, parameter, parameters[0].device, index, reference)
     if gradient_scale is not None:
-        device = parameters[0].device
         require_dtype(OP, "gradient_scale", gradient_scale, (torch.float32,))
-        require(
-            gradient_scale.numel() == 1, OP, f"gradient_scale has {gradient_scale.numel()} elements; it must have one"
-        )
-        require(gradient_scale.device == device, OP, f"gradient_scale is on {gradient_scale.device}, not on {device}")
+        elements = gradient_scale.numel()
+        require(elements == 1, OP, "gradient_scale has {} elements; it must have one", elements)
+        require_one_device(OP, **{"parameters[0]": parameters[0], "gradient_scale": gradient_scale})
 
 
-def _fits(tensor, dtype, parameter, device) -> bool:
+def _fits(tensor, dtype, parameter, device, strided) -> bool:
     """Of thousands of tensors a step all should: no names are put together for those that do."""
-    return (
-        tensor.dtype == dtype and tensor.shape == parameter.shape and tensor.is_contiguous() and tensor.device == device
-    )
+    same = tensor.dtype == dtype and tensor.shape == parameter.shape and tensor.device == device
+    return same and (strided or tensor.is_contiguous())
 
 
-def _refuse(label, tensor, dtype, parameter, device, index):
+def _refuse(label, tensor, dtype, parameter, device, index, strided):
     require_dtype(OP, label, tensor, (dtype,))
     require_shape(OP, label, tensor, parameter.shape, f"parameters[{index}]'s shape")
-    require_contiguous(OP, label, tensor)
+    if not strided:
+        require_contiguous(OP, label, tensor)
     raise ValueError(f"{OP}: {label} is on {tensor.device}, parameters[0] on {device}; they must be together")
+
+
+def _check_memory(parameters, gradients, exp_avg, exp_avg_sq, copies):
+    written = {"parameters": parameters, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "model_copies": copies}
+    require_no_overlap(OP, written, {"gradients": gradients})
 
 
 def _step_fake(parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale, *numbers):
@@ -182,8 +194,7 @@ def _step_op(parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale,
     _check(parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale)
     if not parameters:
         return
-    written = {"parameters": parameters, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "model_copies": copies}
-    require_no_overlap(OP, written, {"gradients": gradients})
+    _check_memory(parameters, gradients, exp_avg, exp_avg_sq, copies)
     lists = [addresses(tensors) for tensors in (parameters, gradients, exp_avg, exp_avg_sq, copies)]
     sizes = array("q", [parameter.numel() for parameter in parameters])
     model_dtype = copies[0].dtype if copies else torch.float32

@@ -12,12 +12,24 @@ from functools import lru_cache
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+REFERENCE_FLOATS = (*FLOATS, torch.float64)  # the torch references compute in fp64 too, for gradcheck
 MAXIMUM_HIDDEN_SIZE = 65_536
 
 
-def require(condition: bool, op: str, message: str) -> None:
+def require(condition: bool, op: str, message: str, *values: object) -> None:
+    """`message` is formatted with `values` only where the condition fails: under torch.compile with dynamic shapes the
+    text of a size would be a constant of the graph, one graph for each size."""
     if not condition:
-        raise ValueError(f"{op}: {message}")
+        raise ValueError(f"{op}: {message.format(*values)}")
+
+
+def require_tensors(op: str, **arguments: object) -> None:
+    """Before anything is asked of them: a dense torch.Tensor each, not None, an array or a list."""
+    for name, argument in arguments.items():
+        if not isinstance(argument, torch.Tensor):
+            raise ValueError(f"{op}: {name} is a {type(argument).__name__}; it must be a torch.Tensor")
+        if argument.layout != torch.strided:
+            raise ValueError(f"{op}: {name} has layout {argument.layout}; it must be dense (torch.strided)")
 
 
 def require_dtype(op: str, name: str, tensor: torch.Tensor, allowed: Sequence[torch.dtype]) -> None:
@@ -50,7 +62,7 @@ def require_one_device(op: str, **tensors: torch.Tensor) -> None:
 
 def require_backend(op: str, backend: str, *peers: str) -> None:
     known = ("cuda", "cpu", "torch", *peers)
-    require(backend in known, op, f"no backend {backend!r}; known: {', '.join(known)}")
+    require(backend in known, op, "no backend {!r}; known: {}", backend, ", ".join(known))
 
 
 def require_backend_device(op: str, backend: str, tensor: torch.Tensor) -> None:
@@ -65,12 +77,12 @@ Lists = dict[str, Sequence[torch.Tensor]]
 
 
 def require_no_overlap(op: str, written: Lists, read: Lists) -> None:
-    """Refuses a contiguous tensor, to be written in place, whose bytes are another argument's too."""
+    """Refuses a contiguous tensor, to be written in place, whose bytes are another one's too."""
     spans = [
         (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name, index, name in written)
         for name, tensors in (written | read).items()
         for index, tensor in enumerate(tensors)
-        if tensor.nbytes
+        if tensor.nbytes and tensor.is_contiguous()
     ]
     spans.sort()
     reach, owner, owner_written = 0, "", False

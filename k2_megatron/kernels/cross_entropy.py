@@ -17,19 +17,32 @@ communicates nothing.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.distributed as dist
 
 from k2_megatron.kernels import peers
 from k2_megatron.kernels.checks import (
+    FLOATS,
+    REFERENCE_FLOATS,
     require,
     require_backend,
     require_backend_device,
     require_contiguous,
     require_dtype,
+    require_one_device,
     require_shape,
+    require_tensors,
 )
-from k2_megatron.kernels.cross_entropy_steps import OP, CompiledSteps, ReferenceSteps, Settings, check_rows
+from k2_megatron.kernels.cross_entropy_steps import (
+    OP,
+    CompiledSteps,
+    ReferenceSteps,
+    Settings,
+    check_labels,
+    check_rows,
+)
 from k2_megatron.kernels.library import refuse_second_derivative
 
 STEPS = {"torch": ReferenceSteps, "cpu": CompiledSteps, "cuda": CompiledSteps}
@@ -47,14 +60,19 @@ def vocab_parallel_cross_entropy(
 ) -> torch.Tensor:
     """loss [S, B] fp32 (any leading shape serves). With backend "cpu" or "cuda" the logits are spent by the backward,
     which therefore runs once; a second one is refused. A label that is neither ignore_index nor in [0, V): ValueError
-    on a CPU; on a GPU, and in compiled graphs, where looking would wait for the device, a NaN loss and gradient."""
+    on a CPU; on a GPU, where looking would wait for the device, a NaN loss and gradient (so does "torch" in compiled
+    graphs)."""
     require_backend(OP, backend, "transformer_engine")
-    require(logits.dim() >= 2, OP, f"logits have shape {tuple(logits.shape)}; needed: [S, B, V/tp]")
+    require_tensors(OP, logits=logits, labels=labels)
+    require(logits.dim() >= 2, OP, "logits have shape {}; needed: [S, B, V/tp]", tuple(logits.shape))
+    require_dtype(OP, "logits", logits, REFERENCE_FLOATS if backend == "torch" else FLOATS)
     require_shape(OP, "labels", labels, logits.shape[:-1], "logits' shape without the vocabulary")
     require_dtype(OP, "labels", labels, (torch.int64,))
     require_contiguous(OP, "labels", labels)
+    require_one_device(OP, logits=logits, labels=labels)
     settings = settings_for(logits.shape[-1], group, label_smoothing, z_loss, ignore_index)
-    check_labels(labels, settings)
+    if not torch.compiler.is_compiling():
+        check_labels(labels, settings.vocabulary_size, ignore_index)
     if backend == "transformer_engine":
         return peers.cross_entropy(logits, labels, group, settings)
     require_backend_device(OP, backend, logits)
@@ -80,23 +98,10 @@ def cross_entropy_reference(logits, labels, label_smoothing=0.0, z_loss=0.0, ign
 
 def settings_for(columns, group, label_smoothing, z_loss, ignore_index) -> Settings:
     require(columns > 0, OP, "logits have 0 columns; a shard needs at least one")
-    require(0 <= label_smoothing < 1, OP, f"label_smoothing is {label_smoothing}; it lies in [0, 1)")
-    require(z_loss >= 0, OP, f"z_loss is {z_loss}; it cannot be negative")
+    require(0 <= label_smoothing < 1, OP, "label_smoothing is {}; it lies in [0, 1)", label_smoothing)
+    require(z_loss >= 0, OP, "z_loss is {}; it cannot be negative", z_loss)
     ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
     return Settings(rank * columns, ranks * columns, float(label_smoothing), float(z_loss), ignore_index)
-
-
-def check_labels(labels, settings):
-    """Reads the labels, so on a CPU only."""
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    wrong = (labels != settings.ignore_index) & ((labels < 0) | (labels >= settings.vocabulary_size))
-    if wrong.any():
-        place = tuple(int(i) for i in wrong.nonzero()[0])
-        raise ValueError(
-            f"{OP}: labels[{', '.join(map(str, place))}] is {int(labels[place])}; allowed: 0 to "
-            f"{settings.vocabulary_size - 1} (ids are global), and ignore_index {settings.ignore_index}"
-        )
 
 
 def gather_statistics(statistics, group):
@@ -122,13 +127,13 @@ def spend(ctx):
 
 
 def _flat(logits):
-    try:
-        return logits.view(-1, logits.shape[-1])
-    except RuntimeError as error:
-        raise ValueError(
-            f"{OP}: logits of shape {tuple(logits.shape)} have strides {tuple(logits.stride())}; rows must lie at one "
-            "stride (call logits.contiguous() where they are made: no copy is made here)"
-        ) from error
+    """[T, V]: a view, where the rows of all leading dimensions lie at one stride."""
+    leading = [(size, stride) for size, stride in zip(logits.shape[:-1], logits.stride(), strict=False) if size != 1]
+    one_stride = all(outer[1] == inner[0] * inner[1] for outer, inner in pairwise(leading))
+    require(one_stride or logits.numel() == 0, OP, "logits of shape {} have strides {}; rows must lie at one stride "
+            "(call logits.contiguous() where they are made: no copy is made here)",
+            tuple(logits.shape), tuple(logits.stride()))  # fmt: skip
+    return logits.view(-1, logits.shape[-1])
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):

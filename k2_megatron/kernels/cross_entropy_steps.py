@@ -109,16 +109,28 @@ class CompiledSteps:
         return logits
 
 
+def check_labels(labels, vocabulary_size, ignore_index):
+    """Reads the labels, so on a CPU only."""
+    if labels.device.type != "cpu":
+        return
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary_size))
+    if wrong.any():
+        place = tuple(int(i) for i in wrong.nonzero()[0])
+        raise ValueError(
+            f"{OP}: labels[{', '.join(map(str, place))}] is {int(labels[place])}; allowed: 0 to {vocabulary_size - 1} "
+            f"(ids are global), and ignore_index {ignore_index}"
+        )
+
+
 def check_rows(logits, labels):
     """logits [T, V] with dense columns and any row stride of at least V; labels [T] int64."""
-    require(logits.dim() == 2, OP, f"logits have shape {tuple(logits.shape)}; needed here: [T, V]")
+    require(logits.dim() == 2, OP, "logits have shape {}; needed here: [T, V]", tuple(logits.shape))
     require_dtype(OP, "logits", logits, FLOATS)
     rows, columns = logits.shape
     require(columns > 0, OP, "logits have 0 columns; a shard needs at least one")
     dense = (columns == 1 or logits.stride(1) == 1) and (rows <= 1 or logits.stride(0) >= columns)
-    require(
-        dense, OP, f"logits of shape {tuple(logits.shape)} have strides {tuple(logits.stride())}; columns must be dense"
-    )
+    require(dense, OP, "logits of shape {} have strides {}; columns must be dense", tuple(logits.shape),
+            tuple(logits.stride()))  # fmt: skip
     require_dtype(OP, "labels", labels, (torch.int64,))
     require_shape(OP, "labels", labels, (rows,), "one label a row of logits")
     require_contiguous(OP, "labels", labels)
@@ -140,7 +152,7 @@ def _statistics_op(logits, labels, vocabulary_start, planes):
 def _loss_fake(all_statistics, labels, vocabulary_size, label_smoothing, z_loss, ignore_index):
     require_dtype(OP, "all_statistics", all_statistics, (torch.float32,))
     require(all_statistics.dim() == 3 and all_statistics.shape[1] in (3, 4), OP,
-            f"all_statistics has shape {tuple(all_statistics.shape)}; needed: [ranks, 3 or 4, T]")  # fmt: skip
+            "all_statistics has shape {}; needed: [ranks, 3 or 4, T]", tuple(all_statistics.shape))  # fmt: skip
     require_contiguous(OP, "all_statistics", all_statistics)
     require_dtype(OP, "labels", labels, (torch.int64,))
     require_shape(OP, "labels", labels, all_statistics.shape[2:], "[T] of all_statistics")
@@ -151,6 +163,7 @@ def _loss_fake(all_statistics, labels, vocabulary_size, label_smoothing, z_loss,
 
 def _loss_op(all_statistics, labels, vocabulary_size, label_smoothing, z_loss, ignore_index):
     loss, lse = _loss_fake(all_statistics, labels, vocabulary_size, label_smoothing, z_loss, ignore_index)
+    check_labels(labels, vocabulary_size, ignore_index)  # compiled graphs come here unchecked
     run(OP, "cross_entropy_loss", labels.device, pointer(all_statistics), *all_statistics.shape[:2], pointer(labels),
         pointer(loss), pointer(lse), len(labels), vocabulary_size, label_smoothing, z_loss, ignore_index)  # fmt: skip
     return loss, lse

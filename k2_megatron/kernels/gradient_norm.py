@@ -16,12 +16,15 @@ import torch
 
 from k2_megatron.kernels.checks import (
     FLOATS,
+    REFERENCE_FLOATS,
     require,
     require_backend,
     require_backend_device,
     require_contiguous,
     require_dtype,
     require_no_overlap,
+    require_one_device,
+    require_tensors,
 )
 from k2_megatron.kernels.library import DTYPE_CODES, address_of, addresses, module_for, pointer, register, run
 
@@ -36,13 +39,14 @@ def gradient_statistics(gradients: Sequence[torch.Tensor], *, backend: str) -> t
     """[2] fp64: the sum of squares, and how many elements are not finite."""
     require_backend("gradient_norm", backend)
     _check_all("gradient_norm", gradients)
+    floats = REFERENCE_FLOATS if backend == "torch" else FLOATS
     parts = []
     for tensors in _by_dtype(gradients).values():
+        require_dtype("gradient_norm", "gradients", tensors[0], floats)
         if backend == "torch":
             parts.append(squared_norm_reference(tensors))
             continue
         require_backend_device("gradient_norm", backend, tensors[0])
-        require_dtype("gradient_norm", "gradients", tensors[0], FLOATS)
         parts.append(SQUARED_NORM(tensors))
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
@@ -57,9 +61,14 @@ def clip_gradients_(
     """
     require_backend("clip_gradients", backend)
     _check_all("clip_gradients", gradients)
-    require(maximum_norm > 0, "clip_gradients", f"maximum_norm is {maximum_norm}; it must be positive")
-    factor = torch.clamp(maximum_norm / (norm.double() + 1e-6), max=1.0).float()
+    require(maximum_norm > 0, "clip_gradients", "maximum_norm is {}; it must be positive", maximum_norm)
+    require_tensors("clip_gradients", norm=norm)
+    require(norm.numel() == 1, "clip_gradients", "norm has shape {}; it must be one number", tuple(norm.shape))
+    if backend == "torch" and not torch.compiler.is_compiling():
+        require_no_overlap("clip_gradients", {"gradients": gradients}, {})
+    factor = torch.clamp(maximum_norm / (norm.reshape(()).double() + 1e-6), max=1.0).float()
     for tensors in _by_dtype(gradients).values():
+        require_dtype("clip_gradients", "gradients", tensors[0], REFERENCE_FLOATS if backend == "torch" else FLOATS)
         if backend == "torch":
             torch._foreach_mul_(tensors, factor)
             continue
@@ -78,12 +87,10 @@ def _check_all(op, gradients):
     require(len(gradients) > 0, op, "the list of gradients is empty")
     for index, gradient in enumerate(gradients):
         name = f"gradients[{index}]"
+        require_tensors(op, **{name: gradient})
         require_contiguous(op, name, gradient)
-        require(
-            gradient.device == gradients[0].device,
-            op,
-            f"{name} is on {gradient.device}, gradients[0] on {gradients[0].device}; they must be together",
-        )
+        require(gradient.device == gradients[0].device, op, "{} is on {}, gradients[0] on {}; they must be together",
+                name, gradient.device, gradients[0].device)  # fmt: skip
 
 
 def _by_dtype(tensors):
@@ -97,8 +104,8 @@ def _check_list(op, tensors):
     _check_all(op, tensors)
     for index, tensor in enumerate(tensors):
         require_dtype(op, f"gradients[{index}]", tensor, FLOATS)
-        require(tensor.dtype == tensors[0].dtype, op, f"gradients[{index}] is {tensor.dtype}, gradients[0] is "
-                f"{tensors[0].dtype}; one call takes one dtype")  # fmt: skip
+        require(tensor.dtype == tensors[0].dtype, op, "gradients[{}] is {}, gradients[0] is {}; one call takes one "
+                "dtype", index, tensor.dtype, tensors[0].dtype)  # fmt: skip
 
 
 def _squared_norm_fake(tensors):
@@ -121,12 +128,8 @@ def _squared_norm_op(tensors):
 def _scale_fake(tensors, factor):
     _check_list("clip_gradients", tensors)
     require_dtype("clip_gradients", "factor", factor, (torch.float32,))
-    require(factor.numel() == 1, "clip_gradients", f"factor has {factor.numel()} elements; it must have one")
-    require(
-        factor.device == tensors[0].device,
-        "clip_gradients",
-        f"factor is on {factor.device}, gradients[0] on {tensors[0].device}; they must be together",
-    )
+    require(factor.numel() == 1, "clip_gradients", "factor has {} elements; it must have one", factor.numel())
+    require_one_device("clip_gradients", **{"gradients[0]": tensors[0], "factor": factor})
 
 
 def _scale_op(tensors, factor):

@@ -23,14 +23,17 @@ import torch.distributed as dist
 
 from k2_megatron.kernels.checks import (
     FLOATS,
+    REFERENCE_FLOATS,
     require,
     require_backend,
     require_backend_device,
     require_dtype,
     require_one_device,
     require_shape,
+    require_tensors,
 )
-from k2_megatron.kernels.cross_entropy import STEPS, check_labels, gather_statistics, settings_for
+from k2_megatron.kernels.cross_entropy import STEPS, gather_statistics, settings_for
+from k2_megatron.kernels.cross_entropy_steps import check_labels
 from k2_megatron.kernels.library import refuse_second_derivative
 
 OP = "linear_cross_entropy"
@@ -50,22 +53,24 @@ def linear_cross_entropy(
     backend: str,
 ) -> torch.Tensor:
     """loss [T] fp32. reduce_hidden_gradient=False leaves the sum of grad_hidden over the group to the caller (sequence
-    parallelism reduce-scatters it instead). ValueError for shapes, dtypes, devices and labels out of range (on a
+    parallelism reduce-scatters it instead). A compiled graph holds the loop over chunks unrolled: one graph for each
+    number of tokens. ValueError for shapes, dtypes, devices and labels out of range (on a
     CPU)."""
     require_backend(OP, backend)
-    allowed = FLOATS if backend != "torch" else (*FLOATS, torch.float64)
-    require(hidden.dim() == 2, OP, f"hidden has shape {tuple(hidden.shape)}; needed: [T, H]")
-    require(weight.dim() == 2, OP, f"weight has shape {tuple(weight.shape)}; needed: [V/tp, H]")
-    require_dtype(OP, "hidden", hidden, allowed)
+    require_tensors(OP, hidden=hidden, weight=weight, labels=labels)
+    require(hidden.dim() == 2, OP, "hidden has shape {}; needed: [T, H]", tuple(hidden.shape))
+    require(weight.dim() == 2, OP, "weight has shape {}; needed: [V/tp, H]", tuple(weight.shape))
+    require_dtype(OP, "hidden", hidden, REFERENCE_FLOATS if backend == "torch" else FLOATS)
     require_dtype(OP, "weight", weight, (hidden.dtype,))
     require_shape(OP, "weight", weight, (weight.shape[0], hidden.shape[1]), "[V/tp, H] with hidden's H")
     require_dtype(OP, "labels", labels, (torch.int64,))
     require_shape(OP, "labels", labels, hidden.shape[:1], "[T] of hidden")
     require_one_device(OP, hidden=hidden, weight=weight, labels=labels)
-    require(chunk_tokens > 0, OP, f"chunk_tokens is {chunk_tokens}; it must be positive")
+    require(chunk_tokens > 0, OP, "chunk_tokens is {}; it must be positive", chunk_tokens)
     require_backend_device(OP, backend, hidden)
     settings = settings_for(weight.shape[0], group, label_smoothing, z_loss, ignore_index)
-    check_labels(labels, settings)
+    if not torch.compiler.is_compiling():
+        check_labels(labels, settings.vocabulary_size, ignore_index)
     return _LinearCrossEntropy.apply(
         hidden, weight, labels.contiguous(), group, chunk_tokens, settings, reduce_hidden_gradient, STEPS[backend]
     )

@@ -17,6 +17,7 @@ from k2_megatron.kernels import peers
 from k2_megatron.kernels.checks import (
     FLOATS,
     MAXIMUM_HIDDEN_SIZE,
+    REFERENCE_FLOATS,
     require,
     require_backend,
     require_backend_device,
@@ -24,6 +25,7 @@ from k2_megatron.kernels.checks import (
     require_dtype,
     require_one_device,
     require_shape,
+    require_tensors,
 )
 from k2_megatron.kernels.library import (
     DTYPE_CODES,
@@ -44,7 +46,9 @@ def rms_norm(
     """y [..., H] of x's dtype. Raises ValueError for tensors the backend cannot take; nothing is copied to make
     them fit."""
     require_backend("rms_norm", backend, *PEERS)
+    require_tensors("rms_norm", x=x, weight=weight)
     if backend == "torch":
+        _check_values("rms_norm", x, weight, None, REFERENCE_FLOATS)
         return rms_norm_reference(x, weight, epsilon, zero_centered)
     if backend in PEERS:
         _check_forward("rms_norm", x, weight)
@@ -67,7 +71,9 @@ def add_rms_norm(
     """(y, h) with h = x + residual, both [..., H] of x's dtype; the gradient arriving at h is added in the same
     pass."""
     require_backend("add_rms_norm", backend, *PEERS)
+    require_tensors("add_rms_norm", x=x, residual=residual, weight=weight)
     if backend == "torch":
+        _check_values("add_rms_norm", x, weight, residual, REFERENCE_FLOATS)
         return add_rms_norm_reference(x, residual, weight, epsilon, zero_centered)
     if backend in PEERS:
         _check_forward("add_rms_norm", x, weight, residual)
@@ -93,22 +99,29 @@ def add_rms_norm_reference(x, residual, weight, epsilon, zero_centered=False):
     return rms_norm_reference(h, weight, epsilon, zero_centered), h
 
 
-def _check_forward(op, x, weight, residual=None):
+def _check_values(op, x, weight, residual, floats):
+    """What every backend needs, the torch reference too."""
     require(x.dim() >= 1, op, "x is a scalar; it needs shape [..., H]")
     hidden = x.shape[-1]
-    require_dtype(op, "x", x, FLOATS)
-    require(1 <= hidden <= MAXIMUM_HIDDEN_SIZE, op, f"hidden size {hidden}; allowed: 1 to {MAXIMUM_HIDDEN_SIZE}")
+    require_dtype(op, "x", x, floats)
+    require(1 <= hidden <= MAXIMUM_HIDDEN_SIZE, op, "hidden size {}; allowed: 1 to {}", hidden, MAXIMUM_HIDDEN_SIZE)
     require_dtype(op, "weight", weight, (x.dtype, torch.float32))
     require_shape(op, "weight", weight, (hidden,), "[H] of x [..., H]")
-    require_contiguous(op, "x", x)
-    require_contiguous(op, "weight", weight)
+    tensors = {"x": x, "weight": weight}
     if residual is not None:
         require_dtype(op, "residual", residual, (x.dtype,))
         require_shape(op, "residual", residual, x.shape, "x's shape")
+        tensors["residual"] = residual
+    require_one_device(op, **tensors)
+
+
+def _check_forward(op, x, weight, residual=None):
+    """What a kernel needs that is given pointers."""
+    _check_values(op, x, weight, residual, FLOATS)
+    require_contiguous(op, "x", x)
+    require_contiguous(op, "weight", weight)
+    if residual is not None:
         require_contiguous(op, "residual", residual)
-        require_one_device(op, x=x, weight=weight, residual=residual)
-    else:
-        require_one_device(op, x=x, weight=weight)
 
 
 def _check_backward(op, grad_y, h, weight, rstd, grad_h=None):

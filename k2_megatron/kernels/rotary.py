@@ -25,6 +25,7 @@ import torch
 from k2_megatron.kernels import peers
 from k2_megatron.kernels.checks import (
     FLOATS,
+    REFERENCE_FLOATS,
     require,
     require_backend,
     require_backend_device,
@@ -33,6 +34,7 @@ from k2_megatron.kernels.checks import (
     require_one_device,
     require_own_elements,
     require_shape,
+    require_tensors,
 )
 from k2_megatron.kernels.library import DTYPE_CODES, pointer, register, run
 
@@ -44,8 +46,8 @@ def rotary_tables(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin [sequence_length, rotary_dim / 2] fp32. Angles are formed in fp64: at position 8192 fp32 is off
     by 5e-4."""
-    require(rotary_dim > 0 and rotary_dim % 2 == 0, OP, f"rotary_dim is {rotary_dim}; it must be even and positive")
-    require(sequence_length >= 0, OP, f"sequence_length is {sequence_length}; it cannot be negative")
+    require(rotary_dim > 0 and rotary_dim % 2 == 0, OP, "rotary_dim is {}; it must be even and positive", rotary_dim)
+    require(sequence_length >= 0, OP, "sequence_length is {}; it cannot be negative", sequence_length)
     frequencies = base ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=device) / rotary_dim)
     angles = torch.outer(torch.arange(sequence_length, dtype=torch.float64, device=device), frequencies)
     return angles.cos().float(), angles.sin().float()
@@ -64,7 +66,9 @@ def rotary(
     """(q, k) rotated, of their shapes and dtype; see above for when this is in place. Token s has position s, or
     positions [S, B] int32; a position outside the table is a ValueError on a CPU and gives NaN on a GPU."""
     require_backend(OP, backend, "transformer_engine")
+    require_tensors(OP, q=q, k=k, cos=cos, sin=sin, **({} if positions is None else {"positions": positions}))
     if backend == "torch":
+        _check_values(q, k, cos, sin, positions, REFERENCE_FLOATS)
         _check_positions(positions, cos.shape[0])
         return rotary_reference(q, k, cos, sin, positions, interleaved)
     _check(q, k, cos, sin, positions)
@@ -99,32 +103,44 @@ def _rotate_reference(x, cos, sin, interleaved):
     return torch.cat([pair.to(x.dtype), rest], dim=-1) if rest.shape[-1] else pair.to(x.dtype)
 
 
-def _check(q, k, cos, sin, positions):
+def _check_values(q, k, cos, sin, positions, floats):
+    """What every backend needs, the torch reference too."""
     for name, x in (("q", q), ("k", k)):
-        require(x.dim() == 4, OP, f"{name} has shape {tuple(x.shape)}; it needs [S, B, N, D]")
-        require_dtype(OP, name, x, FLOATS if name == "q" else (q.dtype,))
-        require(x.stride(3) == 1 or x.shape[3] <= 1, OP, f"{name} has strides {tuple(x.stride())}; the last must be 1")
+        require(x.dim() == 4, OP, "{} has shape {}; it needs [S, B, N, D]", name, tuple(x.shape))
+        require_dtype(OP, name, x, floats if name == "q" else (q.dtype,))
     sequence, batch, _, dim = q.shape
     require_shape(OP, "k", k, (sequence, batch, k.shape[2], dim), "[S, B, Nk, D] with q's S, B and D")
-    require_dtype(OP, "cos", cos, (torch.float32,))
-    require_dtype(OP, "sin", sin, (torch.float32,))
-    require(cos.dim() == 2, OP, f"cos has shape {tuple(cos.shape)}; it needs [rows, R/2]")
+    tables = (torch.float32, torch.float64) if torch.float64 in floats else (torch.float32,)
+    require_dtype(OP, "cos", cos, tables)
+    require_dtype(OP, "sin", sin, tables)
+    require(cos.dim() == 2, OP, "cos has shape {}; it needs [rows, R/2]", tuple(cos.shape))
     require_shape(OP, "sin", sin, cos.shape, "cos' shape")
     rows, half = cos.shape
-    require(
-        0 < 2 * half <= dim, OP, f"cos has {half} columns: R = {2 * half} of D = {dim} elements rotated; 0 < R <= D"
-    )
-    require_contiguous(OP, "cos", cos)
-    require_contiguous(OP, "sin", sin)
+    fits = 0 < 2 * half <= dim
+    require(fits, OP, "cos has {} columns: R = {} of D = {} elements rotated; 0 < R <= D", half, 2 * half, dim)
     tensors = {"q": q, "k": k, "cos": cos, "sin": sin}
     if positions is None:
-        require(rows >= sequence, OP, f"cos has {rows} rows for a sequence of {sequence}; build longer tables")
+        require(rows >= sequence, OP, "cos has {} rows for a sequence of {}; build longer tables", rows, sequence)
     else:
         require_dtype(OP, "positions", positions, (torch.int32,))
         require_shape(OP, "positions", positions, (sequence, batch), "[S, B]")
-        require_contiguous(OP, "positions", positions)
         tensors["positions"] = positions
     require_one_device(OP, **tensors)
+
+
+def _check(q, k, cos, sin, positions):
+    """What a kernel needs that is given pointers."""
+    _check_values(q, k, cos, sin, positions, FLOATS)
+    require_dense_heads("q", q)
+    require_dense_heads("k", k)
+    for name, table in (("cos", cos), ("sin", sin), ("positions", positions)):
+        if table is not None:
+            require_contiguous(OP, name, table)
+
+
+def require_dense_heads(name, x):
+    dense = x.shape[3] <= 1 or x.stride(3) == 1
+    require(dense, OP, "{} has strides {}; the last must be 1", name, tuple(x.stride()))
 
 
 def _check_positions(positions, rows):
@@ -132,7 +148,8 @@ def _check_positions(positions, rows):
     if positions is None or positions.device.type != "cpu" or positions.numel() == 0 or torch.compiler.is_compiling():
         return
     low, high = (int(value) for value in positions.aminmax())
-    require(low >= 0 and high < rows, OP, f"positions run from {low} to {high}; the tables hold 0 to {rows - 1}")
+    within = low >= 0 and high < rows
+    require(within, OP, "positions run from {} to {}; the tables hold 0 to {}", low, high, rows - 1)
 
 
 def check_computed(**tensors):
@@ -188,8 +205,7 @@ def _check_targets(q, k, to_q, to_k):
     for name, target, source in (("to_q", to_q, q), ("to_k", to_k, k)):
         require_dtype(OP, name, target, (source.dtype,))
         require_shape(OP, name, target, source.shape, f"{name[3:]}'s shape")
-        require(target.stride(3) == 1 or target.shape[3] <= 1, OP,
-                f"{name} has strides {tuple(target.stride())}; the last must be 1")  # fmt: skip
+        require_dense_heads(name, target)
     require_one_device(OP, q=q, to_q=to_q, to_k=to_k)
 
 
@@ -218,7 +234,8 @@ def _into_op(q, k, to_q, to_k, cos, sin, positions, interleaved, conjugate):
     _check_memory(to_q, to_k)
     for name, target in (("to_q", to_q), ("to_k", to_k)):
         for other, source in (("q", q), ("k", k)):
-            require(not _may_share(source, target), OP, f"{other} and {name} share memory; they must not overlap")
+            apart = not _may_share(source, target)
+            require(apart, OP, "{} and {} share memory; they must not overlap", other, name)
     _start(q, k, to_q, to_k, cos, sin, positions, interleaved, conjugate)
 
 

@@ -13,7 +13,13 @@ from __future__ import annotations
 
 import torch
 
-from k2_megatron.kernels.checks import require, require_backend, require_backend_device, require_contiguous
+from k2_megatron.kernels.checks import (
+    require,
+    require_backend,
+    require_backend_device,
+    require_contiguous,
+    require_tensors,
+)
 from k2_megatron.kernels.library import refuse_second_derivative
 from k2_megatron.kernels.rotary import IN_PLACE, INTO, OP, check_computed, rotary, with_dense_heads
 
@@ -32,11 +38,12 @@ def rotary_packed(
 ) -> Triple:
     """(q, k, v), q and k rotated. ValueError where qkv is no whole number of heads, and for all that rotary refuses."""
     require_backend(OP, backend, "transformer_engine")
-    require(qkv.dim() == 4, OP, f"qkv has shape {tuple(qkv.shape)}; it needs [S, B, G, (n + 2) * D]")
-    heads, rest = divmod(qkv.shape[3], head_dim)
-    require(
-        rest == 0 and heads >= 3, OP, f"qkv has {qkv.shape[3]} columns a group; needed: (n + 2) * {head_dim}, n >= 1"
-    )
+    require_tensors(OP, qkv=qkv)
+    require(qkv.dim() == 4, OP, "qkv has shape {}; it needs [S, B, G, (n + 2) * D]", tuple(qkv.shape))
+    require(head_dim > 0, OP, "head_dim is {}; it must be positive", head_dim)
+    columns = qkv.shape[3]
+    whole = columns % head_dim == 0 and columns >= 3 * head_dim
+    require(whole, OP, "qkv has {} columns a group; needed: (n + 2) * {}, n >= 1", columns, head_dim)
     if backend not in ("cpu", "cuda") or torch.compiler.is_compiling():
         q, k, v = _split(qkv, head_dim)
         return *rotary(q, k, cos, sin, positions=positions, interleaved=interleaved, backend=backend), v

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from k2_megatron.kernels.checks import (
     FLOATS,
+    REFERENCE_FLOATS,
     require,
     require_backend,
     require_backend_device,
@@ -21,6 +22,7 @@ from k2_megatron.kernels.checks import (
     require_dtype,
     require_one_device,
     require_shape,
+    require_tensors,
 )
 from k2_megatron.kernels.library import DTYPE_CODES, call_in_function, pointer, refuse_second_derivative, register, run
 
@@ -28,7 +30,9 @@ from k2_megatron.kernels.library import DTYPE_CODES, call_in_function, pointer, 
 def swiglu(packed: torch.Tensor, *, backend: str) -> torch.Tensor:
     """y [..., F] of packed [..., 2F] = [gate | up]. Raises ValueError for a tensor the backend cannot take."""
     require_backend("swiglu", backend)
+    require_tensors("swiglu", packed=packed)
     if backend == "torch":
+        _check_values(packed, REFERENCE_FLOATS)
         return swiglu_reference(packed)
     require_backend_device("swiglu", backend, packed)
     if torch.compiler.is_compiling():
@@ -41,13 +45,16 @@ def swiglu_reference(packed):
     return (F.silu(gate) * up).to(packed.dtype)
 
 
-def _check(packed):
+def _check_values(packed, floats):
     require(packed.dim() >= 1, "swiglu", "packed is a scalar; it needs shape [..., 2F]")
-    require_dtype("swiglu", "packed", packed, FLOATS)
+    require_dtype("swiglu", "packed", packed, floats)
     columns = packed.shape[-1]
-    require(
-        columns % 2 == 0 and columns > 0, "swiglu", f"packed has {columns} columns; [gate | up] needs an even number"
-    )
+    even = columns % 2 == 0 and columns > 0
+    require(even, "swiglu", "packed has {} columns; [gate | up] needs an even number", columns)
+
+
+def _check(packed):
+    _check_values(packed, FLOATS)
     require_contiguous("swiglu", "packed", packed)
 
 

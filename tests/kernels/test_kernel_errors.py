@@ -70,6 +70,9 @@ REFUSALS = [
     (lambda: norm(backend="fast"), r"rms_norm: no backend 'fast'; known: cuda, cpu, torch, apex, transformer_engine"),
     (lambda: norm(residual=X, backend="fast"), r"add_rms_norm: no backend 'fast'"),
     (lambda: norm(backend="apex"), r"rms_norm: apex.normalization.fused_layer_norm:fused_rms_norm_affine is not there"),
+    (lambda: norm(weight=None), r"rms_norm: weight is a NoneType; it must be a torch.Tensor"),
+    (lambda: norm(X.numpy()), r"rms_norm: x is a ndarray; it must be a torch.Tensor"),
+    (lambda: norm(X.to_sparse()), r"rms_norm: x has layout torch.sparse_coo; it must be dense"),
     (lambda: swiglu(X.int(), backend="cpu"), r"swiglu: packed is torch.int32; allowed"),
     (lambda: swiglu(torch.tensor(1.0), backend="cpu"), r"swiglu: packed is a scalar"),
     (
@@ -118,6 +121,7 @@ REFUSALS = [
         r"rotary: qkv has shape \(4, 2, 24\); it needs \[S, B, G, \(n \+ 2\) \* D\]",
     ),
     (lambda: packed(torch.zeros(4, 2, 3, 16)), r"rotary: qkv has 16 columns a group; needed: \(n \+ 2\) \* 8, n >= 1"),
+    (lambda: rotary_packed(torch.zeros(4, 2, 3, 24), COS, SIN, 0, backend="cpu"), r"rotary: head_dim is 0; it must be"),
     (lambda: packed(torch.zeros(4, 2, 3, 48)[..., ::2]), r"rotary: qkv of shape \(4, 2, 3, 24\) has strides"),
     (lambda: packed(torch.zeros(4, 2, 3, 24).requires_grad_()), r"rotary: qkv is a leaf that requires a gradient"),
     (lambda: packed(torch.zeros(4, 2, 3, 24), backend="apex"), r"rotary: no backend 'apex'"),
@@ -181,10 +185,40 @@ REFUSALS = [
     (lambda: gradient_norm_squared([X, X.to("meta")], backend="cpu"), r"gradient_norm: gradients\[1\] is on meta"),
     (lambda: gradient_norm_squared([X.double()], backend="cpu"), r"gradient_norm: gradients is torch.float64; allowed"),
     (
+        lambda: clip_gradients_([X], 2.0, 1.0, backend="cpu"),
+        r"clip_gradients: norm is a float; it must be a torch.Tens",
+    ),
+    (lambda: clip_gradients_([X], torch.ones(4), 1.0, backend="cpu"), r"clip_gradients: norm has shape \(4,\)"),
+    (
         lambda: clip_gradients_([X], torch.tensor(1.0), 0.0, backend="cpu"),
         r"clip_gradients: maximum_norm is 0.0; it must",
     ),
 ]
+
+
+# What torch itself would take, and broadcast or cast without a word.
+REFUSALS_OF_THE_REFERENCES = [
+    (lambda: norm(X.int(), backend="torch"), r"rms_norm: x is torch.int32; allowed: .*torch.float64"),
+    (lambda: norm(weight=torch.ones(1), backend="torch"), r"rms_norm: weight has shape \(1,\); needed: \(6,\)"),
+    (lambda: norm(torch.tensor(1.0), backend="torch"), r"rms_norm: x is a scalar"),
+    (lambda: norm(residual=X[:1], backend="torch"), r"add_rms_norm: residual has shape \(1, 6\); needed: \(4, 6\)"),
+    (lambda: norm(weight=W.to("meta"), backend="torch"), r"rms_norm: weight is on meta, x on cpu"),
+    (lambda: swiglu(X.int(), backend="torch"), r"swiglu: packed is torch.int32; allowed"),
+    (lambda: swiglu(torch.zeros(2, 0), backend="torch"), r"swiglu: packed has 0 columns"),
+    (lambda: turn(cos=COS[:1], sin=SIN[:1], backend="torch"), r"rotary: cos has 1 rows for a sequence of 4"),
+    (lambda: turn(Q.int(), Q.int(), backend="torch"), r"rotary: q is torch.int32; allowed"),
+    (lambda: turn(k=torch.zeros(4, 2, 3, 10), backend="torch"), r"rotary: k has shape \(4, 2, 3, 10\); needed"),
+    (lambda: turn(positions=torch.zeros(4, 2), backend="torch"), r"rotary: positions is torch.float32; allowed"),
+    (lambda: loss(LOGITS.int(), backend="torch"), r"cross_entropy: logits is torch.int32; allowed"),
+    (lambda: loss(labels=LABELS.to("meta"), backend="torch"), r"cross_entropy: labels is on meta, logits on cpu"),
+    (lambda: gradient_norm_squared([X.int()], backend="torch"), r"gradient_norm: gradients is torch.int32; allowed"),
+    (lambda: clip_gradients_([X.int()], X[0, 0], 1.0, backend="torch"), r"clip_gradients: gradients is torch.int32"),
+    (
+        lambda: clip_gradients_([X, X], torch.tensor(1.0), 1.0, backend="torch"),
+        r"clip_gradients: gradients\[0\] and gradients\[1\] share memory",
+    ),
+]
+REFUSALS += REFUSALS_OF_THE_REFERENCES
 
 
 @pytest.mark.parametrize(("call", "message"), REFUSALS, ids=[message[:60] for _, message in REFUSALS])
@@ -233,6 +267,29 @@ def test_ops_called_past_the_public_functions_check_too():
         ops.scale_([X], X[0, :1])
     with pytest.raises(ValueError, match=r"clip_gradients: factor has 2 elements"):
         ops.scale_([X], torch.zeros(2))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize(
+    ("copy", "scale", "message"),
+    [
+        (torch.zeros(2, dtype=torch.bfloat16), None, r"adamw: model_copies\[0\] has shape \(2,\); needed: \(3,\)"),
+        (torch.zeros(3, dtype=torch.int32), None, r"adamw: model_copies\[0\] is torch.int32; allowed"),
+        (None, torch.ones(2), r"adamw: gradient_scale has 2 elements; it must have one"),
+        (None, torch.ones(1).double(), r"adamw: gradient_scale is torch.float64; allowed: torch.float32"),
+        (None, 2.0, r"adamw: gradient_scale is a float; it must be a torch.Tensor"),
+        ("the gradient", None, r"adamw: .* share memory, and the op writes in place"),
+    ],
+)
+def test_a_step_refuses(backend, copy, scale, message):
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    optimizer = AdamW([parameter], backend=backend)
+    if copy is not None:
+        optimizer.model_copies[parameter] = parameter.grad if isinstance(copy, str) else copy
+    with pytest.raises(ValueError, match=message):
+        optimizer.step(gradient_scale=scale)
+    assert torch.equal(parameter, torch.ones(3))
 
 
 def test_a_parameter_in_low_precision_is_refused_at_the_step():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_backends import COMPILED, on_cpu
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from k2_megatron.kernels import adamw, gradient_norm  # noqa: F401 (registers their ops)
@@ -88,8 +89,11 @@ class Block(torch.nn.Module):
     def forward(self, x, labels):
         return self.loss(self.body(x), labels)
 
+    def vocabulary_loss(self, hidden, labels):
+        return vocab_parallel_cross_entropy(self.head(hidden), labels, label_smoothing=0.1, backend=self.backend)
+
     def loss(self, hidden, labels):
-        whole = vocab_parallel_cross_entropy(self.head(hidden), labels, label_smoothing=0.1, backend=self.backend)
+        whole = self.vocabulary_loss(hidden, labels)
         flat = linear_cross_entropy(
             hidden.flatten(0, 1), self.head.weight, labels.flatten(), chunk_tokens=9, backend=self.backend
         )
@@ -128,6 +132,33 @@ def test_a_block_of_all_ops_equals_the_reference(block, batch):
 def test_compile_in_one_graph(block, batch):
     compiled = torch.compile(block, fullgraph=True)
     assert_all_close(block.losses_and_gradients(*batch, compiled), block.losses_and_gradients(*batch))
+
+
+@pytest.mark.parametrize("backend", [*COMPILED, "torch"])
+def test_compiled_graphs_serve_sequences_of_any_length(backend):
+    """Checks that put a size into a text made it a constant: a graph for each length, and after eight an error."""
+    block = Block(backend, "cpu" if backend == "torch" else backend)
+    device = block.norm.device
+    torch._dynamo.reset()  # what other tests compiled would count
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda x, labels: block.vocabulary_loss(block.body(x), labels), fullgraph=True, dynamic=True, backend=counter
+    )
+    for length in (3, 4, 5, 7, 8):
+        x, labels = torch.randn(length, 2, block.norm.numel(), device=device), torch.zeros(length, 2, device=device)
+        compiled(x, labels.long()).sum().backward()
+    assert counter.frame_count <= 2, f"{counter.frame_count} graphs for 5 lengths"
+
+
+@on_cpu
+def test_labels_out_of_range_are_refused_in_compiled_graphs_too():
+    def loss(logits, labels):
+        return vocab_parallel_cross_entropy(logits * 1, labels, backend="cpu")
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    compiled(torch.randn(3, 1, 7), torch.tensor([[1], [6], [-100]]))
+    with pytest.raises(ValueError, match=r"cross_entropy: labels\[1\] is 7; allowed: 0 to 6"):
+        compiled(torch.randn(3, 1, 7), torch.tensor([[1], [7], [-100]]))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
