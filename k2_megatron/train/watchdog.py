@@ -12,6 +12,7 @@ import contextlib
 import faulthandler
 import json
 import linecache
+import math
 import os
 import platform
 import sys
@@ -115,12 +116,12 @@ class Watchdog:
 
     def _watch(self) -> None:
         interval = min(1.0, self._settings.heartbeat_seconds, self._settings.minimum_seconds / 4)
-        next_heartbeat = 0.0
+        last_heartbeat = -math.inf
         while not self._stopped.wait(interval):
             progress, now = self._progress, time.monotonic()
-            if now >= next_heartbeat:
+            if now >= last_heartbeat + self._heartbeat_seconds(progress):
                 self._write_heartbeat(progress, now)
-                next_heartbeat = now + self._settings.heartbeat_seconds
+                last_heartbeat = now
             limit = progress.limit
             if now - progress.since > limit and progress is self._progress:
                 frame = sys._current_frames().get(self._main_thread or 0)
@@ -134,6 +135,10 @@ class Watchdog:
                     continue
                 os._exit(HUNG)  # the main thread waits inside a library and cannot be asked to leave
 
+    def _heartbeat_seconds(self, progress: Progress) -> float:
+        """Between two heartbeats: several within a limit, or a rank could not be told from one that is silent."""
+        return min(self._settings.heartbeat_seconds, progress.limit / 8)
+
     def _write_heartbeat(self, progress: Progress, now: float, place: Place | None = None) -> None:
         beat = {
             "rank": self._rank,
@@ -143,6 +148,7 @@ class Watchdog:
             "step": progress.step,
             "seconds_in_phase": round(now - progress.since, 3),
             "time": time.time(),
+            "every_seconds": round(self._heartbeat_seconds(progress), 3),
             **({"place": place.text, "waits": place.waits} if place else {}),
         }
         try:
@@ -169,7 +175,7 @@ class Watchdog:
         except OSError:
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
         beats = self._beats_of_all()
-        behind = ranks_behind(beats, self._world_size, self._settings.heartbeat_seconds, time.time())
+        behind = ranks_behind(beats, self._world_size, time.time())
         if self._rank == min([beat["rank"] for beat in beats if beat["rank"] not in behind] or [self._rank]):
             named = ", ".join(f"rank {rank} ({why})" for rank, why in behind.items()) or "none: all wait for each other"
             _say(
@@ -225,7 +231,7 @@ def last_collective(frame: FrameType | None) -> str | None:
         module = frame.f_globals.get("__name__", "")
         if module.startswith("torch.distributed.distributed_c10d") and frame.f_code.co_name != "wrapper":
             caller = frame.f_back
-            while caller is not None and caller.f_globals.get("__name__", "").startswith("torch."):
+            while caller is not None and caller.f_globals.get("__name__", "").startswith(("torch.", "contextlib")):
                 caller = caller.f_back
             where = f" at {caller.f_code.co_filename}:{caller.f_lineno}" if caller else ""
             found = f"{frame.f_code.co_name}{where}"
@@ -244,20 +250,25 @@ def read_heartbeats(folder: Path) -> list[dict]:
     return beats
 
 
-def ranks_behind(beats: Sequence[dict], world_size: int, heartbeat_seconds: float, now: float) -> dict[int, str]:
+def ranks_behind(beats: Sequence[dict], world_size: int, now: float) -> dict[int, str]:
     """{rank: why} of the ranks that others wait for: those that give no sign, those at an earlier step, and those that
     do not wait themselves while others do."""
     furthest = max((beat["step"] for beat in beats), default=0)
     behind = dict.fromkeys(set(range(world_size)) - {beat["rank"] for beat in beats}, "gave no sign since the start")
     for beat in beats:
-        silent = now - beat["time"]
-        if "place" not in beat and silent > 3 * heartbeat_seconds + GRACE_SECONDS:  # clocks of hosts may differ
-            behind[beat["rank"]] = f"silent for {silent:.0f} s on {beat['host']}, last in {beat['phase']}"
+        if "place" not in beat and now - beat["time"] > 3 * beat["every_seconds"] + GRACE_SECONDS:
+            behind[beat["rank"]] = _silence(beat, now)  # clocks of hosts may differ by less
         elif beat["step"] < furthest:
             behind[beat["rank"]] = f"at step {beat['step']} of {furthest}, in {beat['phase']}"
-    if not behind and any(beat.get("waits") for beat in beats):
-        behind = {beat["rank"]: beat["place"] for beat in beats if "waits" in beat and not beat["waits"]}
-    return behind
+    if behind or not any(beat.get("waits") for beat in beats):
+        return behind
+    at_work = {beat["rank"]: beat["place"] for beat in beats if "waits" in beat and not beat["waits"]}
+    # All that say where they are wait: for those that do not say it, stopped in a pause, where heartbeats are rarer
+    return at_work or {beat["rank"]: _silence(beat, now) for beat in beats if "place" not in beat}
+
+
+def _silence(beat: dict, now: float) -> str:
+    return f"silent for {now - beat['time']:.0f} s on {beat['host']}, last in {beat['phase']}"
 
 
 def _file_name(rank: int, suffix: str) -> str:

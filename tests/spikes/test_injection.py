@@ -7,25 +7,14 @@ from pathlib import Path
 
 import injected_faults
 import pytest
-from injected_faults import BAD_ROWS, BATCH
+from injected_faults import BAD_ROWS, BATCH, WATCHED
 from rank_processes import pretrain, results_of
 from run_results import events_of, steps_of
 
 STEPS, LEFT_AT = 150, 100
 FAULTY = range(111, 123)  # steps
 WITHIN_STEPS = 5
-SETTINGS = [
-    f"train.steps={STEPS}",
-    f"train.micro_batch={BATCH}",
-    "train.evaluate_every_steps=",
-    "train.evaluate_batches=",
-    "data.held_out=",
-    "optimizer.schedule=constant",
-    "optimizer.min_learning_rate=",
-    "optimizer.learning_rate=2e-3",
-    "spikes.window_steps=32",
-    "spikes.benign_steps=20",
-]
+SETTINGS = [*WATCHED, f"train.steps={STEPS}"]
 
 
 @pytest.fixture(scope="module")

@@ -136,7 +136,7 @@ def data_parallel_pauses() -> None:
 
 def pipeline_pauses() -> None:
     """Everyone pauses in every step, so that a busy machine does not decide; in the last, one stage pauses longer."""
-    pauses(dict.fromkeys(range(1, 7), (EVERYWHERE, (0, 1))), longer=(6, "forward", (1,)))
+    pauses(dict.fromkeys(range(1, 6), (EVERYWHERE, (0, 1))), longer=(5, "forward", (1,)))
 
 
 def tensor_parallel_pauses() -> None:
@@ -158,9 +158,9 @@ def tensor_parallel_pauses() -> None:
             {2: (1, "forward"), 4: (0, "backward"), 6: (1, "optimizer"), 8: None},
         ),
         (
-            {"parallel.pipeline": 2, "train.steps": 6, "log.phases_every_steps": 1},
+            {"parallel.pipeline": 2, "train.steps": 5, "log.phases_every_steps": 1},
             pipeline_pauses,
-            {**dict.fromkeys(range(1, 6)), 6: (1, "forward")},
+            {**dict.fromkeys(range(1, 5)), 5: (1, "forward")},
         ),
     ],
     ids=["data", "tensor", "pipeline"],
