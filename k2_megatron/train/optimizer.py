@@ -105,20 +105,22 @@ def gradient_squares(optimizer: MegatronOptimizer, layers: int, device: torch.de
     with the final norm; the same on every rank. Their sum is the square of the global norm. What is not finite is inf.
 
     One kernel for all tensors of a layer, of AdamW's backend (Apex has none that adds up in a fixed order: torch's
-    then). Replicas count once: megatron-core says which gradients take part, and over which ranks they are summed.
-    Without the distributed optimizer each replica has sums of its own: equal, unless a machine erred, and then the
-    largest holds for all, so that every rank decides the same of the step.
+    then). Replicas count once: megatron-core says which gradients take part, and over which ranks they are summed; of
+    the others, which tensor ranks hold alike, it is seen that they are finite. Without the distributed optimizer each
+    replica has sums of its own: equal, unless a machine erred, and then the largest holds for all, so that every rank
+    decides the same of the step.
     """
     optimizer.prepare_grads()
     squares = torch.zeros(layers + 2, dtype=torch.float64, device=device)
     for part in optimizer.chained_optimizers:
-        places = {id(main.grad): main.place for main in part.get_parameters()}
-        gradients: dict[int, list[torch.Tensor]] = {}
-        for gradient in part.get_main_grads_for_grad_norm():
-            gradients.setdefault(places[id(gradient)], []).append(gradient)
-        for place, tensors in gradients.items():
-            backend = part.optimizer.backend
-            squares[place] += gradient_norm_squared(tensors, backend="torch" if backend == "apex" else backend)
+        counted = {id(gradient) for gradient in part.get_main_grads_for_grad_norm()}
+        gradients: dict[tuple[int, int], list[torch.Tensor]] = {}
+        for main in part.get_parameters():
+            if main.grad is not None:
+                gradients.setdefault((main.place, id(main.grad) in counted), []).append(main.grad)
+        backend = "torch" if part.optimizer.backend == "apex" else part.optimizer.backend
+        for (place, factor), tensors in gradients.items():  # 0 times what is not finite is NaN
+            squares[place] += factor * gradient_norm_squared(tensors, backend=backend)
     summed_over = optimizer.get_grad_stats_parallel_group()
     distributed.all_reduce(squares, group=summed_over)
     squares.nan_to_num_(nan=math.inf, posinf=math.inf)  # gloo's and NCCL's maximum pass a NaN over

@@ -205,17 +205,20 @@ def main() -> int:
     total = {fault.name: Row(fault.name) for fault in (*KILLS, *aimed, *OTHERS)}
     world_sizes = [load_config(config, layout).world_size for layout in LAYOUTS]
     hands = deal_kills(arguments.kills, world_sizes, random.Random(arguments.seed))
-    for number in arguments.layouts:
-        layout, chance = LAYOUTS[number], random.Random(f"{arguments.seed} {number}")
-        kills, others = share(arguments.kills, number), share(arguments.others, number)
-        made = in_turn([fault for fault in OTHERS if fault.fits(layout)], chance)
-        faults = hands[number] + [next(made) for _ in range(others)]
-        rows = drill(config, arguments.folder / f"layout_{number}", faults, arguments.seed + number, layout)
-        for name, row in rows.items():
-            total[name].add(row)
-        lost = "; ".join(item for row in rows.values() for item in row.lost) or "nothing"
-        print(f"{' '.join(layout)}: {kills} kills and {others} other faults done, lost: {lost}", flush=True)
-    print(table([row for row in total.values() if row.tried]))
+    try:
+        for number in arguments.layouts:
+            layout, chance = LAYOUTS[number], random.Random(f"{arguments.seed} {number}")
+            made = in_turn([fault for fault in OTHERS if fault.fits(layout)], chance)
+            others = [next(made) for _ in range(share(arguments.others, number))]
+            folder = arguments.folder / f"layout_{number}"
+            rows = drill(config, folder, hands[number] + others, arguments.seed + number, layout)
+            for name, row in rows.items():
+                total[name].add(row)
+            lost = "; ".join(item for row in rows.values() for item in row.lost) or "nothing"
+            made_here = f"{len(hands[number])} kills and {len(others)} other faults"
+            print(f"{' '.join(layout)}: {made_here} done, lost: {lost}", flush=True)
+    finally:  # also of a drill that is cut short
+        print(table([row for row in total.values() if row.tried]), flush=True)
     return 0 if all(row.survived == row.tried and not row.lost for row in total.values()) else 1
 
 

@@ -1,10 +1,13 @@
 """A gradient that is not finite on one rank changes nothing on any."""
 
 import math
+import os
+from functools import partial
 from pathlib import Path
 
 import pytest
-from rank_processes import results_of, run_ranks
+from rank_processes import pretrain, results_of, run_ranks
+from run_results import events_of, steps_of
 from small_run import overrides
 
 import k2_megatron.train.step as step_module
@@ -84,3 +87,44 @@ def test_gradient_that_goes_bad_in_one_replica_alone_is_judged_alike_by_all(smal
     assert [result.grad_norm for result in first] == [result.grad_norm for result in second]
     assert first[1].updated == math.isfinite(value)
     assert first[1].grad_norm > 1e9
+
+
+def _spoil(calls_spoiled: tuple[int, ...]) -> None:
+    """A gradient of rank 3 is infinite in these steps, before any sum over ranks."""
+    finalize, calls = step_module.finalize_model_grads, []
+
+    def spoiled(model, *arguments, **keywords):
+        calls.append(1)
+        if len(calls) in calls_spoiled and os.environ["RANK"] == "3":
+            next(model[0].parameters()).main_grad.view(-1)[3] = math.inf
+        finalize(model, *arguments, **keywords)
+
+    step_module.finalize_model_grads = spoiled
+
+
+@pytest.mark.parametrize(
+    ("layout", "named"),
+    [
+        (["parallel.tensor=2", "parallel.pipeline=2"], "rank 3 (tensor 1, pipeline 1, context 0, data 0)"),
+        (
+            ["parallel.tensor=2", "parallel.data=2", "parallel.distributed_optimizer=true"],
+            "rank 3 (tensor 1, pipeline 0, context 0, data 1)",
+        ),
+    ],
+    ids=["tp2-pp2", "tp2-dp2-sharded"],
+)
+def test_policy_of_skipping_one_and_then_stopping_on_four_ranks(small_config, tmp_path, layout, named):
+    """Step 2 is passed over; of steps 4 and 5 the second is one too many."""
+    folder = tmp_path / "run"
+    policy = ["spikes.not_finite_steps=1", "spikes.not_finite_reruns=0", "train.steps=6", "checkpoint.every_steps=3"]
+    settings = [*layout, *policy, "train.evaluate_every_steps=6", f"run.folder={folder}"]
+    outcomes = pretrain(4, small_config, settings, tmp_path / "output", partial(_spoil, (2, 4, 5)))
+    assert [outcome.exit_code for outcome in outcomes] == [5] * 4, outcomes[3].stderr
+    incidents = events_of(folder, "incident")
+    assert [incident["step"] for incident in incidents] == [2, 4, 5]
+    assert [incident["samples"] for incident in incidents] == [[8, 16], [24, 32], [32, 40]]
+    for incident in incidents:
+        assert named in incident["ranks"], incident["ranks"]
+        assert all(rank.startswith(("rank 1 ", "rank 3 ")) for rank in incident["ranks"]), incident["ranks"]
+    assert list(steps_of(folder)) == [1, 3]
+    assert "The last save was step 3" in "".join(outcome.stderr for outcome in outcomes)
