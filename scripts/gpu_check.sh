@@ -57,7 +57,13 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}:$work/packages
 
 K2_BUILD_CUDA=1 part build 110 "$python" setup.py build_ext --inplace
 # Only the kernels' folder has tests for a GPU; the fixtures above it need packages that the machine may not have.
-part tests 180 "$python" -m pytest -m gpu -p no:cacheprovider --confcutdir tests/kernels tests/kernels
+part tests 180 "$python" -m pytest -rs -m gpu -p no:cacheprovider --confcutdir tests/kernels tests/kernels
+# Where the extension or the GPU cannot be used every test is skipped, and pytest ends with 0.
+tail -n 1 "$results/tests.log" >>"$summary"
+if ! grep -q '[0-9] passed' "$results/tests.log"; then
+  echo "tests        none ran: see tests.log" | tee -a "$summary"
+  failed=$((failed + 1))
+fi
 # All of K2's shapes; then fewer beside torch.compile, each of whose graphs takes seconds to compile.
 part kernels 50 "$python" -m benchmarks.kernels --no-compile --results "$results"
 part compiled 70 "$python" -m benchmarks.kernels --quick --results "$results/beside_torch_compile"
