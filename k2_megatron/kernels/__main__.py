@@ -24,7 +24,8 @@ def main() -> None:
     for backend in ("cpu", "cuda"):
         module, reason = extension(backend)
         details = f" ({module.instruction_set})" if module and backend == "cpu" else ""
-        console.print(f"k2_megatron._{backend}: {'built' + details if module else reason}", highlight=False)
+        state = f"k2_megatron._{backend}: built{details}" if module else reason
+        console.print(state, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,112 @@
+"""What `python -m benchmarks.kernels` measures: no candidate finds its inputs in the cache, and packages are called as
+they are meant to be (modules of the same signatures stand in: liger-kernel 0.6's transformers/functional.py, quack's
+rmsnorm.py)."""
+
+from __future__ import annotations
+
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import kernel_workloads, kernels
+from benchmarks.kernel_workloads import EPSILON, HIDDEN, Workload, rms_norm_workload, swiglu_workload
+from k2_megatron.kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    """liger_kernel and quack, as they call their functions and name their arguments."""
+
+    def liger_rms_norm(X, W, eps, offset=0.0, casting_mode="llama", in_place=True):
+        assert not in_place, "it would overwrite the gradient that every candidate is given"
+        return rms_norm_reference(X, W, eps)
+
+    def liger_fused_add_rms_norm(X, R, W, eps, offset=0.0, casting_mode="llama", in_place=True):
+        assert not in_place
+        return add_rms_norm_reference(X, R, W, eps)
+
+    def quack_rmsnorm(
+        x, weight=None, bias=None, residual=None, out_dtype=None, residual_dtype=None, eps=1e-6, prenorm=False
+    ):
+        assert prenorm == (residual is not None)
+        return add_rms_norm_reference(x, residual, weight, eps) if prenorm else rms_norm_reference(x, weight, eps)
+
+    def install(name, **functions):
+        module = ModuleType(name)
+        module.__spec__, module.__path__ = ModuleSpec(name, None), []
+        vars(module).update(functions)
+        monkeypatch.setitem(sys.modules, name, module)
+
+    for name in ("liger_kernel", "liger_kernel.transformers", "quack"):
+        install(name)
+    install(
+        "liger_kernel.transformers.functional",
+        liger_rms_norm=liger_rms_norm,
+        liger_fused_add_rms_norm=liger_fused_add_rms_norm,
+        liger_swiglu=lambda a, b: F.silu(a) * b,
+    )
+    install("quack.rmsnorm", rmsnorm=quack_rmsnorm)
+
+
+@pytest.mark.parametrize(
+    ("workload", "inputs", "names"),
+    [
+        (lambda: rms_norm_workload(3, torch.float32, "cuda", add=False), [(3, HIDDEN), (HIDDEN,)], {"liger", "quack"}),
+        (
+            lambda: rms_norm_workload(3, torch.float32, "cuda", add=True),
+            [(3, HIDDEN), (3, HIDDEN), (HIDDEN,)],
+            {"liger", "quack"},
+        ),
+        (lambda: swiglu_workload(3, 8, torch.float32, "cuda"), [(3, 16)], {"liger"}),
+    ],
+)
+def test_packages_compute_what_eager_computes(packages, workload, inputs, names):
+    candidates = workload().candidates
+    assert names <= set(candidates)
+    tensors = [torch.randn(shape) for shape in inputs]
+    for name in names:
+        torch.testing.assert_close(candidates[name](*tensors), candidates["eager"](*tensors), rtol=1e-5, atol=1e-5)
+    assert EPSILON == 1e-5
+
+
+def test_on_a_cpu_packages_for_gpus_are_left_out(packages):
+    assert set(kernel_workloads.rms_norm_workload(3, torch.float32, "cpu", add=False).candidates) == {"ours", "eager"}
+
+
+def test_every_launch_has_inputs_of_its_own(monkeypatch):
+    """Of three candidates on the same inputs the second and the third would read what the first left in the cache."""
+    monkeypatch.setattr(kernels, "ROTATION_BYTES", {"cpu": 4 << 24})
+    monkeypatch.setattr(kernels, "COPY_BYTES", {"cpu": 64})
+    launches = []
+
+    def candidate(name):
+        def run(x):
+            launches.append((name, x.data_ptr()))
+            return x * 1
+
+        return run
+
+    names = ("ours", "eager", "liger")
+    workload = Workload(
+        "double", "4", torch.float32, 32, 0, lambda: (torch.ones(4),), lambda inputs: (),
+        {name: candidate(name) for name in names},
+    )  # fmt: skip
+    times = kernels.measure(workload, "cpu", 6, with_compile=False)
+    assert {name: len(values) for name, values in times["forward"].items()} == dict.fromkeys((*names, "copy"), 6)
+    sets = len({inputs for _, inputs in launches})
+    assert sets == 4
+    for start in range(len(launches) - sets + 1):
+        assert len({inputs for _, inputs in launches[start : start + sets]}) == sets
+    timed = [name for name, _ in launches[len(names) :]]
+    assert {timed[start] for start in range(0, len(timed), len(names))} == set(names), "the same one always begins"
+
+
+def test_results_are_held_until_as_many_others_have_followed():
+    rotation = kernels.Rotation([(1.0,), (2.0,), (3.0,)])
+    for _ in range(4):
+        rotation.launch(lambda value: (torch.full((1,), value), None))
+    assert [float(result) for (result,) in rotation.results] == [2, 3, 1]
