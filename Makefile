@@ -22,7 +22,7 @@ endif
 
 SOURCES := setup.py pyproject.toml constraints-cpu.txt $(wildcard csrc/*.* csrc/cpu/*)
 
-.PHONY: pretrain test check drill clean
+.PHONY: pretrain test check drill soak spikes clean
 
 pretrain: $(VENV)/installed $(DATA)/train
 	$(BIN)/python pretrain_k2.py examples/toy/toy.toml $(SETTINGS)
@@ -34,6 +34,14 @@ test: $(VENV)/installed-dev
 # Kill a small run fifty times, wound it thirty times in other ways; ends with a table of what was lost (nothing).
 drill: $(VENV)/installed-dev
 	$(BIN)/python tests/faults/drill.py --kills 50 --others 30 --folder runs/drill-$(shell date +%Y%m%d-%H%M%S)
+
+# 2,000 steps with a fault every twenty: goodput, and what was lost (nothing).
+soak: $(VENV)/installed-dev
+	$(BIN)/python tests/faults/soak.py --folder runs/soak-$(shell date +%Y%m%d-%H%M%S)
+
+# Faults that make the loss spike, and clean steps: delays, verdicts, what each policy does, false alarms (none).
+spikes: $(VENV)/installed-dev
+	$(BIN)/python tests/spikes/table.py --folder runs/spikes-$(shell date +%Y%m%d-%H%M%S)
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -1,0 +1,276 @@
+"""A long run under faults: one every twenty steps on average, started again each time, as a batch script would.
+
+    python tests/faults/soak.py --folder /tmp/soak                      `make soak`; 2,000 steps, some 15 minutes
+    python tests/faults/soak.py --folder /tmp/soak --steps 200 --step-seconds 0.1
+
+In:  how many steps, how far apart the faults are, a seed. A step is drawn out to `--step-seconds`, as one that a device
+computes while the processor waits: what starting again costs then weighs about what it weighs in a real run.
+Out: where the wall time went, goodput (the share that went into steps that were kept), each fault with how often, and
+what was lost against an uninterrupted run, to the bit: steps, weights, moments, generators, journal, ledger; and
+processes, shared memory and temporary files that were left behind. Exit code 0 when that is nothing.
+"""
+
+import argparse
+import contextlib
+import itertools
+import os
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+
+HERE = Path(__file__).resolve()
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2])]  # tests/ and the checkout, when started as a program
+
+import drill_faults  # noqa: E402
+import psutil  # noqa: E402
+from aimed_kills import PLACES, SAVE_PLACES  # noqa: E402
+from drill import LAYOUTS, compare, last_step  # noqa: E402
+from drill_faults import KILLS, OTHERS, Fault, Life, aimed_kill  # noqa: E402
+from run_results import events_of  # noqa: E402
+from small_run import write_small_config, write_text  # noqa: E402
+
+from k2_megatron.train.journal import read_events  # noqa: E402
+
+SHARED_MEMORY = Path("/dev/shm")
+RANKS, EVERY_STEPS = 2, 5  # between two saves
+NOT_FINITE_TWICE = "gradient not finite on one rank, twice"
+SETTINGS = [
+    *LAYOUTS[2],  # two replicas, a sharded optimizer, compared to the bit in every step
+    *("train.evaluate_every_steps=100", f"checkpoint.every_steps={EVERY_STEPS}", "checkpoint.keep_last=3"),
+    "checkpoint.retry_seconds=1.0",
+    *("log.layers_every_steps=10", "watchdog.minimum_seconds=5.0", "watchdog.pause_seconds=30.0"),
+]
+PASSING_SHARE = 0.25  # of the lives: a gradient is not finite once, which ends nothing
+LIFE_SECONDS, WHOLE_SECONDS = 300.0, 3600.0  # by then they must be over; some ten times what they take
+
+
+@dataclass
+class Soak:
+    """What came of it: faults by name, complaints about how ranks ended, the wall time."""
+
+    faults: Counter = field(default_factory=Counter)
+    complaints: list[str] = field(default_factory=list)
+    wall_seconds: float = 0.0
+
+
+def in_rank(step_seconds: float, scratch: Path, not_finite_call: int | None, arm: Callable[[], None] | None) -> None:
+    """Before a rank trains: its steps last so long, its temporary files lie in `scratch`, its faults are set."""
+    import tempfile
+
+    import pretrain_k2
+
+    tempfile.tempdir = str(scratch)
+    train_step = pretrain_k2.train_step
+
+    def drawn_out(*arguments):
+        began = time.monotonic()
+        result = train_step(*arguments)
+        time.sleep(max(0.0, began + step_seconds - time.monotonic()))
+        return result
+
+    pretrain_k2.train_step = drawn_out
+    if not_finite_call is not None:
+        _not_finite_once(not_finite_call)
+    if arm is not None:
+        arm()
+
+
+def _not_finite_once(call: int) -> None:
+    """One gradient of rank 0, before the sum over replicas."""
+    import k2_megatron.train.step as step
+
+    finalize, calls = step.finalize_model_grads, []
+
+    def spoiled(model, *arguments, **keywords):
+        calls.append(1)
+        if len(calls) == call and os.environ["RANK"] == "0":
+            next(model[0].parameters()).main_grad.view(-1)[3] = float("nan")
+        finalize(model, *arguments, **keywords)
+
+    step.finalize_model_grads = spoiled
+
+
+def _disk_full(save: int, _rank: str) -> None:
+    """From this save on nothing fits."""
+    import errno
+
+    from k2_megatron.train.checkpoint_save import _Plan
+
+    write, saves = _Plan.write, []
+
+    def on_full_disk(self, *arguments, **keywords):
+        saves.append(1)
+        if len(saves) >= save:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, *arguments, **keywords)
+
+    _Plan.write = on_full_disk
+
+
+# {name: (what is armed, the code that the ranks end with, whether it counts saves)}
+ARMED = {
+    NOT_FINITE_TWICE: (drill_faults._gradient_not_finite, 5, False),
+    "bit flipped in one replica": (drill_faults._flip_a_bit, 3, False),
+    "disk full": (_disk_full, 2, True),
+}
+
+
+def fault_at(kind: str | tuple[str, bool, int] | Fault, reach: int, chance: random.Random) -> Fault:
+    """The fault of a kind, some `reach` steps into the life of a run."""
+    save = -(-reach // EVERY_STEPS)
+    if isinstance(kind, Fault):
+        return kind
+    if isinstance(kind, tuple):
+        return aimed_kill(*kind, save if kind[0] in SAVE_PLACES else reach)
+    what, code, counts_saves = ARMED[kind]
+    call = partial(what, save if counts_saves else reach, str(chance.randrange(RANKS)))
+    return Fault(kind, partial(drill_faults._ends_by_itself, code), lambda _chance, _output: call)
+
+
+def kinds() -> list[str | tuple[str, bool, int] | Fault]:
+    """Rows 1 to 13 of the fault matrix, as far as they end a run."""
+    aimed = [(place, background, rank) for place, background in PLACES for rank in range(RANKS)]
+    return [*KILLS, *KILLS, *(fault for fault in OTHERS if fault.arm is None), *ARMED, *aimed]
+
+
+class Told:
+    """Counts the journal's events of a kind as it grows."""
+
+    def __init__(self, journal: Path, kind: str) -> None:
+        self._journal, self._mark, self._offset, self.count = journal, f'"event": "{kind}"'.encode(), 0, 0
+
+    def now(self) -> int:
+        if self._journal.exists():
+            with self._journal.open("rb") as file:
+                file.seek(self._offset)
+                text = file.read()
+            whole = text[: text.rfind(b"\n") + 1]
+            self._offset += len(whole)
+            self.count += whole.count(self._mark)
+        return self.count
+
+
+def soak(config: Path, folder: Path, steps: int, apart: float, step_seconds: float, seed: int) -> Soak:
+    """Train `steps` steps in `folder`/run under faults `apart` steps apart; start again until the run is finished."""
+    run, scratch, found = folder / "run", folder / "scratch", Soak()
+    scratch.mkdir()
+    chance, began, deck = random.Random(seed), time.monotonic(), []
+    told = Told(run / "journal.jsonl", "step")
+    for number in itertools.count():
+        deck = deck or chance.sample(kinds(), len(kinds()))
+        reach = min(1 + int(chance.expovariate(1 / apart)), 5 * int(apart))
+        fault = fault_at(deck.pop(), reach, chance)
+        background = number % 2 == 1 if fault.background is None else fault.background
+        output, known = folder / "lives" / f"{number}", told.now()
+        passing = chance.randrange(1, int(apart)) if not fault.arm and chance.random() < PASSING_SHARE else None
+        arm = partial(in_rank, step_seconds, scratch, passing, fault.arm(chance, output) if fault.arm else None)
+        settings = [*SETTINGS, f"train.steps={steps}", f"run.folder={run}"]
+        life = Life(config, [*settings, f"checkpoint.asynchronous={str(background).lower()}"], RANKS, output, arm)
+        # What is armed strikes by itself, and may come too late for this run.
+        struck = (lambda: False) if fault.arm else (lambda known=known, reach=reach: told.now() >= known + reach)
+        life.wait(struck, LIFE_SECONDS)
+        if life.ended and set(life.codes) == {0}:
+            break
+        time.sleep(0.0 if fault.arm else chance.uniform(0.0, step_seconds))
+        complaint = fault.strike(life, run, chance)
+        if set(life.codes) == {0} and last_step(run) == steps:
+            break
+        found.faults[fault.name] += 1
+        found.complaints += [f"{fault.name}: {complaint} (life {number})"] if complaint else []
+        if number % 10 == 9:
+            print(f"{number + 1} faults, step {last_step(run)}, {time.monotonic() - began:.0f} s", flush=True)
+    found.wall_seconds = time.monotonic() - began
+    again = sum(event.get("made_again", False) for event in events_of(run, "incident"))
+    found.faults["gradient not finite on one rank, once"] = again - found.faults[NOT_FINITE_TWICE]
+    return found
+
+
+def where_time_went(found: Soak, run: Path) -> list[str]:
+    """The wall time in parts, and goodput."""
+    kept: dict[int, float] = {}
+    repeated = down = 0.0
+    tellings, last_told, new_life = 0, None, False
+    for event in read_events(run / "journal.jsonl"):
+        if event["event"] == "start":
+            new_life = True
+        elif event["event"] == "step":
+            at, seconds = datetime.fromisoformat(event["time"]).timestamp(), event["step_seconds"]
+            if new_life and last_told is not None:
+                down += at - seconds - last_told
+            tellings, last_told, new_life = tellings + 1, at, False
+            repeated += kept.pop(event["step"], 0.0)
+            kept[event["step"]] = seconds
+    useful, wall = sum(kept.values()), found.wall_seconds
+    parts = {
+        "steps that were kept": useful,
+        "steps that were repeated": repeated,
+        "from the last step before a fault to the next": down,
+        "saving, evaluating, first start": wall - useful - repeated - down,
+    }
+    lines = [f"{what:46} {seconds:8.1f} s  {100 * seconds / wall:5.1f} %" for what, seconds in parts.items()]
+    lines += [f"{'wall time':46} {wall:8.1f} s", f"{tellings - len(kept)} steps repeated, {len(kept)} kept"]
+    return [
+        *lines,
+        f"goodput {100 * useful / wall:.1f} %; less repeated steps {100 * useful / (wall - repeated):.1f} %",
+    ]
+
+
+def left_behind(folder: Path, shared_memory: set[str]) -> list[str]:
+    """Processes of ranks, temporary files, and shared memory that no living process of the machine holds."""
+    ranks = [
+        f"process {process.pid}"
+        for server in psutil.Process().children()
+        for process in server.children(recursive=True)
+        if process.status() != psutil.STATUS_ZOMBIE
+    ]
+    new = {path for path in SHARED_MEMORY.iterdir() if path.is_file() and path.name not in shared_memory}
+    memory = [str(path) for path in sorted(new) if new and str(path) not in _held()]
+    return ranks + memory + [str(path) for path in (folder / "scratch").rglob("*")]
+
+
+def _held() -> str:
+    """The names of all that living processes have open or mapped."""
+    held = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            held.append((process / "maps").read_text())
+            held += [os.readlink(link) for link in (process / "fd").iterdir()]
+    return "\n".join(held)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--apart", type=float, default=20.0, help="steps between two faults, on average")
+    parser.add_argument("--step-seconds", type=float, default=0.25, help="what a step lasts at least")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--folder", type=Path, required=True, help="an empty folder for the runs")
+    arguments = parser.parse_args()
+    folder = arguments.folder
+    folder.mkdir(parents=True)
+    write_text(folder, train_documents=120)
+    config = write_small_config(folder, folder)
+    whole = [*SETTINGS, f"train.steps={arguments.steps}", f"run.folder={folder / 'whole'}"]
+    shared_memory = {path.name for path in SHARED_MEMORY.iterdir()}
+    found = soak(config, folder, arguments.steps, arguments.apart, arguments.step_seconds, arguments.seed)
+    print("the same run without faults, to compare with", flush=True)
+    life = Life(config, whole, RANKS, folder / "whole_output")
+    life.wait(lambda: life.ended, WHOLE_SECONDS)
+    assert set(life.codes) == {0}, [rank.finish() for rank in life.ranks]
+    lost = compare(folder / "whole", folder / "run", arguments.steps) + left_behind(folder, shared_memory)
+    print(*(f"{count:5}  {name}" for name, count in sorted(found.faults.items()) if count), sep="\n")
+    print(f"{sum(found.faults.values()):5}  faults in {arguments.steps} steps")
+    print(f"ended otherwise than they should: {'; '.join(found.complaints) or 'none'}")
+    print(*where_time_went(found, folder / "run"), sep="\n")
+    print(f"lost: {'; '.join(lost) or 'nothing'}")
+    return 1 if lost or found.complaints else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
