@@ -6,7 +6,8 @@ from rank_processes import REPOSITORY
 
 
 def test_every_test_of_the_table_exists():
-    rows = [line for line in (REPOSITORY / "docs" / "faults.md").read_text().splitlines() if line.startswith("| ")]
+    page = (REPOSITORY / "docs" / "faults.md").read_text().split("\n## ")[0]  # after it: what watching costs
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
     assert len(rows) > 30
     for row in rows:
         named = re.findall(r"`(tests/\S+\.py)::(\w+)`", row)
