@@ -81,18 +81,6 @@ def assert_stopped_by(name: str, folder: Path) -> int:
     return stop["step"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
-def test_signal_finishes_the_step_saves_and_leaves(start, tmp_path, number):
-    folder, rank = tmp_path / "run", start({})
-    wait_for(folder, lambda told: has_trained(told, starts=1), rank)
-    os.kill(rank.process.pid, number)
-    outcome = rank.finish()
-    assert outcome.exit_code == 0, outcome.stderr
-    step = assert_stopped_by(number.name, folder)
-    assert f"stopped by {number.name} after step {step}; saved, start again to resume" in outcome.stdout
-    assert step == max(event["step"] for event in events(folder) if event["event"] == "step")
-
-
 def test_signal_to_one_rank_stops_all_after_the_same_step(small_config, tmp_path):
     """As Slurm does with --signal=USR1@60 when it reaches some tasks later than others."""
     folder = tmp_path / "run"

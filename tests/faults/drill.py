@@ -13,6 +13,7 @@ import argparse
 import itertools
 import random
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -198,6 +199,7 @@ def main() -> int:
     parser.add_argument("--layouts", type=int, nargs="*", default=range(len(LAYOUTS)), help="numbers; default all")
     parser.add_argument("--folder", type=Path, required=True, help="an empty folder for the runs")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # one that is ended prints what it did by then
     arguments.folder.mkdir(parents=True)
     write_text(arguments.folder)
     config = write_small_config(arguments.folder, arguments.folder)

@@ -11,6 +11,10 @@ import pytest
 from rank_processes import Rank, pretrain, results_of, run_pretrain
 from run_results import events_of, steps_of, stored_state
 
+from k2_megatron.train.checkpoint_files import complete_checkpoints
+from k2_megatron.train.checkpoint_manifest import read_manifest, verify_files
+from k2_megatron.train.journal import read_events
+
 STEPS = 9
 RANK, BAD = "rank 0 (tensor 0, pipeline 0, context 0, data 0)", "embedding.word_embeddings.weight"
 SETTINGS = [f"train.steps={STEPS}", "checkpoint.every_steps=3", "train.evaluate_every_steps=9"]
@@ -44,9 +48,14 @@ def test_signal_saves_and_the_resumed_run_is_the_same(small_config, tmp_path, wh
     os.kill(rank.process.pid, number)
     outcome = rank.finish()
     assert outcome.exit_code == 0, outcome.stderr
-    stop = events_of(folder, "stop")[0]
-    assert (stop["reason"], stop["saved_step"]) == (number.name, stop["step"])
-    assert stop["step"] < STEPS
+    step, checkpoint, stop = list(read_events(folder / "journal.jsonl"))[-3:]
+    assert [event["event"] for event in (step, checkpoint, stop)] == ["step", "checkpoint", "stop"]
+    assert step["step"] == checkpoint["step"] == stop["step"] == stop["saved_step"] < STEPS
+    assert stop["reason"] == number.name
+    said = f"stopped by {number.name} after step {stop['step']}; saved, start again to resume"
+    assert said in outcome.stdout
+    newest = complete_checkpoints(folder / "checkpoints")[0]
+    assert verify_files(newest, read_manifest(newest)) == []
     results_of(pretrain(1, small_config, settings(folder), tmp_path / "second"))
     assert_same(folder, whole)
 

@@ -6,6 +6,7 @@ import torch
 from rank_processes import pretrain
 from small_run import checkpoint_tensors, overrides
 
+from k2_megatron.data.ledger import Ledger
 from k2_megatron.train.checkpoint_manifest import read_manifest
 from k2_megatron.train.journal import read_events, read_steps
 
@@ -32,6 +33,11 @@ def told(run, first_step: int = 1) -> list[dict]:
 
 def events(run, kind: str) -> list[dict]:
     return [event for event in read_events(run / "journal.jsonl") if event["event"] == kind]
+
+
+def chains(run) -> list[tuple[int, str]]:
+    """(step, chain over all samples consumed) of every position in the ledger."""
+    return [(entry["step"], entry["chain"]) for entry in Ledger(run).positions]
 
 
 def unequal_tensors(expected_folder, found_folder) -> list[str]:
