@@ -226,7 +226,8 @@ class Spikes(Section):
     """watch: tell of it. skip, rollback: when it is malignant, go back to the checkpoint before it, and drop the
     samples that led into it (skip) or move them to the end of the data (rollback), by a line in the ledger."""
     scope: Literal["batches", "chunk"] | None = None
-    """What skip and rollback take out: the samples from that checkpoint to the spike, or a whole chunk of the plan."""
+    """What skip and rollback take out: the samples from that checkpoint to the spike, twice as many each further time
+    from the same checkpoint; or a whole chunk of the plan."""
     max_rollbacks: PositiveInt | None = None
     """How often the run may go back by itself; then it stops, for a person to look."""
     window_steps: Annotated[int, Field(ge=16)] = 128

@@ -69,6 +69,8 @@ def test_batches_are_taken_from_the_checkpoint_to_the_trip():
     decision = decide(config.spikes, MALIGNANT, [120], 0)
     fields = amendment(config, ChunkRows(Schedule([(0, 43200)])), None, decision, MALIGNANT)
     assert (fields["action"], fields["from_sample"], fields["samples"]) == ("skip", 480, (480, 616))
+    again = amendment(config, ChunkRows(Schedule([(0, 43200)])), None, decision, MALIGNANT, times_before=2)
+    assert again["samples"] == (480, 480 + 4 * 136), "a bad stretch that goes on is passed in few steps"
     with pytest.raises(ValueError, match=r"needs data\.train to be a plan"):
         amendment(
             config.model_copy(update={"spikes": ROLLBACK}), ChunkRows(Schedule([(0, 9)])), None, decision, MALIGNANT

@@ -53,9 +53,12 @@ def decide(settings: Spikes, finding: Finding, checkpoint_steps: Sequence[int], 
     return Decision("go back", f"{spike}; not over {finding.step - finding.onset} steps later", max(good))
 
 
-def amendment(config: Config, feed: Rows, rows_per_chunk: int | None, decision: Decision, finding: Finding) -> dict:
+def amendment(
+    config: Config, feed: Rows, rows_per_chunk: int | None, decision: Decision, finding: Finding, times_before: int = 0
+) -> dict:
     """What the ledger is told: from the checkpoint on, skip or defer the samples read up to the trip, or the chunk in
-    which the spike began. ValueError where there are no chunks."""
+    which the spike began. Each of the `times_before` that the run went back to this checkpoint doubles the samples: a
+    bad stretch of data is passed in few steps. ValueError where there are no chunks."""
     assert decision.checkpoint_step is not None and config.spikes.policy in ACTIONS, "only going back amends"
     first = config.consumed_samples_at(decision.checkpoint_step)
     fields = {
@@ -65,7 +68,8 @@ def amendment(config: Config, feed: Rows, rows_per_chunk: int | None, decision: 
         "reason": decision.reason,
     }
     if config.spikes.scope == "batches":
-        return {**fields, "samples": (first, config.consumed_samples_at(finding.trip))}
+        count = (config.consumed_samples_at(finding.trip) - first) * 2**times_before
+        return {**fields, "samples": (first, first + count)}
     if rows_per_chunk is None:
         raise ValueError(
             'spikes.scope = "chunk" needs data.train to be a plan, which has chunks; set spikes.scope = "batches"'

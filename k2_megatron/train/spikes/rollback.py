@@ -28,8 +28,7 @@ def decide_together(config: Config, finding: Finding, checkpoints: Path, data: R
     decisions: list[Decision | None] = [None]
     if distributed.get_rank() == 0:
         steps = [step_of(folder) for folder in complete_checkpoints(checkpoints)]
-        made = sum(entry["reason"].startswith(BY_ITSELF) for entry in data.ledger.amendments)
-        decisions = [decide(config.spikes, finding, steps, made)]
+        decisions = [decide(config.spikes, finding, steps, len(own_amendments(data)))]
     distributed.broadcast_object_list(decisions)
     decision = decisions[0]
     assert decision is not None, "rank 0 decides and every rank hears it"
@@ -44,21 +43,30 @@ def go_back(config: Config, finding: Finding, decision: Decision, checkpoints: P
     if decision.kind == "stop":
         raise StopRun(f"{decision.reason}. The dossier is in {checkpoints.parent / DOSSIERS}")
     try:
-        fields = fitting_amendment(config, finding, decision, data)
+        assert decision.checkpoint_step is not None, "going back needs a checkpoint"
+        first = config.consumed_samples_at(decision.checkpoint_step)
+        before = sum(entry["from_sample"] == first for entry in own_amendments(data))
+        fields = fitting_amendment(config, finding, decision, data, before)
     except ValueError as error:
         raise StopRun(f"{decision.reason}; going back is not possible: {error}") from None
     if distributed.get_rank() == 0:
-        assert decision.checkpoint_step is not None, "going back needs a checkpoint"
         set_back(checkpoints, decision.checkpoint_step)
         data.ledger.amend(**fields)
     distributed.barrier()
     return fields
 
 
-def fitting_amendment(config: Config, finding: Finding, decision: Decision, data: RunData) -> dict:
+def own_amendments(data: RunData) -> list[dict]:
+    """What the run has written into its ledger by itself."""
+    return [entry for entry in data.ledger.amendments if entry["reason"].startswith(BY_ITSELF)]
+
+
+def fitting_amendment(
+    config: Config, finding: Finding, decision: Decision, data: RunData, times_before: int = 0
+) -> dict:
     """The amendment of the configured policy. ValueError where the data has no chunks or no end to defer to, or where
     too few rows would be left."""
-    fields = amendment(config, data.train, data.train.order.rows_per_chunk, decision, finding)
+    fields = amendment(config, data.train, data.train.order.rows_per_chunk, decision, finding, times_before)
     after = data.train.after(fields)
     if after.total < data.train.row_range(0, config.total_samples)[1]:
         raise ValueError(
