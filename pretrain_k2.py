@@ -217,7 +217,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
         stop_when_different(result.difference, step, saved_step, journal)
         if result.updated:
             passed_over = 0
-            journal.write("step", **event)
+            journal.write("step", **event, ledger=data.ledger.mark())
             views.step(event)
         else:
             passed_over += 1
@@ -255,7 +255,9 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
                 manifest = load_checkpoint(newest, config, groups, chunks, optimizer, device.torch)
                 data.resume_at(manifest)
                 spikes.resume_at(manifest)
-                journal.write("rollback", from_step=step, step=manifest["step"], amendment=amended)
+                journal.write(
+                    "rollback", from_step=step, step=manifest["step"], amendment=amended, ledger=data.ledger.mark()
+                )
                 step = saved_step = kept_step = manifest["step"]
                 passed_over = manifest.get("passed_over", 0)  # one that an earlier version saved has none
                 continue

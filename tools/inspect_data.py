@@ -14,9 +14,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
-from k2_megatron.data.inspect import Run, document_lines, mix_lines, show_lines, step_lines, verify_lines
+from k2_megatron.data.inspect import Run, document_lines, mix_lines, show_lines, step_lines
 from k2_megatron.data.manifest import manifest_of_foreign_files, manifest_path
+from k2_megatron.data.verify import verify_lines
+from k2_megatron.train.journal import Journal
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -28,7 +31,11 @@ def parse_arguments() -> argparse.Namespace:
         added.add_argument("run", help="the run folder")
         return added
 
-    command("verify").add_argument("--quick", action="store_true", help="do not read the token files whole")
+    verify = command("verify")
+    verify.add_argument("--quick", action="store_true", help="do not read the token files whole")
+    verify.add_argument(
+        "--sources", type=Path, nargs="+", default=(), metavar="FOLDER", help="read the texts below these again, too"
+    )
     step = command("step")
     step.add_argument("number", type=int)
     step.add_argument("--characters", type=int, default=100, help="of the text of each document (100)")
@@ -59,7 +66,7 @@ def answer(options: argparse.Namespace) -> Iterator[str]:
         return
     run = Run(options.run)
     if options.command == "verify":
-        yield from verify_lines(run, contents=not options.quick)
+        yield from verify_lines(run, contents=not options.quick, sources=options.sources)
     elif options.command == "step":
         yield from step_lines(run, options.number, options.characters)
     elif options.command == "document":
@@ -73,7 +80,7 @@ def answer(options: argparse.Namespace) -> Iterator[str]:
 
 
 def amend_order(run: Run, options: argparse.Namespace) -> str:
-    """Append an amendment that fits the run's schedule."""
+    """Append an amendment that fits the run's schedule; the journal vouches for the line."""
     run.ledger.attach(run.feed)
     run.ledger.amend(
         options.action,
@@ -83,6 +90,9 @@ def amend_order(run: Run, options: argparse.Namespace) -> str:
         chunk=options.chunk,
         samples=tuple(options.samples) if options.samples else None,
     )
+    journal = Journal(run.folder, writer=True)
+    journal.write("amendment", reason=options.reason, ledger=run.ledger.mark())
+    journal.close()
     return f"{run.ledger.path}: {options.action} holds from sample {options.from_sample}; it goes for runs started now"
 
 

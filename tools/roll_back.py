@@ -79,7 +79,8 @@ def roll_back(options: argparse.Namespace) -> str:
             ) from None
         journal = Journal(options.run, writer=True)
         reached = max(read_steps(journal.path), default=good)
-        journal.write("rollback", from_step=reached, step=good, amendment=fields, reason=by_hand(options.reason))
+        told = {"amendment": fields, "reason": by_hand(options.reason), "ledger": data.ledger.mark()}
+        journal.write("rollback", from_step=reached, step=good, **told)
         journal.close()
     amended = (
         f"; {fields['action']} {options.defer or options.skip} from sample {fields['from_sample']}" if fields else ""

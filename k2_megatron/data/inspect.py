@@ -18,7 +18,7 @@ import numpy as np
 from k2_megatron.config import Config, load_config
 from k2_megatron.data.documents import DocumentSpan, line_of_document
 from k2_megatron.data.feed import Feed, open_feed
-from k2_megatron.data.ledger import CHAIN_START, Ledger, chain_samples
+from k2_megatron.data.ledger import Ledger
 from k2_megatron.data.manifest import manifest_path, read_manifest
 from k2_megatron.data.plan import Plan
 from k2_megatron.data.rows import unpack
@@ -144,7 +144,8 @@ def show_lines(run: Run, count: int, first_sample: int) -> Iterator[str]:
 
 
 def mix_lines(run: Run, first_step: int, last_step: int) -> Iterator[str]:
-    """Rows of each source in steps first_step..last_step, against the whole plan's mixture."""
+    """Rows of each source in steps first_step..last_step, against the whole plan's mixture; samples, where a row is
+    cut into several, of which a step may train some and the next the others."""
     if first_step > last_step:
         raise ValueError(f"mix {first_step} {last_step}: the first step comes after the last; exchange them")
     check_has_rows(run)
@@ -152,18 +153,27 @@ def mix_lines(run: Run, first_step: int, last_step: int) -> Iterator[str]:
     for number in range(first_step, last_step + 1):
         step = run.step(number)
         feed = run.feed_at(step.ledger_entries)
-        first_row, rows = feed.row_range(step.first, step.end - step.first)
-        sources = unpack(feed.order.records(feed.schedule.positions(first_row, rows)))[0]
+        sources = _sources_of_samples(feed, step.first, step.end)
         counts.update(dict(zip(*(part.tolist() for part in np.unique(sources, return_counts=True)), strict=True)))
     total = counts.total()
+    what = "rows" if run.feed.samples_a_row == 1 else f"samples, {run.feed.samples_a_row} a row"
     train = Path(run.config.data.train)
     planned = Plan(train).sources if train.is_dir() else [{"rows_used": 1}]
     whole = sum(source["rows_used"] for source in planned)
-    yield f"steps {first_step}..{last_step}: {total} rows"
-    yield f"{'source':28}{'rows':>12}{'here':>9}{'plan':>9}"
+    yield f"steps {first_step}..{last_step}: {total} {what}"
+    yield f"{'source':28}{what.split(',')[0]:>12}{'here':>9}{'plan':>9}"
     for number, name in enumerate(run.feed.source_names):
         here, plan = counts[number] / total, planned[number]["rows_used"] / whole
         yield f"{name:28}{counts[number]:>12}{here:>9.2%}{plan:>9.2%}"
+
+
+def _sources_of_samples(feed: Feed, first: int, end: int) -> np.ndarray:
+    """The source of every row that samples first..end-1 are made of, or of every sample where it is a part of a row."""
+    first_row, rows = feed.row_range(first, end - first)
+    sources = unpack(feed.order.records(feed.schedule.positions(first_row, rows)))[0]
+    if feed.samples_a_row == 1:
+        return sources
+    return sources[np.arange(first, end) // feed.samples_a_row - first_row]
 
 
 def document_lines(run: Run, identity: str) -> Iterator[str]:
@@ -240,60 +250,3 @@ def _samples_of_rows(feed: Feed, wanted: np.ndarray, end: int) -> np.ndarray:
         found.append(np.unique(hit // feed.rows_a_sample))
     samples = np.unique(np.concatenate(found))  # two slices may share a row
     return samples[samples < end]
-
-
-def verify_lines(run: Run, contents: bool) -> Iterator[str]:
-    """Check the ledger against the checkpoints, its chain at every recorded position, the plan, and (`contents`) every
-    byte of the tokens.
-
-    ValueError at the first thing that is not as it was written.
-    """
-    yield f"ledger: {len(run.ledger.entries)} lines follow from one another"
-    yield from verify_ledger_of_checkpoints(run)
-    chains: dict[int, tuple[int, str]] = {}  # amendments -> (samples, chain) computed so far
-    for number, entry in enumerate(run.ledger.entries):
-        if entry["event"] != "position":
-            continue
-        amendments = len(run.ledger.before(number).amendments)
-        done, chain = chains.get(amendments, (0, CHAIN_START))
-        if entry["consumed_samples"] < done:
-            done, chain = 0, CHAIN_START
-        chain = chain_samples(run.feed_at(number), chain, done, entry["consumed_samples"])
-        chains[amendments] = (entry["consumed_samples"], chain)
-        if chain != entry["chain"]:
-            raise ValueError(
-                f"{run.ledger.path}, line {number + 1}: {entry['consumed_samples']} samples have chain {chain}, the "
-                f"run recorded {entry['chain']}: it was trained on other rows than plan and ledger now say"
-            )
-        yield f"position {entry['consumed_samples']}: chain {chain} holds"
-    if isinstance(run.feed, Feed):
-        yield from verify_plan(run.feed, Path(run.config.data.train), contents)
-    else:
-        yield f"{run.config.data.train}: mcore's blended datasets; the contents of their files have no hashes"
-
-
-def verify_ledger_of_checkpoints(run: Run) -> Iterator[str]:
-    """For every checkpoint: the ledger still has the lines it had when that was saved."""
-    from k2_megatron.train.checkpoint_files import complete_checkpoints  # brings torch
-    from k2_megatron.train.checkpoint_manifest import read_manifest
-
-    for folder in complete_checkpoints(run.folder / "checkpoints"):
-        run.ledger.check_mark(read_manifest(folder))
-        yield f"{folder.name}: the lines that the ledger had then stand"
-
-
-def verify_plan(feed: Feed, path: Path, contents: bool) -> Iterator[str]:
-    """Every chunk of a plan, and the token files behind it."""
-    if path.is_dir():
-        plan = Plan(path)
-        for chunk in range(len(plan.chunk_order)):
-            plan.load_chunk(chunk).result()
-        yield f"{path}: {len(plan.chunk_order)} chunks are as built"
-    files = {stream.file.prefix: stream.file for streams in feed.store.sources for stream in streams}
-    for file in files.values():
-        if file.entry is None:
-            yield f"{file.prefix}: has no manifest; sizes and index checked only (tools/inspect_data.py manifest)"
-        elif contents:
-            file.check_everything()
-    if contents:
-        yield f"{len(files)} token files are as written"

@@ -2,9 +2,10 @@
 
 In: amendments (skip, defer) and, at checkpoints, the number of samples consumed with the hash of their chain. Out: the
 amendments in order, for every rank's feed. Each line carries the hash of the line before it, so a line that was edited,
-removed or put in between is found on reading. For the last line no other vouches: each checkpoint carries the number of
-lines and the hash of the last (`mark`), and a run that resumes from it compares them (`check_mark`). Lines that came
-after the newest checkpoint are vouched for by the next. Only rank 0 appends; a line cut short by a crash is dropped.
+removed or put in between is found on reading. For the last line no other vouches: each checkpoint, and each step in the
+journal, carries the number of lines and the hash of the last (`mark`). A run that resumes from a checkpoint compares
+them (`check_mark`), and `inspect_data.py verify` compares all of them (`check_lines`). Only rank 0 appends; a line cut
+short by a crash is dropped.
 A checkpoint that was taken to a new folder begins a ledger there, whose first line says which ledger it continues.
 
     {"event": "amendment", "action": "defer", "chunk": 160, "from_sample": 307142400, "reason": "...", ...}
@@ -161,14 +162,18 @@ class Ledger:
         more may follow. A checkpoint may be taken to a new folder without its ledger where nothing was amended."""
         if "ledger" not in manifest or self._continues(manifest["ledger"]):  # earlier versions did not write it
             return
-        lines, last = manifest["ledger"]["lines"], manifest["ledger"]["last"]
         if not self._exists and not manifest["amendments"]:
             return
-        told = f"{self.path}: the checkpoint of step {manifest['step']} was saved after line {lines}, "
-        restore = "the ledger is append-only: put back the ledger.jsonl of the run that saved the checkpoint"
+        self.check_lines(manifest["ledger"], f"the checkpoint of step {manifest['step']} was saved")
+
+    def check_lines(self, mark: dict[str, Any], told: str) -> None:
+        """ValueError unless the ledger still has the lines that it had when `mark` was written; `told`: by whom."""
+        lines = mark["lines"]
+        told = f"{self.path}: {told} after line {lines}, "
+        restore = "the ledger is append-only: put back the ledger.jsonl of the run that wrote this"
         if len(self.entries) < lines:
             raise ValueError(f"{told}and there are {len(self.entries)} lines; {restore}")
-        if (self.entries[lines]["previous"] if lines < len(self.entries) else self._last_hash) != last:
+        if (self.entries[lines]["previous"] if lines < len(self.entries) else self._last_hash) != mark["last"]:
             raise ValueError(f"{told}and that line is another now; {restore}")
 
     def _continues(self, mark: dict[str, Any]) -> bool:

@@ -50,6 +50,7 @@ def merge(job: Job, tokenizer: Any, max_bad_fraction: float) -> dict[str, Any]:
             "format": FORMAT,
             "job": fingerprint,
             "key": key,
+            "keys": list(job.keys),
             "tokenizer": {
                 "fingerprint": tokenizer.fingerprint,
                 "vocab_size": tokenizer.vocab_size,
@@ -122,7 +123,9 @@ def write_rejects(job: Job, records: list[list[dict[str, Any]]]) -> list[dict[st
     ]
     path = Path(job.prefix + ".rejects.jsonl")
     if rejects:
-        path.write_text("".join(json.dumps(reject) + "\n" for reject in rejects), encoding="utf-8")
+        file = HashedWriter(path)
+        file.write("".join(json.dumps(reject) + "\n" for reject in rejects).encode())
+        file.commit(durable=True)
     else:
         path.unlink(missing_ok=True)
     return rejects

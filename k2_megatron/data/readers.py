@@ -55,7 +55,7 @@ def find_sources(inputs: Sequence[str], output_prefix: str | None = None) -> lis
     for asked in inputs:
         folder, paths = _files_of(asked)
         paths = [path for path in paths if not (output_prefix and _is_output(path, output_prefix))]
-        sources = [_source(path, os.path.relpath(path, folder or ".")) for path in paths]
+        sources = [source_at(path, os.path.relpath(path, folder or ".")) for path in paths]
         chosen = [source for source in sources if source is not None]
         if not chosen:
             raise ValueError(
@@ -88,7 +88,8 @@ def _is_output(path: str, prefix: str) -> bool:
     return manifest or name == begin + ".rejects.jsonl" or name.startswith(os.path.join(begin + ".shards", ""))
 
 
-def _source(path: str, name: str) -> Source | None:
+def source_at(path: str, name: str) -> Source | None:
+    """One file as a source; None where its name is not that of a text."""
     base, suffix = os.path.splitext(path)
     compression = suffix if suffix in COMPRESSIONS else ""
     kind = KINDS.get(os.path.splitext(base)[1] if compression else suffix)

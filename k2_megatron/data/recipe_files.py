@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from k2_megatron.data.held_out import complement, held_out_spans
-from k2_megatron.data.indexed import TokenFile
-from k2_megatron.data.manifest import manifest_path, read_manifest
+from k2_megatron.data.manifest import CheckedTokenFile, manifest_path, read_manifest
 from k2_megatron.data.permutation import hash64
 from k2_megatron.data.plan import check_sizes
 from k2_megatron.data.recipe import Recipe, SourceRecipe
@@ -84,7 +83,9 @@ def _source_file(recipe: Recipe, source: SourceRecipe, manifest: int, prefix: Pa
     """Decide, document by document, what of a file is held out. The hash is of the file's name, not of the source's:
     two sources over one file hold out the same documents."""
     check_sizes(prefix, entry)
-    file = TokenFile(prefix)
+    file = CheckedTokenFile(prefix, entry)
+    if source.documents or recipe.held_out_fraction:  # else nothing of the .idx is read
+        file.check_whole_index()
     first, end = source.documents or (0, file.documents)
     if end > file.documents:
         raise ValueError(f"{prefix}: has {file.documents} documents, the recipe asks for {first}..{end}")

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from threading import current_thread
 
 import numpy as np
 import pytest
@@ -52,6 +53,30 @@ def test_samples_do_not_depend_on_how_they_are_read(data):
     feed.prefetch(0, 8)
     assert np.array_equal(feed.tokens(8, 8), whole[8:16]), "another range than the prefetched one"
     assert feed.seconds_waited > 0
+
+
+def test_a_step_finds_its_rows_read_and_the_next_chunk_opened(plan_folder, monkeypatch):
+    """What the training loop does: ask for samples, have the next ones prefetched. All but the first are read by the
+    prefetching thread, and a chunk's part is asked for a chunk ahead, so that no step waits at a chunk's border."""
+    feed = open_small(plan_folder)
+    events: list[tuple[str, object]] = []
+    read, load = feed.store.read, feed.order.load_chunk
+    monkeypatch.setattr(
+        feed.store, "read", lambda records: (events.append(("rows", current_thread().name)), read(records))[1]
+    )
+    monkeypatch.setattr(feed.order, "load_chunk", lambda chunk: (events.append(("chunk", chunk)), load(chunk))[1])
+    batch, chunk = 20, 200
+    for first in range(0, 3 * chunk, batch):
+        feed.tokens(first, batch)
+        feed.prefetch(first + batch, batch)
+    feed.tokens(3 * chunk, batch)
+    readers = [what for kind, what in events if kind == "rows"]
+    assert readers[0] == "MainThread" and all(name.startswith("prefetch") for name in readers[1:])
+    assert len(readers) == 3 * chunk // batch + 1
+    for number in range(1, 4):
+        asked = events.index(("chunk", number))
+        batches_before = sum(kind == "rows" for kind, _ in events[:asked])
+        assert batches_before <= (number - 1) * chunk // batch + 1, "asked for while the chunk before it begins"
 
 
 def test_an_epoch_holds_every_row_once_and_the_next_another_order(token_prefix):

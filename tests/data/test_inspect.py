@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,11 @@ from token_corpora import ROOT, tokenize
 from k2_megatron.config import load_config
 from k2_megatron.data.build import build_plans
 from k2_megatron.data.indexed import TokenFile
-from k2_megatron.data.inspect import Run, document_lines, mix_lines, show_lines, step_lines, verify_lines
+from k2_megatron.data.inspect import Run, document_lines, mix_lines, show_lines, step_lines
 from k2_megatron.data.ledger import Ledger
 from k2_megatron.data.recipe import Recipe
 from k2_megatron.data.training import train_byte_level_bpe
+from k2_megatron.data.verify import verify_lines
 from k2_megatron.train.checkpoint_manifest import manifest_text
 
 LENGTH, BATCH, STEPS = 256, 16, 12
@@ -89,7 +91,7 @@ def test_verify_finds_rows_that_were_not_these(folder, tmp_path):
 
 @pytest.mark.parametrize("change", ["none", "edit", "remove"])
 def test_verify_compares_the_ledger_with_the_checkpoints(folder, tmp_path, change):
-    """Nothing but a checkpoint vouches for the last line."""
+    """Where no journal line does, a checkpoint vouches for the last line."""
     for name in ("config.toml", "journal.jsonl", "ledger.jsonl"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     checkpoint = tmp_path / "checkpoints/step_00000012"
@@ -105,6 +107,27 @@ def test_verify_compares_the_ledger_with_the_checkpoints(folder, tmp_path, chang
         return
     found = {"edit": "that line is another now", "remove": "there are 3 lines"}[change]
     with pytest.raises(ValueError, match=f"the checkpoint of step 12 was saved after line 4, and {found}"):
+        list(verify_lines(Run(tmp_path), contents=False))
+
+
+@pytest.mark.parametrize("change", ["none", "edit", "remove"])
+def test_verify_compares_the_ledger_with_the_journal(folder, tmp_path, change):
+    """The line after the newest checkpoint, for which a step stands, or what `amend` itself has told."""
+    for name in ("config.toml", "ledger.jsonl"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    command = [sys.executable, str(ROOT / "tools/inspect_data.py"), "amend", str(tmp_path), "skip", "--chunk", "1"]
+    command += ["--from-sample", str(12 * BATCH), "--reason", "by hand"]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    *lines, last = (tmp_path / "ledger.jsonl").read_text(encoding="utf-8").splitlines()
+    changed = {"none": [last], "edit": [last.replace("by hand", "by head")], "remove": []}[change]
+    (tmp_path / "ledger.jsonl").write_text("\n".join([*lines, *changed]) + "\n", encoding="utf-8")
+    if change == "none":
+        assert "journal: the ledger has the 5 lines that it had at the journal's last telling" in list(
+            verify_lines(Run(tmp_path), contents=False)
+        )
+        return
+    found = {"edit": "that line is another now", "remove": "there are 4 lines"}[change]
+    with pytest.raises(ValueError, match=f"the journal tells of amendment after line 5, and {found}"):
         list(verify_lines(Run(tmp_path), contents=False))
 
 
@@ -226,6 +249,45 @@ def test_mix_adds_up(folder):
     assert sum(int(row[0]) for row in rows.values()) == 192
     assert [row[2] for row in rows.values()] == ["25.00%", "75.00%"]
     assert abs(int(rows["old"][0]) - 48) <= 16
+
+
+def test_mix_counts_every_part_of_a_row_in_the_step_that_trained_it(folder, tmp_path):
+    """Four samples a row and six a step: a row that two steps share counts two in each, and all steps add up."""
+    text = (folder / "config.toml").read_text(encoding="utf-8")
+    for key, value in (("sequence_length", LENGTH // 4), ("global_batch", 6), ("micro_batch", 1)):
+        text, found = re.subn(rf"^{key} = \d+$", f"{key} = {value}", text, flags=re.MULTILINE)
+        assert found == 1
+    (tmp_path / "config.toml").write_text(text, encoding="utf-8")
+    run = Run(tmp_path)
+    sources = [run.feed.describe(sample)[0].source for sample in range(6 * STEPS)]
+    for first, last in [(1, 1), (2, 2), (2, 3), (5, 9), (1, STEPS)]:
+        lines = list(mix_lines(run, first, last))
+        asked = sources[6 * first - 6 : 6 * last]
+        assert lines[0] == f"steps {first}..{last}: {len(asked)} samples, 4 a row"
+        assert {line.split()[0]: int(line.split()[1]) for line in lines[2:]} == {
+            name: asked.count(name) for name in ("old", "new")
+        }
+
+
+@pytest.mark.parametrize("change", ["none", "letter", "size", "missing"])
+def test_verify_reads_the_texts_again_where_it_is_told_where_they_are(folder, tmp_path, change):
+    texts = tmp_path / "texts"
+    shutil.copytree(folder.parent / "tokens", texts)
+    path = texts / "new.jsonl"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    {
+        "none": lambda: None,
+        "letter": lambda: path.write_bytes(content),  # the same size
+        "size": lambda: path.write_bytes(content[:-1]),
+        "missing": path.unlink,
+    }[change]()
+    if change == "none":
+        assert list(verify_lines(Run(folder), False, [texts]))[-1] == "2 text files are what the tokens were made from"
+        return
+    found = {"letter": "another text than when", "size": r"\d+ bytes, \d+ when", "missing": "not below"}[change]
+    with pytest.raises(ValueError, match=f"new.jsonl: {found}"):
+        list(verify_lines(Run(folder), False, [texts]))
 
 
 def test_show_decodes_rows(folder, speeches):

@@ -1,11 +1,10 @@
 """Long documents are encoded in slices with the ids of the whole, in every kind of vocabulary, or whole."""
 
-import json
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from k2_megatron.data import long_texts
 from k2_megatron.data.encoder import make_encoder
@@ -70,28 +69,17 @@ def test_a_text_without_a_place_to_cut_is_encoded_whole(tokenizer, text):
     assert found == [whole]
 
 
-def test_no_cut_where_a_piece_of_the_vocabulary_reaches_over_it(tmp_path, toy_tokenizer):
-    """The piece "of ", where words are not kept apart: the window around a cut need not show it."""
-    settings = json.loads(Path(toy_tokenizer).read_text(encoding="utf-8"))
-    settings["pre_tokenizer"] = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": False,
-    }
-    vocabulary = settings["model"]["vocab"]
-    for left, right in (("f", "Ġ"), ("o", "fĠ")):
-        vocabulary[left + right] = len(vocabulary)
-        settings["model"]["merges"].append([left, right])
-    path = tmp_path / "joined.json"
-    path.write_text(json.dumps(settings), encoding="utf-8")
-    tokenizer = load_tokenizer(path)
+def test_no_cut_where_a_piece_of_the_vocabulary_reaches_over_it(tmp_path):
+    """After an odd number of a the last one joins the space; the window around a cut holds an even number of them."""
+    vocabulary = {"a": 0, "Ġ": 1, "aa": 2, "aĠ": 3, "</s>": 4}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "a"), ("a", "Ġ")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
     encode = make_encoder(tokenizer, "tokenizers").encode
-    text = "of the " * 200
-    found = [ids.tolist() for ids in Slicer(encode, tokenizer.pieces()).encode(utf8(text))]
-    assert [token for part in found for token in part] == encode([text])[0].tolist()
-    cuts = np.cumsum([len(tokenizer.decode(part)) for part in found])[:-1]
-    assert all(text[:cut].endswith("the") for cut in cuts.tolist()) and len(cuts) > 3
+    text = ("a" * 301 + " ") * 20
+    found = [token for ids in Slicer(encode, tokenizer.pieces()).encode(utf8(text)) for token in ids.tolist()]
+    assert found == encode([text])[0].tolist() == ([2] * 150 + [3]) * 20
 
 
 def test_long_texts_are_taken_apart_in_order():

@@ -215,3 +215,33 @@ def test_an_error_names_the_files_whose_tokenizers_differ(tmp_path, speeches, to
     manifest_of_foreign_files(prefixes["a"])
     with pytest.raises(ValueError, match=r"/d_text_document.*: made with another tokenizer than .*/b_text_document"):
         build_plans(make_recipe(prefixes), tmp_path / "train", tmp_path / "held_out")
+
+
+def test_a_manifest_named_like_a_pattern_is_found(tmp_path, speeches, toy_tokenizer):
+    """`web[1]` names that file, though as a pattern it would be `web1`."""
+    prefix = tokenize([text[:400] for text in speeches], tmp_path, toy_tokenizer, "web[1]")
+    recipe = {
+        "sequence_length": LENGTH,
+        "chunks": 2,
+        "seed": 1,
+        "sources": {"web": {"tokens": (prefix,), "repeats": 1.0}},
+    }
+    build_plans(Recipe.model_validate(recipe), tmp_path / "plan", None)
+    assert Plan(tmp_path / "plan").sources[0]["files"][0]["entry"]["name"] == "web[1]_text_document"
+
+
+@pytest.mark.parametrize("asks", [{"held_out_fraction": 0.2}, {"documents": (2, 6)}])
+def test_an_index_that_changed_since_its_manifest_is_refused_before_documents_are_told_apart(
+    tmp_path, speeches, toy_tokenizer, asks
+):
+    prefix = tokenize([text[:400] for text in speeches], tmp_path, toy_tokenizer)
+    with open(prefix + ".idx", "r+b") as index:
+        index.seek(34 + 4 * len(speeches) + 8 * 3)  # where the fourth document begins
+        index.write((8).to_bytes(8, "little"))
+    source = {"tokens": (prefix,), "repeats": 1.0, "documents": asks.get("documents")}
+    recipe = {"sequence_length": LENGTH, "chunks": 2, "seed": 1, "sources": {"text": source}}
+    recipe["held_out_fraction"] = asks.get("held_out_fraction", 0.0)
+    held_out = tmp_path / "held_out" if "held_out_fraction" in asks else None
+    with pytest.raises(ValueError, match=r"text_document\.idx: bytes 0\.\.\d+ differ from their hash"):
+        build_plans(Recipe.model_validate(recipe), tmp_path / "plan", held_out)
+    assert not (tmp_path / "plan").exists()

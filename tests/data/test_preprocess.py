@@ -10,6 +10,8 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pyarrow as arrow
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -20,6 +22,7 @@ from k2_megatron.data.documents import line_of_document
 from k2_megatron.data.manifest import manifest_of_foreign_files, open_token_files, read_manifest
 from k2_megatron.data.preprocess import preprocess
 from k2_megatron.data.shards import ShardMaker
+from k2_megatron.data.source_check import check_sources
 from k2_megatron.data.store import TokenWriter
 
 
@@ -338,6 +341,28 @@ def test_a_shard_that_changed_before_the_merge_is_refused(tmp_path, corpus, toy_
     for index in range(2):
         run(corpus, toy_tokenizer, tmp_path / "x", part=(index, 2), **settings)
     assert run(corpus, toy_tokenizer, tmp_path / "x", merge_only=True, **settings)["rejected"] == 2
+
+
+@pytest.mark.parametrize("shard_bytes", [9000, 1 << 28])
+def test_the_sources_of_a_manifest_are_known_again(tmp_path, speeches, toy_tokenizer, shard_bytes):
+    """Of every kind, in several shards; a letter changed in any of them is found."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    lines = "\n".join(json.dumps({"text": text, "body": text[::-1]}) for text in speeches).encode()
+    (folder / "a.jsonl").write_bytes(lines)
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines + b"\nbad\n"))
+    rows = {"text": speeches, "body": speeches[::-1]}
+    parquet.write_table(arrow.table(rows), folder / "d.parquet", row_group_size=7, compression="none")
+    run(folder, toy_tokenizer, tmp_path / "x", keys=("text", "body"), shard_bytes=shard_bytes, one_file=False)
+    manifest = read_manifest(tmp_path / "x_body_document.manifest.json")
+    assert check_sources(manifest, [tmp_path, folder]) == 3
+    for name in ("a.jsonl", "d.parquet"):
+        path, whole = folder / name, (folder / name).read_bytes()
+        place = whole.index(speeches[20][100:120].encode())
+        path.write_bytes(whole[:place] + b"#" + whole[place + 1 :])
+        with pytest.raises(ValueError, match=f"{name}: another text than when its tokens were made"):
+            check_sources(manifest, [folder])
+        path.write_bytes(whole)
 
 
 def test_foreign_files_get_a_manifest(tmp_path, token_prefix):

@@ -1,0 +1,90 @@
+"""Proof that a run trained on what its folder says: the ledger, the chain over its samples, the plan, tokens, texts.
+
+In: a `Run`. Out: a line for everything that holds; ValueError at the first that does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from k2_megatron.data.feed import Feed
+from k2_megatron.data.inspect import Run
+from k2_megatron.data.ledger import CHAIN_START, chain_samples
+from k2_megatron.data.plan import Plan
+from k2_megatron.data.source_check import check_sources
+
+
+def verify_lines(run: Run, contents: bool, sources: Sequence[Path] = ()) -> Iterator[str]:
+    """Check the ledger against checkpoints and journal, its chain at every recorded position, the plan, (`contents`)
+    every byte of the tokens, and every byte of the texts below the folders `sources`.
+
+    ValueError at the first thing that is not as it was written.
+    """
+    yield f"ledger: {len(run.ledger.entries)} lines follow from one another"
+    yield from verify_ledger_of_checkpoints(run)
+    yield from verify_ledger_of_journal(run)
+    chains: dict[int, tuple[int, str]] = {}  # amendments -> (samples, chain) computed so far
+    for number, entry in enumerate(run.ledger.entries):
+        if entry["event"] != "position":
+            continue
+        amendments = len(run.ledger.before(number).amendments)
+        done, chain = chains.get(amendments, (0, CHAIN_START))
+        if entry["consumed_samples"] < done:
+            done, chain = 0, CHAIN_START
+        chain = chain_samples(run.feed_at(number), chain, done, entry["consumed_samples"])
+        chains[amendments] = (entry["consumed_samples"], chain)
+        if chain != entry["chain"]:
+            raise ValueError(
+                f"{run.ledger.path}, line {number + 1}: {entry['consumed_samples']} samples have chain {chain}, the "
+                f"run recorded {entry['chain']}: it was trained on other rows than plan and ledger now say"
+            )
+        yield f"position {entry['consumed_samples']}: chain {chain} holds"
+    if isinstance(run.feed, Feed):
+        yield from verify_plan(run.feed, Path(run.config.data.train), contents)
+    else:
+        yield f"{run.config.data.train}: mcore's blended datasets; the contents of their files have no hashes"
+    if sources:
+        manifests = {manifest["xxh3"]: manifest for manifest in run.manifests.values()}
+        files = sum(check_sources(manifest, sources) for manifest in manifests.values())
+        yield f"{files} text files are what the tokens were made from"
+
+
+def verify_ledger_of_checkpoints(run: Run) -> Iterator[str]:
+    """For every checkpoint: the ledger still has the lines it had when that was saved."""
+    from k2_megatron.train.checkpoint_files import complete_checkpoints  # brings torch
+    from k2_megatron.train.checkpoint_manifest import read_manifest
+
+    for folder in complete_checkpoints(run.folder / "checkpoints"):
+        run.ledger.check_mark(read_manifest(folder))
+        yield f"{folder.name}: the lines that the ledger had then stand"
+
+
+def verify_ledger_of_journal(run: Run) -> Iterator[str]:
+    """For every line of the journal that says how the ledger ended then (each step's does): it still has that line."""
+    from k2_megatron.train.journal import JOURNAL, read_events
+
+    path, last = run.folder / JOURNAL, None
+    for event in read_events(path) if path.is_file() else ():
+        if "ledger" in event and event["ledger"] != last:
+            last = event["ledger"]
+            run.ledger.check_lines(last, f"the journal tells of {event['event']} {event.get('step', '')}".rstrip())
+    if last is not None:
+        yield f"journal: the ledger has the {last['lines']} lines that it had at the journal's last telling"
+
+
+def verify_plan(feed: Feed, path: Path, contents: bool) -> Iterator[str]:
+    """Every chunk of a plan, and the token files behind it."""
+    if path.is_dir():
+        plan = Plan(path)
+        for chunk in range(len(plan.chunk_order)):
+            plan.load_chunk(chunk).result()
+        yield f"{path}: {len(plan.chunk_order)} chunks are as built"
+    files = {stream.file.prefix: stream.file for streams in feed.store.sources for stream in streams}
+    for file in files.values():
+        if file.entry is None:
+            yield f"{file.prefix}: has no manifest; sizes and index checked only (tools/inspect_data.py manifest)"
+        elif contents:
+            file.check_everything()
+    if contents:
+        yield f"{len(files)} token files are as written"
