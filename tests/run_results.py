@@ -11,7 +11,7 @@ from k2_megatron.train.checkpoint_manifest import hash_file
 from k2_megatron.train.journal import read_events, read_steps
 
 # Fields of a step that hold measured time
-MEASURED = {"time", "step_seconds", "data_seconds", "tokens_per_second", "model_flops_utilization"}
+MEASURED = {"time", "ledger", "step_seconds", "data_seconds", "tokens_per_second", "model_flops_utilization"}
 
 
 def steps_of(folder: Path) -> dict[int, dict]:

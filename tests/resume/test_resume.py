@@ -19,7 +19,7 @@ LAYOUTS = {
 }
 BFLOAT16 = {"train.precision": "bfloat16"}
 LOSSES, GRADIENT_NORMS = 1e-5, 1e-4  # relative, between layouts: as in tests/layouts
-MEASURED = {"event", "time", "step_seconds", "data_seconds", "tokens_per_second", "model_flops_utilization"}
+MEASURED = {"event", "time", "ledger", "step_seconds", "data_seconds", "tokens_per_second", "model_flops_utilization"}
 
 
 def told(run, first_step: int = 1) -> list[dict]:
@@ -64,6 +64,7 @@ def unequal_tensors(expected_folder, found_folder) -> list[str]:
 def test_resume_is_bitwise(whole_run, continued, layout, more):
     ranks, settings = LAYOUTS[layout][0], {**LAYOUTS[layout][1], **more}
     whole = whole_run(ranks, settings)
+    assert all(0 <= event["data_seconds"] <= event["step_seconds"] for event in events(whole, "step")), "waits for rows"
     resumed = continued(whole, ranks, settings)
     (resume,) = events(resumed, "resume")
     assert (resume["step"], resume["doubts"], resume["next_sample"]) == (3, [], 24)
