@@ -120,7 +120,7 @@ def policies(runs: Runs) -> list[str]:
     common = [f"data.train={plan}", "checkpoint.every_steps=20"]
     for name, settings in POLICIES:
         # Skipped rows are missing at the end.
-        own = [*common, *settings, f"train.steps={steps - 60 if 'skip' in name else steps}"]
+        own = [*common, *settings, f"train.steps={steps - 80 if 'skip' in name else steps}"]
         run = runs.start(name.replace(", ", "_"), own, poisoned_rows)
         last = max(steps_of(run))
         malignant = [event for event in events_of(run, "spike") if event["kind"] == "malignant"]
