@@ -224,15 +224,19 @@ def linear_cross_entropy_workload(
     a hundred, half the gradient is subnormal numbers, which a CPU's GEMM multiplies ten times as slowly."""
     labels = torch.randint(0, vocabulary, (tokens,), device=device)
     like = {"device": device, "dtype": dtype}
+
+    def reference(hidden, weight):
+        return F.cross_entropy((hidden @ weight.t()).float(), labels, reduction="none")
+
     candidates = offered(
         device,
         ours=lambda hidden, weight: linear_cross_entropy(hidden, weight, labels, backend=device),
-        eager=lambda hidden, weight: F.cross_entropy((hidden @ weight.t()).float(), labels, reduction="none"),
+        eager=reference,
     )
     return Workload(
         "linear_cross_entropy", f"{tokens} x {hidden} x {vocabulary}", dtype, 0, 0,
         lambda: (normal(tokens, hidden, **like), normal(vocabulary, hidden, scale=hidden**-0.5, **like)),
-        lambda inputs: inputs, candidates,
+        lambda inputs: inputs, candidates, reference,
     )  # fmt: skip
 
 
