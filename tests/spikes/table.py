@@ -22,7 +22,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2])]  # tests/ and the ch
 import injected_faults  # noqa: E402
 import numpy as np  # noqa: E402
 from injected_faults import BATCH, WATCHED, leave_after  # noqa: E402
-from rank_processes import REPOSITORY, pretrain, results_of  # noqa: E402
+from rank_processes import REPOSITORY, Rank, results_of, run_pretrain  # noqa: E402
 from run_results import events_of, steps_of  # noqa: E402
 from small_run import write_small_config, write_text  # noqa: E402
 
@@ -34,6 +34,7 @@ from k2_megatron.data.recipe import load_recipe  # noqa: E402
 FIRST, LEFT_AT = 111, 100  # the first faulty step; the step from which each run goes on
 SHORT, LONG = 12, 40  # faulty steps; spikes.benign_steps is 20
 WITHIN_STEPS = 6
+RUN_SECONDS = 3600.0  # by then a run must be over; some ten times what 5,000 steps take
 CHUNKS, ROWS_PER_CHUNK = 12, 20 * BATCH
 POISONED = range((FIRST - 1) * BATCH, (FIRST - 1 + LONG) * BATCH)  # samples, and there rows of the plan
 POLICIES = (
@@ -72,7 +73,8 @@ class Runs:
     def start(self, name: str, settings: Sequence[str], fault: Callable[[], None] | None, code: int = 0) -> Path:
         run = self.folder / name
         given = [*WATCHED, f"run.folder={run}", *settings]
-        (ended,) = pretrain(1, self.config, given, self.folder / f"{name}_output", fault=fault)
+        arguments = ([str(self.config), *(part for setting in given for part in ("--set", setting))], fault)
+        ended = Rank(run_pretrain, arguments, {}, self.folder / f"{name}_output").finish(RUN_SECONDS)
         if ended.exit_code != code:
             results_of([ended])
         return run
