@@ -4,6 +4,9 @@ megatron-core keeps its groups in module globals (`parallel_state`); its own cla
 instead. This file is the only one that touches the globals, to fill such a collection.
 """
 
+import os
+import sys
+import threading
 from dataclasses import dataclass
 from datetime import timedelta
 from math import ceil
@@ -15,6 +18,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from k2_megatron.config.schema import Parallel
 from k2_megatron.runtime.devices import Device
 from k2_megatron.runtime.launch import RankEnvironment, port_is_free
+from k2_megatron.runtime.mistakes import LOST_PEER, RanksDidNotMeet
+
+_OVERDUE_SECONDS = 5.0  # after the time that torch was given to end by itself
+_REMEDY = "; start again, and if it is so again look whether every rank was started, and what else uses that port"
 
 
 @dataclass(frozen=True)
@@ -52,11 +59,31 @@ class Groups:
 
 
 def connect(environment: RankEnvironment, device: Device, timeout_seconds: float) -> None:
-    """Join the world of all ranks. ValueError when the port of the meeting point is taken."""
+    """Join the world of all ranks. ValueError when the port of the meeting point is taken, RanksDidNotMeet when not all
+    are there within `timeout_seconds`."""
     backend, timeout = device.backend, timedelta(seconds=timeout_seconds)
     if environment.launcher == "single":
         distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
+    where = f"rank {environment.rank} of {environment.world_size} at {environment.address}:{environment.port}"
+    overdue = threading.Timer(timeout_seconds + _OVERDUE_SECONDS, _end_overdue, [where])
+    overdue.daemon = True
+    overdue.start()
+    try:
+        _join(environment, backend, timeout)
+    except RuntimeError as error:  # of torch and gloo
+        raise RanksDidNotMeet(f"{where} did not meet the others ({str(error).splitlines()[0]}){_REMEDY}") from None
+    finally:
+        overdue.cancel()
+
+
+def _end_overdue(where: str) -> None:
+    """torch waits without a limit for the answer of a program that accepts connections and says nothing."""
+    print(f"{where} did not meet the others (no answer){_REMEDY}", file=sys.stderr, flush=True)
+    os._exit(LOST_PEER)
+
+
+def _join(environment: RankEnvironment, backend: str, timeout: timedelta) -> None:
     # torchrun and our own launcher hold the store themselves; under srun rank 0 opens it.
     hosts_store = environment.launcher == "srun" and environment.rank == 0
     if hosts_store and not port_is_free(environment.port):

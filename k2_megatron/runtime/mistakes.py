@@ -35,6 +35,12 @@ class StopNotFinite(StopRun):
     exit_code = NOT_FINITE
 
 
+class RanksDidNotMeet(StopRun):
+    """Not all ranks came to the meeting point, or something else answers there: each rank tells of it, exit code 1."""
+
+    exit_code = LOST_PEER
+
+
 class RankMistake(ValueError):
     """A mistake that only this rank can see, so that this rank must speak."""
 
@@ -76,6 +82,8 @@ def _say_once(text: str, error: BaseException) -> None:
                 return
         except RuntimeError:  # the store left with its rank: better twice than not at all
             pass
-    elif os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0" and not isinstance(error, RankMistake):
+    elif os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0" and not isinstance(
+        error, RankMistake | RanksDidNotMeet
+    ):
         return
     print(text, file=sys.stderr, flush=True)

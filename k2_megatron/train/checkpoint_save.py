@@ -75,6 +75,22 @@ class SaveError(CheckpointError):
         self.brief = brief
 
 
+class _Copies:
+    """Host memory for the copies of one save after another, kept in between: the system clears every page of fresh
+    memory, which takes longer than the copy."""
+
+    def __init__(self) -> None:
+        self._kept: list[torch.Tensor] = []
+
+    def of(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        forms = [[(tensor.shape, tensor.dtype) for tensor in group] for group in (tensors, self._kept)]
+        if forms[0] != forms[1]:
+            self._kept = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors]
+        for kept, tensor in zip(self._kept, tensors, strict=True):
+            kept.copy_(tensor)
+        return self._kept
+
+
 class _Plan:
     """What this rank writes, decided with the others; written by `write`, as often as it takes.
 
@@ -83,9 +99,9 @@ class _Plan:
     file even for a synchronous save, 6-10 s on two cores for 15 MB.
     """
 
-    def __init__(self, replicas: distributed.ProcessGroup, *, copy: bool) -> None:
+    def __init__(self, replicas: distributed.ProcessGroup, *, copies: _Copies | None) -> None:
         self.replicas = replicas
-        self.copy = copy
+        self.copies = copies
         self.tensors: dict = {}
         self.common: dict = {}
 
@@ -95,10 +111,10 @@ class _Plan:
         shares = determine_main_replica_uniform_distribution(sharded, self.replicas)
         distribute_main_replicas_with_precomputed_distribution(sharded, self.replicas, shares)
         named, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
-        if self.copy:  # training goes on changing the originals
-            for shard in nested_values(named):
-                if not isinstance(shard, ShardedObject):
-                    shard.data = shard.data.detach().to("cpu", copy=True)
+        if self.copies:  # training goes on changing the originals
+            shards = [shard for shard in nested_values(named) if not isinstance(shard, ShardedObject)]
+            for shard, copy in zip(shards, self.copies.of([shard.data.detach() for shard in shards]), strict=True):
+                shard.data = copy
         self.tensors = mcore_to_pyt_state_dict(named, False)
 
     def write_small_files(self, folder: Path) -> None:
@@ -126,7 +142,7 @@ class CheckpointWriter:
         self._rank = groups.rank
         self._groups = groups
         self._group = distributed.new_group(backend="gloo", timeout=groups.timeout)
-        self._asynchronous = asynchronous
+        self._copies = _Copies() if asynchronous else None
         self._retry_seconds = retry_seconds
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[SaveResult] | None = None
@@ -148,7 +164,7 @@ class CheckpointWriter:
         assert self._pending is None, "a save is in flight; ask wait() for its result first"
         began = time.monotonic()
         weights = weight_fingerprint(chunks, device)
-        plan = _Plan(self._groups.collection.dp_cp, copy=self._asynchronous)
+        plan = _Plan(self._groups.collection.dp_cp, copies=self._copies)
         model = model_state(chunks)
         tensors, _local = optimizer_state(optimizer, model, loading=False)
         state = {**model, "optimizer": tensors, **random_state(self._groups, layout_name(config))}
@@ -164,7 +180,7 @@ class CheckpointWriter:
             "config": config.model_dump(exclude_none=True),
             **facts,
         }
-        if self._asynchronous:
+        if self._copies:
             stall_seconds = time.monotonic() - began
             self._pending = self._thread.submit(self._write, plan, manifest, began, stall_seconds)
         else:

@@ -1,19 +1,13 @@
 """Faults other than kills, each with what must come of it."""
 
-import os
-import signal
 import subprocess
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
-from rank_processes import Rank, pretrain, results_of, run_pretrain
+from rank_processes import pretrain, results_of
 from run_results import events_of, steps_of, stored_state
-
-from k2_megatron.train.checkpoint_files import complete_checkpoints
-from k2_megatron.train.checkpoint_manifest import read_manifest, verify_files
-from k2_megatron.train.journal import read_events
 
 STEPS = 9
 RANK, BAD = "rank 0 (tensor 0, pipeline 0, context 0, data 0)", "embedding.word_embeddings.weight"
@@ -35,42 +29,6 @@ def whole(small_config, tmp_path_factory) -> Path:
 def assert_same(folder: Path, whole: Path) -> None:
     assert steps_of(folder) == steps_of(whole)
     assert stored_state(folder, STEPS) == stored_state(whole, STEPS)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_signal_saves_and_the_resumed_run_is_the_same(small_config, tmp_path, whole, number):
-    folder = tmp_path / "run"
-    arguments = [str(small_config), *(part for setting in settings(folder) for part in ("--set", setting))]
-    rank = Rank(run_pretrain, (arguments, _slowly), {}, tmp_path / "first")
-    deadline = time.monotonic() + 120
-    while not events_of(folder, "step") and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(rank.process.pid, number)
-    outcome = rank.finish()
-    assert outcome.exit_code == 0, outcome.stderr
-    step, checkpoint, stop = list(read_events(folder / "journal.jsonl"))[-3:]
-    assert [event["event"] for event in (step, checkpoint, stop)] == ["step", "checkpoint", "stop"]
-    assert step["step"] == checkpoint["step"] == stop["step"] == stop["saved_step"] < STEPS
-    assert stop["reason"] == number.name
-    said = f"stopped by {number.name} after step {stop['step']}; saved, start again to resume"
-    assert said in outcome.stdout
-    newest = complete_checkpoints(folder / "checkpoints")[0]
-    assert verify_files(newest, read_manifest(newest)) == []
-    results_of(pretrain(1, small_config, settings(folder), tmp_path / "second"))
-    assert_same(folder, whole)
-
-
-def _slowly() -> None:
-    """Steps of at least 0.2 s, so that the signal finds the run at work."""
-    from k2_megatron.data.feed import Feed
-
-    read = Feed.tokens
-
-    def tokens(self, first_sample, count):
-        time.sleep(0.05)
-        return read(self, first_sample, count)
-
-    Feed.tokens = tokens
 
 
 def _gradient_not_finite_at_step_5(calls_spoiled: tuple[int, ...] = (5, 6)) -> None:
@@ -154,6 +112,30 @@ def _spoil_and_leave(after: int = 6) -> None:
     pretrain_k2.train = lambda config, environment, device, until, given: train(
         config, environment, device, after, given
     )
+
+
+def _clock_that_jumps() -> None:
+    """One hour forward when step 4 begins, two back when step 7 does."""
+    import pretrain_k2
+
+    train_step, clock, calls = pretrain_k2.train_step, time.time, []
+
+    def then(*arguments):
+        calls.append(1)
+        return train_step(*arguments)
+
+    pretrain_k2.train_step = then
+    time.time = lambda: clock() + (0 if len(calls) < 4 else 3600 if len(calls) < 7 else -3600)
+
+
+def test_clock_that_jumps_by_an_hour_changes_nothing(small_config, tmp_path, whole):
+    folder = tmp_path / "run"
+    given = settings(folder, "watchdog.heartbeat_seconds=0.05")
+    ended = pretrain(2, small_config, [*given, "parallel.pipeline=2"], tmp_path / "output", fault=_clock_that_jumps)
+    assert [rank.exit_code for rank in ended] == [0, 0], ended[0].stderr
+    assert events_of(folder, "incident") == []
+    losses = [{number: step["loss"] for number, step in steps_of(run).items()} for run in (folder, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def _journal_unwritable() -> None:

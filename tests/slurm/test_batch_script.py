@@ -13,6 +13,7 @@ from rank_processes import REPOSITORY
 # srun notes each call and ends with the next of `codes`; python stands for tools/run_state.py and ends with `state`.
 SRUN = """#!/bin/bash
 echo "$*" >> calls
+echo "${SRUN_CPUS_PER_TASK:-}" > cpus
 read -r code < <(sed -n "$(wc -l < calls)p" codes)
 if [[ $code == wait ]]; then
     trap 'echo USR1 >> signals; exit 0' USR1
@@ -98,6 +99,13 @@ def test_step_that_is_not_finite_is_tried_in_two_starts(batch, tmp_path, steps, 
     told, _ = ended.communicate(timeout=30)
     assert (ended.returncode, count(tmp_path / "calls")) == (code, starts)
     assert ("not finite in 2 starts after step 7" in told) == (code == 5)
+
+
+@pytest.mark.parametrize(("given", "cpus"), [({"SLURM_CPUS_PER_TASK": "12"}, "12"), ({}, "")])
+def test_ranks_get_the_cores_that_the_job_asked_for(batch, tmp_path, given, cpus):
+    """From Slurm 22.05 on srun takes no notice of SLURM_CPUS_PER_TASK."""
+    batch([0], **given).communicate(timeout=30)
+    assert (tmp_path / "cpus").read_text().strip() == cpus
 
 
 def test_finished_run_starts_nothing(batch, tmp_path):

@@ -63,8 +63,8 @@ def _share_the_tensors(saver: CheckpointWriter) -> None:
     import k2_megatron.train.checkpoint_save as checkpoint_save
 
     class Shared(checkpoint_save._Plan):
-        def __init__(self, replicas, *, copy: bool) -> None:
-            super().__init__(replicas, copy=False)
+        def __init__(self, replicas, *, copies) -> None:
+            super().__init__(replicas, copies=None)
 
         def write(self, folder, group):
             import time
@@ -159,7 +159,8 @@ def test_a_hundred_snapshots_are_of_the_moment_they_were_asked_for(small_config:
 
 
 def _held_by_a_save(config_path: Path, checkpoints: Path) -> tuple[int, int]:
-    """(bytes of the storages that a save in the background keeps, bytes of the tensors in them), of this rank."""
+    """(bytes of the storages that a save in the background keeps, bytes of the tensors in them), of this rank, after
+    two saves, whose storages are the same."""
     import k2_megatron.train.checkpoint_save as checkpoint_save
 
     held = []
@@ -170,7 +171,7 @@ def _held_by_a_save(config_path: Path, checkpoints: Path) -> tuple[int, int]:
             parts = [shard._sh_ten.data for shard in shards if hasattr(shard, "_sh_ten")]
             parts += [shard.tensor for shard in shards if hasattr(shard, "tensor")]
             storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
-            held.append((sum(storages.values()), sum(part.nbytes for part in parts)))
+            held.append((storages, sum(part.nbytes for part in parts)))
             return super().write(folder, group)
 
     checkpoint_save._Plan = Watched
@@ -185,10 +186,13 @@ def _held_by_a_save(config_path: Path, checkpoints: Path) -> tuple[int, int]:
         optimizer = build_optimizer(config, chunks, KERNELS, groups.collection)
         optimizer_state(optimizer, model_state(chunks), loading=True)  # makes the moments, as a first step would
         saver = CheckpointWriter(checkpoints, groups, asynchronous=True)
-        saver.save(2, config, chunks, optimizer, device.torch, {})
-        saver.wait()
+        for step in (1, 2):
+            saver.save(step, config, chunks, optimizer, device.torch, {})
+            saver.wait()
         disconnect()
-    return held[0]
+    assert held[0] == held[1]
+    storages, tensors = held[1]
+    return sum(storages.values()), tensors
 
 
 def test_a_background_save_keeps_its_rank_s_part_alone(small_config: Path, tmp_path: Path):
