@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -90,10 +91,14 @@ def rank_process(job: str, rank: int) -> int:
     raise AssertionError(f"job {job} has no process of rank {rank}")
 
 
-def wait_for_step(folder: Path, step: int, seconds: float = 120) -> None:
+def wait_for_step(folder: Path, step: int) -> None:
+    wait_for(lambda: any(event["step"] >= step for event in events_of(folder, "step")), f"step {step} in {folder}")
+
+
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
-    while not any(event["step"] >= step for event in events_of(folder, "step")):
-        assert time.monotonic() < deadline, f"{folder} did not reach step {step}"
+    while not condition():
+        assert time.monotonic() < deadline, f"no {what} after {seconds} s"
         time.sleep(0.02)
 
 
@@ -107,7 +112,7 @@ def test_near_its_time_limit_the_job_saves_requeues_itself_and_resumes(slurm, fo
     limit = ("--time=1", "--signal=B:USR1@5")
     job, run = submit("long", "train.steps=1000000", "train.evaluate_every_steps=1000", options=limit), folder / "long"
     deadline = time.monotonic() + 400
-    while not events_of(run, "resume"):
+    while not events_of(run, "resume") or len(events_of(run, "step")) < 12:
         assert time.monotonic() < deadline and slurm.facts(job)["JobState"] != "FAILED", log_of(folder, job)
         time.sleep(0.3)
     slurm.run("scancel", job)
@@ -123,32 +128,60 @@ def test_near_its_time_limit_the_job_saves_requeues_itself_and_resumes(slurm, fo
     assert len(expected) >= 12 and {number: losses[number] for number in expected} == expected
 
 
-def test_two_nodes_give_the_losses_of_a_plain_start(slurm, folder, submit, plain):
-    job = submit("nodes", "checkpoint.every_steps=4")
+def test_asked_to_end_and_preempted_two_nodes_give_the_losses_of_a_plain_start(slurm, folder, submit, plain):
+    run = folder / "nodes"
+    job = submit("nodes", "checkpoint.every_steps=1000", options=("--cpus-per-task=2",))
+    wait_for_step(run, 3)
+    environment = (Path("/proc") / str(rank_process(job, 1)) / "environ").read_bytes().split(b"\0")
+    assert b"SLURM_CPUS_PER_TASK=2" in environment, "the job's tasks have two cores, its ranks do not"
+    slurm.run("scancel", "--signal=TERM", "--batch", job)
     facts = slurm.wait(job, ("COMPLETED", "FAILED"))
-    assert (facts["JobState"], facts["NumNodes"]) == ("COMPLETED", "2"), log_of(folder, job)
-    assert events_of(folder / "nodes", "start")[0]["launcher"] == "srun"
-    assert steps_of(folder / "nodes") == steps_of(plain)
-    assert stored_state(folder / "nodes", STEPS) == stored_state(plain, STEPS)
+    assert (facts["JobState"], facts["Restarts"], facts["ExitCode"]) == ("COMPLETED", "0", "0:0"), log_of(folder, job)
+    assert "asked to end" in log_of(folder, job)
+    (asked,) = events_of(run, "stop")
+    assert asked["saved_step"] == asked["step"] < STEPS
+
+    # Submitted again it goes on, and makes room for a job that is more urgent, with a grace time.
+    job = submit("nodes", "checkpoint.every_steps=1000")
+    wait_for_step(run, asked["step"] + 2)
+    options = ("--partition=urgent", "--nodes=2", "--exclusive", f"--output={folder}/%j.log", "--wrap=true")
+    urgent = slurm.run("sbatch", "--parsable", *options)
+    slurm.wait(urgent, ("COMPLETED",))
+    facts = slurm.wait(job, ("COMPLETED", "FAILED"))
+    assert (facts["JobState"], facts["Restarts"], facts["NumNodes"]) == ("COMPLETED", "1", "2"), log_of(folder, job)
+    stops, resumes = events_of(run, "stop"), events_of(run, "resume")
+    assert [stop["reason"] for stop in stops] == ["SIGUSR1", "SIGTERM", "finished"]
+    for stop, resume in zip(stops, resumes, strict=False):
+        assert stop["saved_step"] == stop["step"] == resume["step"], "nothing is trained twice and nothing is lost"
+    assert events_of(run, "start")[0]["launcher"] == "srun"
+    assert steps_of(run) == steps_of(plain)
+    assert stored_state(run, STEPS) == stored_state(plain, STEPS)
     assert (folder / "logs" / f"k2-toy-{job}" / "rank_1.log").exists()
 
-    # Submitted again, as the next link of a chain would be, a finished run starts no rank.
-    job = submit("nodes", "checkpoint.every_steps=4")
+    # Submitted once more, as the next link of a chain would be, a finished run starts no rank.
+    job = submit("nodes", "checkpoint.every_steps=1000")
     assert slurm.wait(job, ("COMPLETED", "FAILED"))["JobState"] == "COMPLETED"
     assert f"finished, {STEPS} steps" in log_of(folder, job)
-    assert len(events_of(folder / "nodes", "start")) == 1
+    assert len(events_of(run, "start")) == 3
 
 
 def test_killed_rank_and_then_a_lost_node_cost_nothing(slurm, folder, submit, plain):
     run = folder / "killed"
-    job = submit("killed", "checkpoint.every_steps=4")
+    job = submit("killed", "checkpoint.every_steps=4", RESTARTS="1")
     wait_for_step(run, 5)  # the last checkpoint is that of step 4
+    os.kill(rank_process(job, 1), signal.SIGKILL)
+    wait_for(lambda: events_of(run, "resume"), "start again in the same allocation")
+    reached = events_of(run, "step")[-1]["step"]
+    wait_for_step(run, reached + 1)
     os.kill(rank_process(job, 1), signal.SIGKILL)
     facts = slurm.wait(job, ("COMPLETED", "FAILED"))
     assert facts["JobState"] == "FAILED", log_of(folder, job)
     assert facts["ExitCode"] != "0:0"
     with pytest.raises(AssertionError, match="no process"):
         rank_process(job, 0)
+    log = log_of(folder, job)
+    assert log.count("start 0: starting 2 ranks") == 2 and "starting again; 0 more after this" in log
+    assert "task 1: Killed" in log, "what srun says of a rank that the system killed is in the job's log"
 
     slurm.run("scontrol", "requeue", job)
     slurm.wait(job, ("RUNNING",))
@@ -159,23 +192,8 @@ def test_killed_rank_and_then_a_lost_node_cost_nothing(slurm, folder, submit, pl
         slurm.run("scontrol", "update", "nodename=n2", "state=resume")
     facts = slurm.wait(job, ("COMPLETED", "FAILED"))
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "2"), log_of(folder, job)
-    assert [event["step"] % 4 for event in events_of(run, "resume")] == [0, 0]
-    assert steps_of(run) == steps_of(plain)
-    assert stored_state(run, STEPS) == stored_state(plain, STEPS)
-
-
-def test_preempted_job_saves_and_comes_back(slurm, folder, submit, plain):
-    run = folder / "preempted"
-    job = submit("preempted", "checkpoint.every_steps=1000")
-    wait_for_step(run, 3)
-    options = ("--partition=urgent", "--nodes=2", "--exclusive", f"--output={folder}/%j.log", "--wrap=true")
-    urgent = slurm.run("sbatch", "--parsable", *options)
-    slurm.wait(urgent, ("COMPLETED",))
-    facts = slurm.wait(job, ("COMPLETED", "FAILED"))
-    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), log_of(folder, job)
-    stop, resume = events_of(run, "stop")[0], events_of(run, "resume")[0]
-    assert stop["reason"] == "SIGTERM"
-    assert stop["saved_step"] == stop["step"] == resume["step"], "nothing is trained twice and nothing is lost"
+    assert [event["step"] % 4 for event in events_of(run, "resume")] == [0, 0, 0]
+    assert all(f"start {number}: starting 2 ranks" in log_of(folder, job) for number in (1, 2))
     assert steps_of(run) == steps_of(plain)
     assert stored_state(run, STEPS) == stored_state(plain, STEPS)
 
