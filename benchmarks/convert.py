@@ -2,8 +2,9 @@
 
     python benchmarks/convert.py [--gigabytes 2] [--workers 2] [--turns 3] [--folder SCRATCH]
 
-Makes a bfloat16 model of random weights, converts it in (weights, fp32 parameters, shared zeros), out again, and copies
-files of the same size with the same number of processes, in turns within one run: the best turn of each is compared.
+Makes a bfloat16 model of random weights, converts it in (weights, fp32 parameters, shared zeros), out again; makes old
+shards with Adam's state, converts them in and cuts the result anew; and copies files of the same size with the same
+number of processes, in turns within one run: the best turn of each is compared.
 GB are of bytes written; each measurement ends with the data on disk. CPU seconds are of all processes of the command,
 their start included: they tell what a core can do where the disk is slow or shared. Peak memory is that of the largest
 worker, read from the tool's own output.
@@ -21,8 +22,10 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from old_iteration import write_old_iteration
 
 from k2_megatron.convert.hugging_face import HuggingFaceSource
 from k2_megatron.convert.model_facts import ModelFacts
@@ -78,14 +81,25 @@ def copy_file(source: Path, target: Path) -> int:
         return writer.tell()
 
 
-def measured(arguments: list[str]) -> tuple[str, float]:
-    """(the tool's line on the conversion alone, CPU seconds of the whole command in all its processes)."""
-    before = cpu_seconds()
-    done = subprocess.run([sys.executable, TOOL, *arguments, "--no-proof"], capture_output=True, text=True, check=False)
+class Run(NamedTuple):
+    """What a command told and took. `line` is on the conversion alone; seconds are of the whole command."""
+
+    line: str
+    rate: float  # GB/s of the conversion alone
+    seconds: float
+    estimate: float
+    cpu_seconds: float
+
+
+def measured(arguments: list[str]) -> Run:
+    before, began = cpu_seconds(), time.monotonic()
+    done = subprocess.run([sys.executable, TOOL, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
+    seconds = time.monotonic() - began
     line = next(line for line in done.stdout.splitlines() if "peak resident" in line)
-    return line, cpu_seconds() - before
+    estimate = float(done.stdout.split(": about ")[1].split(" s with")[0])
+    return Run(line, float(line.split("(")[1].split(" GB/s")[0]), seconds, estimate, cpu_seconds() - before)
 
 
 def cpu_seconds() -> float:
@@ -103,6 +117,7 @@ def main() -> int:
     scratch = Path(tempfile.mkdtemp(prefix="convert_", dir=options.folder))
     try:
         report(scratch, options.gigabytes, options.workers, options.turns)
+        report_with_adam(scratch, options.gigabytes, options.workers, options.turns)
     finally:
         shutil.rmtree(scratch)
     return 0
@@ -119,25 +134,45 @@ def report(scratch: Path, gigabytes: float, workers: int, turns: int) -> None:
     print(
         f"memory 3 x that + 1 GB = {(3 * largest + 1e9) / 1e6:.0f} MB; load {os.getloadavg()[0]:.1f}, {workers} workers"
     )
-    run = ["--save", str(scratch / "run"), "--precision", "bfloat16", "--workers", str(workers)]
-    line, cpu = measured(["from-hf", "--load", str(scratch / "hf"), *run])
-    print(f"from-hf, {workers} workers: {line}")
-    print(f"  {3 * size / 1e6 / cpu:.0f} MB written a CPU second, reading back and comparing included")
+    run = ["--save", str(scratch / "run"), "--precision", "bfloat16", "--workers", str(workers), "--no-proof"]
+    done = measured(["from-hf", "--load", str(scratch / "hf"), *run])
+    print(f"from-hf, {workers} workers: {done.line}")
+    print(f"  {3 * size / 1e6 / done.cpu_seconds:.0f} MB written a CPU second, reading back and comparing included;")
+    print(f"  {done.seconds:.0f} s, estimated {done.estimate:.0f} s")
+    out = ["to-hf", "--load", str(scratch / "run"), "--shard-gb", "0.4", "--no-proof"]
     for count in sorted({1, workers}):
-        rates, copies, cpus = [], [], []
-        for turn in range(turns):
-            target, copy = scratch / f"out{count}{turn}", scratch / f"copy{count}{turn}"
-            out = ["--save", str(target), "--shard-gb", "0.4", "--workers", str(count)]
-            line, cpu = measured(["to-hf", "--load", str(scratch / "run"), *out])
-            rates.append(float(line.split("(")[1].split(" GB/s")[0]))
-            cpus.append(cpu)
-            seconds, copied = copy_files(sorted(target.glob("*.safetensors")), copy, count)
-            copies.append(copied / 1e9 / seconds)
-            shutil.rmtree(copy)
-            shutil.rmtree(target)
-        print(f"to-hf, {count} workers: {line}")
-        print(f"  best of {turns}: {max(rates):.3f} GB/s, {size / 1e6 / min(cpus):.0f} MB a CPU second; plain copy")
-        print(f"  {max(copies):.3f} GB/s, of which to-hf is {max(rates) / max(copies):.0%}")
+        against_copy(out, scratch, "*.safetensors", count, turns)
+
+
+def report_with_adam(scratch: Path, gigabytes: float, workers: int, turns: int) -> None:
+    """The conversions that carry Adam's state: 14 bytes a parameter, `gigabytes` in all."""
+    shape = shape_of(gigabytes / 7)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        size = pool.submit(write_old_iteration, scratch / "iter_0000941", shape, 2).result()
+    print(f"{shape.parameters:,} parameters with Adam's state, {size / 1e9:.2f} GB in two old shards")
+    old = ["from-k2-legacy", "--load", str(scratch / "iter_0000941"), "--no-proof"]
+    measured([*old, "--save", str(scratch / "old"), "--workers", str(workers)])
+    for arguments in (old, ["reshard", "--load", str(scratch / "old"), "--tensor", "2"]):
+        for count in sorted({1, workers}):
+            against_copy(arguments, scratch, "**/*.distcp", count, turns)
+
+
+def against_copy(arguments: list[str], scratch: Path, pattern: str, workers: int, turns: int) -> None:
+    """Print the best turn of a conversion next to a plain copy of the files it wrote."""
+    runs, copies, copied = [], [], 0
+    for _turn in range(turns):
+        target, copy = scratch / "product", scratch / "copy"
+        runs.append(measured([*arguments, "--save", str(target), "--workers", str(workers)]))
+        seconds, copied = copy_files(sorted(target.glob(pattern)), copy, workers)
+        copies.append(copied / 1e9 / seconds)
+        shutil.rmtree(copy)
+        shutil.rmtree(target)
+    best, least = max(run.rate for run in runs), min(run.cpu_seconds for run in runs)
+    whole = min(runs, key=lambda run: run.seconds)
+    print(f"{arguments[0]}, {workers} workers: {runs[-1].line}")
+    print(f"  best of {turns}: {best:.3f} GB/s, {copied / 1e6 / least:.0f} MB a CPU second of the whole command; plain")
+    print(f"  copy {max(copies):.3f} GB/s, of which it is {best / max(copies):.0%}; {whole.seconds:.0f} s, estimated")
+    print(f"  {whole.estimate:.0f} s; load {os.getloadavg()[0]:.1f}")
 
 
 if __name__ == "__main__":

@@ -107,7 +107,10 @@ def run_verify(options: argparse.Namespace) -> int:
             f"{options.load}: old K2 checkpoints carry no hashes; from-k2-legacy checks what can be checked"
         )
     folder = options.load if kind == "hugging_face" else checkpoint_folder(options.load)
-    problems = (verify_export if kind == "hugging_face" else verify_training)(folder, options.workers)
+    if kind == "hugging_face":
+        problems = verify_export(folder, options.workers)
+    else:
+        problems = verify_training(folder, options.workers, announced=True)
     for problem in problems:
         print(f"convert_checkpoint: {problem}", file=sys.stderr)
     print(f"{folder}: {'sound' if not problems else 'NOT sound'}")

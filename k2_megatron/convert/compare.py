@@ -7,7 +7,7 @@ import numpy as np
 
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.names import Place, places
-from k2_megatron.convert.numbers import BITS, Rounding, change_dtype
+from k2_megatron.convert.numbers import BITS, change_dtype
 from k2_megatron.convert.source import Kind
 from k2_megatron.convert.to_torch_dist import TorchDistJob, blocks
 from k2_megatron.convert.torch_dist import TorchDistSource
@@ -36,7 +36,7 @@ class CompareCheck:
         origin, dtype = job.source_kind(kind), job.dtype(kind)
         for block in blocks(place.entry, job.source.shape, 1, BITS[dtype].itemsize):
             rows = job.source.read(origin, place, block.first_row, block.last_row)
-            wanted = change_dtype(rows, job.source.dtypes[origin], dtype, Rounding())
+            wanted = change_dtype(rows, job.source.dtypes[origin], dtype)
             found = self.product.read(kind, place, block.first_row, block.last_row)
             if not np.array_equal(wanted, found):
                 raise ConversionError(

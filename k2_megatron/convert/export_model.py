@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from k2_megatron.convert.errors import ConversionError
+from k2_megatron.convert.estimate import CONVERT, Phase, announce, proof_phase
 from k2_megatron.convert.fingerprint import as_text
 from k2_megatron.convert.hugging_face import HuggingFaceSource
 from k2_megatron.convert.journal import JOURNAL, sole_writer
@@ -19,7 +20,7 @@ from k2_megatron.convert.source import Kind
 from k2_megatron.convert.to_hugging_face import HuggingFaceJob, tied_rows_equal
 from k2_megatron.convert.torch_dist import TorchDistSource, checkpoint_folder, read_manifest
 from k2_megatron.convert.transformers_model import TransformersModel
-from k2_megatron.convert.work import estimate_text, require_space, run_units
+from k2_megatron.convert.work import require_space, run_units
 from k2_megatron.runtime.durable import sync, write_file
 from k2_megatron.train.checkpoint_manifest import hash_file
 
@@ -61,6 +62,7 @@ def export_hugging_face(options: ExportOptions) -> Path:
     job = HuggingFaceJob(
         source, facts.shape, aside, kind, dtype, manifest["precision"], facts.tied_embeddings, options.shard_bytes
     )
+    announce(_phases(options, job), folder, options.save)
     with sole_writer(aside):
         _require_new(options.save)  # again: another may have finished before the lock was ours
         results, rounding = _write_shards(options, job, manifest)
@@ -75,6 +77,12 @@ def export_hugging_face(options: ExportOptions) -> Path:
     return options.save
 
 
+def _phases(options: ExportOptions, job: HuggingFaceJob) -> list[Phase]:
+    read, written = job.source.read_bytes_total((job.kind,)), sum(unit.bytes for unit in job.units())
+    phases = [Phase("convert", CONVERT, read, written, options.workers)]
+    return [*phases, proof_phase(written)] if options.proof else phases
+
+
 def _require_new(save: Path) -> None:
     if save.exists():
         raise ConversionError(f"{save} exists; remove it or give another --save")
@@ -83,9 +91,7 @@ def _require_new(save: Path) -> None:
 def _write_shards(options: ExportOptions, job: HuggingFaceJob, manifest: dict) -> tuple[list[dict], Rounding]:
     """The shards' facts, and what was rounded. ConversionError unless the weights read are those that were saved."""
     units, aside = job.units(), job.folder
-    written = sum(unit.bytes for unit in units)
-    print(estimate_text(job.source.read_bytes_total((job.kind,)), written, options.workers), flush=True)
-    require_space(aside, written)
+    require_space(aside, sum(unit.bytes for unit in units))
     plan = {"source": str(job.source.folder.resolve()), "weights": manifest["weights"], "kind": job.kind,
             "dtype": job.dtype, "shape": job.shape.__dict__, "tied": job.tied,
             "shard_bytes": options.shard_bytes}  # fmt: skip

@@ -6,6 +6,7 @@ from typing import Any
 
 from k2_megatron.config import Config
 from k2_megatron.convert.errors import ConversionError
+from k2_megatron.convert.estimate import CHECK_ADAM, Phase, announce, proof_phase
 from k2_megatron.convert.import_model import ImportOptions, training_config
 from k2_megatron.convert.journal import sole_writer
 from k2_megatron.convert.legacy_k2 import LegacyK2Source
@@ -21,6 +22,7 @@ from k2_megatron.convert.training_side import (
     require_new,
     seal,
     write_checkpoint,
+    writing_phases,
 )
 from k2_megatron.convert.work import Unit, resident_bytes, run_checks
 
@@ -67,9 +69,21 @@ def import_legacy(options: ImportOptions, *, optimizer: bool) -> Path:
         objects=empty_extra_state(source.shape),
     )
     check_layout(source.shape, options.tensor, options.pipeline)
+    announce(_phases(options, job), options.load, options.save)
     with sole_writer(job.folder):
         require_new(options.save, step)  # again: another may have finished before the lock was ours
         return _write_proved(options, job, source, config)
+
+
+def _phases(options: ImportOptions, job: TorchDistJob) -> list[Phase]:
+    source = job.source
+    phases = writing_phases(job, options.workers)
+    if "main" in source.dtypes:
+        checked = source.read_bytes_total(("weights", "main"))
+        phases.insert(0, Phase("check of Adam's order", CHECK_ADAM, checked, workers=options.workers))
+    if options.proof:
+        phases.append(proof_phase(source.read_bytes_total(("weights",))))
+    return phases
 
 
 def _write_proved(options: ImportOptions, job: TorchDistJob, source: LegacyK2Source, config: Config) -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 
 from k2_megatron.config import Config, load_config
 from k2_megatron.convert.errors import ConversionError
+from k2_megatron.convert.estimate import announce, proof_phase
 from k2_megatron.convert.hugging_face import HuggingFaceSource
 from k2_megatron.convert.journal import sole_writer
 from k2_megatron.convert.logits import Bound, prove
@@ -21,6 +22,7 @@ from k2_megatron.convert.training_side import (
     require_new,
     seal,
     write_checkpoint,
+    writing_phases,
 )
 from k2_megatron.convert.transformers_model import TransformersModel
 from k2_megatron.runtime.durable import write_file
@@ -58,6 +60,9 @@ def import_hugging_face(options: ImportOptions) -> Path:
         objects=empty_extra_state(facts.shape),
     )
     check_layout(facts.shape, options.tensor, options.pipeline)
+    phases = writing_phases(job, options.workers)
+    phases += [proof_phase(source.read_bytes_total(("weights",)))] if options.proof else []
+    announce(phases, options.load, options.save)
     with sole_writer(job.folder):
         require_new(options.save, 0)  # again: another may have finished before the lock was ours
         return _write_proved(options, job, source, facts, config)

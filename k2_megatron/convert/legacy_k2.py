@@ -18,7 +18,7 @@ from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.files import OpenFiles
 from k2_megatron.convert.model_facts import ModelFacts
 from k2_megatron.convert.names import Entry, Place, Shape, places
-from k2_megatron.convert.numbers import BITS, Rounding, change_dtype
+from k2_megatron.convert.numbers import BITS, change_dtype
 from k2_megatron.convert.safetensors_file import StoredTensor, read_exactly
 from k2_megatron.convert.source import OPTIMIZER_KINDS, Kind
 
@@ -79,9 +79,8 @@ class LegacyK2Source:
         for tensor, our_row, local_row, count, column, width in self._pieces(place.entry, rows, columns):
             first, last = max(first_row, our_row), min(last_row, our_row + count)
             if first < last:
-                start = local_row + first - our_row
-                part = self._read_local(kind, tensor, home, start, start + last - first)
-                output[first - first_row : last - first_row, column : column + width] = part
+                part = output[first - first_row : last - first_row, column : column + width]
+                self._read_local(kind, tensor, home, local_row + first - our_row, part)
         return output
 
     def read_bytes_total(self, kinds: tuple[Kind, ...]) -> int:
@@ -100,9 +99,11 @@ class LegacyK2Source:
     def check_replicas(self, place: Place) -> None:
         """ConversionError unless every tensor rank has the same copy of a weight that is not cut."""
         home, rows = self.home(place), place.entry.size(self.shape)[0]
-        first = self._read_local("weights", 0, home, 0, rows)
+        first, other = (np.empty((rows, 1), BITS[self.dtypes["weights"]]) for _ in range(2))
+        self._read_local("weights", 0, home, 0, first)
         for tensor in range(1, self.tensor_parallel):
-            if not np.array_equal(first, self._read_local("weights", tensor, home, 0, rows)):
+            self._read_local("weights", tensor, home, 0, other)
+            if not np.array_equal(first, other):
                 raise ConversionError(
                     f"{self.folder}: {home.name} differs between tensor ranks 0 and {tensor} of stage {home.stage}: "
                     "files of several runs or iterations were mixed"
@@ -113,25 +114,27 @@ class LegacyK2Source:
         for (kind, home), stored in self._stored[tensor, stage].items():
             if kind != "main":
                 continue
-            step = max(1, _BLOCK_BYTES // (4 * (stored.shape[1] if len(stored.shape) > 1 else 1)))
+            columns = stored.shape[1] if len(stored.shape) > 1 else 1
+            step = max(1, _BLOCK_BYTES // (4 * columns))
             for first in range(0, stored.shape[0], step):
-                last = min(first + step, stored.shape[0])
-                main = self._read_local("main", tensor, home, first, last)
-                weight = self._read_local("weights", tensor, home, first, last)
-                if not np.array_equal(change_dtype(main, "float32", self.dtypes["weights"], Rounding()), weight):
+                rows = min(step, stored.shape[0] - first)
+                main, weight = (np.empty((rows, columns), BITS[self.dtypes[k]]) for k in ("main", "weights"))
+                self._read_local("main", tensor, home, first, main)
+                self._read_local("weights", tensor, home, first, weight)
+                if not np.array_equal(change_dtype(main, "float32", self.dtypes["weights"]), weight):
                     raise ConversionError(
                         f"{self.folder / stored.file}: the optimizer's fp32 copy of {home.name} does not round to the "
                         "weight, so its state cannot be told apart; convert without it (--no-optimizer)"
                     )
 
-    def _read_local(self, kind: Kind, tensor: int, home: Home, first_row: int, last_row: int) -> np.ndarray:
-        """Rows of a rank's own part, as bits [rows, its columns]."""
+    def _read_local(self, kind: Kind, tensor: int, home: Home, first_row: int, part: np.ndarray) -> None:
+        """Fill `part`, bits [rows, its columns], with rows first_row ... of a rank's own tensor."""
         stored = self._stored[tensor, home.stage][kind, home]
-        columns = stored.shape[1] if len(stored.shape) > 1 else 1
-        rows = np.empty((last_row - first_row, columns), BITS[stored.dtype])
-        position = stored.position + first_row * columns * rows.itemsize
-        read_exactly(self._files.descriptor(stored.file), rows, position, self.folder / stored.file)
-        return rows
+        whole = part if part.flags.c_contiguous else np.empty(part.shape, part.dtype)
+        position = stored.position + first_row * part.shape[1] * part.itemsize
+        read_exactly(self._files.descriptor(stored.file), whole, position, self.folder / stored.file)
+        if whole is not part:
+            part[...] = whole
 
     def _pieces(self, entry: Entry, rows: int, columns: int) -> Iterator[tuple[int, int, int, int, int, int]]:
         """(tensor rank, our first row, its first row, rows, our first column, columns) of every part."""

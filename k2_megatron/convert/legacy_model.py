@@ -2,7 +2,7 @@
 
 It follows that code's layout and not our name table: a rank's QKV is viewed as [its heads, 3 D] and split, its first
 MLP matrix is halved into gate and up, what the ranks' output projections give is added, and activations pass the model
-chunks in the order of the pipeline. In float32 throughout; the weights of one layer are in memory.
+chunks in the order of the pipeline. In float32 throughout; files are mapped, and a block of rows is widened at a time.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from k2_megatron.convert.legacy_file import load_safely, model_chunks, model_tensors, rank_files
+from k2_megatron.convert.logits import row_blocks
 
 _ROPE_BASE = 10000.0
 
@@ -45,7 +46,7 @@ class LegacyModel:
         norm = self._weights(stages - 1, chunks - 1, "encoder.final_layernorm.")[0]
         normal = _rms_norm(hidden_BSH, norm["weight"], epsilon)
         return torch.cat(
-            [normal @ rank["weight"].T for rank in self._weights(stages - 1, chunks - 1, "output_layer.")], -1
+            [_times(normal, rank["weight"]) for rank in self._weights(stages - 1, chunks - 1, "output_layer.")], -1
         )
 
     def _pipeline(self) -> tuple[int, int]:
@@ -67,14 +68,13 @@ class LegacyModel:
         return load_safely(rank_files(self.folder)[tensor, stage], map_location="cpu", mmap=True)
 
     def _weights(self, stage: int, chunk: int, prefix: str) -> list[Weights]:
-        """The tensors below `prefix`, in float32, one dictionary a tensor rank."""
+        """The tensors below `prefix`, mapped, one dictionary a tensor rank."""
         paths = rank_files(self.folder)
         found = []
         for tensor in range(1 + max(tensor for tensor, _stage in paths)):
             model = model_chunks(self._state(tensor, stage), paths[tensor, stage])[chunk]
             named = dict(model_tensors(model, paths[tensor, stage]))
-            found.append({n.removeprefix(prefix): t.to(torch.float32, copy=True)
-                          for n, t in named.items() if n.startswith(prefix)})  # fmt: skip
+            found.append({name.removeprefix(prefix): t for name, t in named.items() if name.startswith(prefix)})
         return found
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -84,12 +84,17 @@ class LegacyModel:
         hidden = torch.zeros(*tokens.shape, parts[0]["weight"].shape[1])
         for number, part in enumerate(parts):
             mine = (tokens >= number * rows) & (tokens < (number + 1) * rows)
-            hidden[mine] = part["weight"][tokens[mine] - number * rows]
+            hidden[mine] = part["weight"][tokens[mine] - number * rows].float()
         return hidden
 
 
 def _rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + epsilon) * weight
+    return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + epsilon) * weight.float()
+
+
+def _times(inputs: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """inputs @ matrix.T, a block of whose rows is in float32 at a time."""
+    return torch.cat([inputs @ matrix[first:last].float().T for first, last in row_blocks(*matrix.shape)], -1)
 
 
 def _attention(normal_BSH: torch.Tensor, rank: Weights, arguments: argparse.Namespace, ranks: int) -> torch.Tensor:
@@ -98,11 +103,11 @@ def _attention(normal_BSH: torch.Tensor, rank: Weights, arguments: argparse.Name
     heads, size = arguments.num_attention_heads, hidden // arguments.num_attention_heads
     grouped = getattr(arguments, "group_query_attention", False)
     groups = (getattr(arguments, "num_query_groups", None) or heads) if grouped else heads
-    mixed = normal_BSH @ rank["self_attention.query_key_value.weight"].T
+    mixed = _times(normal_BSH, rank["self_attention.query_key_value.weight"])
     mixed = mixed.view(sequences, length, groups // ranks, -1).split([heads // groups * size, size, size], -1)
     query, key, value = (part.reshape(sequences, length, -1, size).transpose(1, 2) for part in mixed)
     output = scaled_dot_product_attention(_rotate(query), _rotate(key), value, is_causal=True, enable_gqa=True)
-    return output.transpose(1, 2).flatten(2) @ rank["self_attention.dense.weight"].T
+    return _times(output.transpose(1, 2).flatten(2), rank["self_attention.dense.weight"])
 
 
 def _rotate(heads_BNSD: torch.Tensor) -> torch.Tensor:
@@ -116,5 +121,5 @@ def _rotate(heads_BNSD: torch.Tensor) -> torch.Tensor:
 
 def _mlp(normal: torch.Tensor, rank: Weights) -> torch.Tensor:
     """A rank's share of the output of SwiGLU."""
-    gate, up = (normal @ rank["mlp.dense_h_to_4h.weight"].T).chunk(2, -1)
-    return (silu(gate) * up) @ rank["mlp.dense_4h_to_h.weight"].T
+    gate, up = _times(normal, rank["mlp.dense_h_to_4h.weight"]).chunk(2, -1)
+    return _times(silu(gate) * up, rank["mlp.dense_4h_to_h.weight"])

@@ -1,11 +1,13 @@
 """The proof of a conversion: another model's code and ours, each from its own files, on one seeded batch of tokens.
 
-Layer by layer, so that one layer of each is in memory: a reference (transformers_model.py, legacy_model.py) with the
-tensors under its own names, and our layer as pretrain_k2.py builds it with the tensors of our checkpoint. Both in
-float32. Neither side uses the other's name table, so a wrong permutation cannot hide.
+Layer by layer, and in a layer attention, then MLP, so that the larger of the two is in memory (layer_parts.py): a
+reference (transformers_model.py, legacy_model.py) with the tensors under its own names, and our layer as
+pretrain_k2.py builds it with the tensors of our checkpoint. Both in float32. Neither side uses the other's name table,
+so a wrong permutation cannot hide.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -23,7 +25,13 @@ if TYPE_CHECKING:
 SEED = 1234
 SEQUENCES = 2
 TOKENS = 48
-ROWS = 4096  # of a matrix that are read at once
+_BLOCK_BYTES = 4 << 20  # of a matrix in float32 that are read at once
+
+
+def row_blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    """(first row, last row + 1) of the blocks of a matrix that are read one at a time."""
+    step = max(1, _BLOCK_BYTES // (4 * columns))
+    return ((first, min(first + step, rows)) for first in range(0, rows, step))
 
 
 class Reference(Protocol):
@@ -81,7 +89,7 @@ def prove(
     reference: Reference, ours: TorchDistSource, facts: ModelFacts, bound: Bound, kind: Kind = "weights"
 ) -> Proof:
     """Run both models in a process of their own, ours on its `kind`. ConversionError above the bound."""
-    with process_pool(1) as pool:
+    with process_pool(1, keep_memory=False) as pool:  # a layer's matrices are given back when the model is
         proof = pool.submit(compare_logits, reference, ours, facts, bound, kind).result()
         memory = pool.submit(resident_bytes).result()
     print(f"both models ran in {memory / 1e6:.0f} MB, libraries included")
@@ -139,6 +147,7 @@ def our_logits(
 def _run_layers(source: TorchDistSource, facts: ModelFacts, config, groups, tokens, kind: Kind) -> "torch.Tensor":
     import torch
 
+    from k2_megatron.convert.layer_parts import fill_as_they_run
     from k2_megatron.kernels.dispatch import OPS, choose_backend
     from k2_megatron.model import build_model
 
@@ -148,21 +157,27 @@ def _run_layers(source: TorchDistSource, facts: ModelFacts, config, groups, toke
     rotary = model.rotary_pos_emb(tokens.shape[1])
     hidden_SBH = torch.stack([_rows(source, kind, EMBEDDING, int(t), int(t) + 1)[0] for t in tokens.T.flatten()])
     hidden_SBH = hidden_SBH.view(*tokens.T.shape, -1)
-    for layer in range(facts.shape.layers):
-        for entry in TABLE:
-            if entry.stacked:
-                parameter = model.decoder.layers[0].get_parameter(entry.ours.removeprefix("decoder.layers."))
-                matrix, count = parameter.view(entry.size(source.shape)), entry.size(source.shape)[0]
-                for first in range(0, count, ROWS):
-                    last = min(first + ROWS, count)
-                    matrix[first:last] = _rows(source, kind, entry, first, last, layer)
-        hidden_SBH, _context = model.decoder.layers[0](hidden_SBH, None, rotary_pos_emb=rotary)
+    block, layer = model.decoder.layers[0], 0
+    entries = {entry.ours.removeprefix("decoder.layers."): entry for entry in TABLE if entry.stacked}
+
+    def fill(name: str, parameter: torch.Tensor) -> None:
+        entry = entries[name]
+        matrix = parameter.view(entry.size(source.shape))
+        for first, last in row_blocks(*matrix.shape):
+            matrix[first:last] = _rows(source, kind, entry, first, last, layer)
+
+    fill_as_they_run(block, ("self_attention", "mlp"), fill)
+    norms = [name for name in entries if not name.startswith(("self_attention.", "mlp."))]
+    for number in range(facts.shape.layers):
+        layer = number  # which `fill` reads
+        for name in norms:
+            fill(name, block.get_parameter(name))
+        hidden_SBH, _context = block(hidden_SBH, None, rotary_pos_emb=rotary)
     norm = next(entry for entry in TABLE if entry.ours == "decoder.final_layernorm.weight")
     model.decoder.final_layernorm.weight.copy_(_rows(source, kind, norm, 0, facts.shape.hidden_size)[:, 0])
     normal_BSH = model.decoder.final_layernorm(hidden_SBH).transpose(0, 1)
-    used = facts.shape.used_vocabulary
-    starts = range(0, used, ROWS)
-    blocks = (_rows(source, kind, OUTPUT, first, min(first + ROWS, used)) for first in starts)
+    parts = row_blocks(facts.shape.used_vocabulary, facts.shape.hidden_size)
+    blocks = (_rows(source, kind, OUTPUT, first, last) for first, last in parts)
     return torch.cat([normal_BSH @ block.T for block in blocks], -1)
 
 

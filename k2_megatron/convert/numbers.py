@@ -38,14 +38,19 @@ def to_float32(bits: np.ndarray, dtype: str) -> np.ndarray:
     return wide.view(np.float32)
 
 
-def change_dtype(bits: np.ndarray, dtype: str, wanted: str, rounding: Rounding) -> np.ndarray:
-    """`bits` as `wanted`, rounded to nearest even and counted in `rounding`; ConversionError past float16's range."""
+def change_dtype(bits: np.ndarray, dtype: str, wanted: str, rounding: Rounding | None = None) -> np.ndarray:
+    """`bits` as `wanted`, rounded to nearest even and counted in `rounding`, where there is one to count in.
+
+    ConversionError past float16's range.
+    """
     if dtype == wanted:
         return bits
     exact = to_float32(bits, dtype)
     if wanted == "float32":
         return exact.view(np.uint32)
     rounded = _bfloat16(exact) if wanted == "bfloat16" else _float16(exact)
+    if rounding is None:
+        return rounded
     back = to_float32(rounded, wanted)
     wrong = exact != back
     count = int(wrong.sum())
@@ -57,8 +62,15 @@ def change_dtype(bits: np.ndarray, dtype: str, wanted: str, rounding: Rounding) 
 
 def _bfloat16(exact: np.ndarray) -> np.ndarray:
     bits = exact.view(np.uint32)
-    upper = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(exact), ((bits >> 16) | 0x40).astype(np.uint16), upper)
+    upper = bits >> 16
+    upper &= 1
+    upper += 0x7FFF
+    upper += bits
+    upper >>= 16
+    rounded, wrong = upper.astype(np.uint16), np.isnan(exact)
+    if wrong.any():  # the sum may have carried a NaN to an infinity or to zero
+        rounded[wrong] = (bits[wrong] >> 16) | 0x40
+    return rounded
 
 
 def _float16(exact: np.ndarray) -> np.ndarray:

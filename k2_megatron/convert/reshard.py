@@ -3,17 +3,26 @@
 Training loads any layout from any other already; this spares the ranks of a large run from reading parts of chunks.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from k2_megatron.config import Config
 from k2_megatron.convert.errors import ConversionError
+from k2_megatron.convert.estimate import announce
 from k2_megatron.convert.journal import sole_writer
 from k2_megatron.convert.model_facts import ModelFacts
 from k2_megatron.convert.record import carry_record, require_own_record, versions
 from k2_megatron.convert.to_torch_dist import TorchDistJob
 from k2_megatron.convert.torch_dist import TorchDistSource, checkpoint_folder, read_manifest
-from k2_megatron.convert.training_side import aside_folder, check_layout, require_new, seal, write_checkpoint
-from k2_megatron.convert.verify import verify_training
+from k2_megatron.convert.training_side import (
+    aside_folder,
+    check_layout,
+    require_new,
+    seal,
+    write_checkpoint,
+    writing_phases,
+)
+from k2_megatron.convert.verify import verify_phases, verify_training
 
 _KEPT_OUT = ("files", "weights", "precision", "config", "format")
 
@@ -24,20 +33,6 @@ def reshard(load: Path, save: Path, tensor: int, pipeline: int, workers: int) ->
     manifest = read_manifest(folder)
     require_new(save, manifest["step"])
     check_layout(ModelFacts.from_config(manifest["config"]["model"]).shape, tensor, pipeline)
-    with sole_writer(aside_folder(save, manifest["step"])):
-        require_new(save, manifest["step"])  # again: another may have finished before the lock was ours
-        return _reshard(folder, manifest, save, tensor, pipeline, workers)
-
-
-def _reshard(folder: Path, manifest: dict, save: Path, tensor: int, pipeline: int, workers: int) -> Path:
-    require_own_record(folder, manifest, save)
-    problems = verify_training(folder, workers)
-    if problems:
-        raise ConversionError(f"{folder} is not sound: {'; '.join(problems)}; use another checkpoint")
-    try:
-        config = Config.model_validate(manifest["config"])
-    except ValueError as error:
-        raise ConversionError(f"{folder} has a configuration of no use: {' '.join(str(error).split())}") from None
     source = TorchDistSource(folder, manifest)
     job = TorchDistJob(
         source,
@@ -46,8 +41,25 @@ def _reshard(folder: Path, manifest: dict, save: Path, tensor: int, pipeline: in
         tensor,
         pipeline,
         source.implementation,
-        {key: source.object_bytes(key) for key in source.stored.objects},
     )
+    announce([*verify_phases(manifest, workers), *writing_phases(job, workers)], folder, save)
+    with sole_writer(job.folder):
+        require_new(save, manifest["step"])  # again: another may have finished before the lock was ours
+        return _reshard(manifest, save, job, source, workers)
+
+
+def _reshard(manifest: dict, save: Path, job: TorchDistJob, source: TorchDistSource, workers: int) -> Path:
+    folder = source.folder
+    require_own_record(folder, manifest, save)
+    problems = verify_training(folder, workers)
+    if problems:
+        raise ConversionError(f"{folder} is not sound: {'; '.join(problems)}; use another checkpoint")
+    try:
+        config = Config.model_validate(manifest["config"])
+    except ValueError as error:
+        raise ConversionError(f"{folder} has a configuration of no use: {' '.join(str(error).split())}") from None
+    job = replace(job, objects={key: source.object_bytes(key) for key in source.stored.objects})
+    tensor, pipeline = job.tensor_parallel, job.pipeline_parallel
     facts = {key: value for key, value in manifest.items() if key not in _KEPT_OUT}
     facts["chunks"] = f"tp{tensor}-pp{pipeline}"
     facts["resharded"] = {"source": str(folder.resolve()), "versions": versions()}

@@ -97,7 +97,7 @@ class HuggingFaceJob:
 
     def _fingerprint(self, place: Place, first_row: int, rows: np.ndarray) -> int:
         """Of the weights as training has them: fp32 parameters round to exactly those."""
-        weights = change_dtype(rows, self.source.dtypes[self.kind], self.precision, Rounding())
+        weights = change_dtype(rows, self.source.dtypes[self.kind], self.precision)
         return fingerprint_rows(place.entry.key(self.source.implementation), place.layer, first_row, weights)
 
     def _fingerprint_unwritten(self, place: Place) -> int:

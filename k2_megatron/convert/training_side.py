@@ -12,6 +12,7 @@ from typing import Any
 from k2_megatron.config import Config
 from k2_megatron.convert.compare import CompareCheck
 from k2_megatron.convert.errors import ConversionError
+from k2_megatron.convert.estimate import COMPARE, CONVERT, Phase
 from k2_megatron.convert.fingerprint import as_text
 from k2_megatron.convert.journal import JOURNAL
 from k2_megatron.convert.logits import Proof
@@ -20,9 +21,18 @@ from k2_megatron.convert.numbers import Rounding
 from k2_megatron.convert.to_torch_dist import TorchDistJob
 from k2_megatron.convert.torch_dist import TorchDistSource
 from k2_megatron.convert.torch_metadata import write_metadata
-from k2_megatron.convert.work import Totals, estimate_text, require_space, run_checks, run_units
+from k2_megatron.convert.work import Totals, require_space, run_checks, run_units
 from k2_megatron.train.checkpoint_files import publish
 from k2_megatron.train.checkpoint_manifest import folder_name
+
+
+def writing_phases(job: TorchDistJob, workers: int) -> list[Phase]:
+    """What `write_checkpoint` and `seal` will do."""
+    read, written = job.source.read_bytes_total(tuple(job.source.dtypes)), sum(unit.bytes for unit in job.units())
+    return [
+        Phase("convert", CONVERT, read, written, workers),
+        Phase("read back and compare", COMPARE, read + written, 0, workers),
+    ]
 
 
 @dataclass(frozen=True)
@@ -54,9 +64,7 @@ def write_checkpoint(
     ConversionError when the disk is too small, the folder was begun for something else, or a weight is not finite.
     """
     units = job.units()
-    written = sum(unit.bytes for unit in units)
-    print(estimate_text(job.source.read_bytes_total(tuple(job.source.dtypes)), written, workers), flush=True)
-    require_space(job.folder, written)
+    require_space(job.folder, sum(unit.bytes for unit in units))
     results, totals = run_units(job, units, plan, workers)
     write_metadata(job.folder, job.tables(results))
     _write_common(job.folder)

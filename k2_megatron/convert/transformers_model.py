@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from k2_megatron.convert.errors import ConversionError
-from k2_megatron.convert.logits import ROWS
+from k2_megatron.convert.logits import row_blocks
 from k2_megatron.convert.safetensors_file import read_index
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ class TransformersModel:
             return self._logits(tokens)
 
     def _logits(self, tokens: "torch.Tensor") -> "torch.Tensor":
+        from k2_megatron.convert.layer_parts import fill_as_they_run
+
         try:
             from transformers import AutoConfig, LlamaForCausalLM
         except ImportError:
@@ -46,18 +48,33 @@ class TransformersModel:
         layers, tied = config.num_hidden_layers, config.tie_word_embeddings
         config.num_hidden_layers, config.vocab_size, config.pad_token_id, config.tie_word_embeddings = 1, 1, None, False
         config._attn_implementation = "eager"
-        model = LlamaForCausalLM(config).float().eval().model
-        norm, model.norm = model.norm, torch.nn.Identity()
-        stored = _StoredTensors(self.folder)
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config).float().eval().model
+        model.rotary_emb = type(model.rotary_emb)(config=config)  # its angles are no weights: they are computed
+        block, model.norm = model.layers[0], torch.nn.Identity()
+        block.input_layernorm, block.post_attention_layernorm, norm = (
+            type(block.input_layernorm)(config.hidden_size, eps=config.rms_norm_eps) for _ in range(3)
+        )
+        stored, layer = _StoredTensors(self.folder), 0
+
+        def fill(name: str, parameter: torch.Tensor) -> None:
+            first = 0
+            for rows in stored.blocks(f"model.layers.{layer}.{name}"):
+                parameter[first : first + len(rows)] = rows
+                first += len(rows)
+            assert first == len(parameter), f"{self.folder}: {name} of layer {layer} has {first} rows"
+
+        names = {name for name, _parameter in block.named_parameters()}
+        fill_as_they_run(block, ("self_attn", "mlp"), fill)
         hidden = stored.rows("model.embed_tokens.weight", tokens)
         for layer in range(layers):
             prefix = f"model.layers.{layer}."
-            parameters = dict(model.layers[0].named_parameters())
-            for stored_name in stored.names(prefix):  # one at a time: a state dict would hold the layer twice
-                parameters.pop(stored_name.removeprefix(prefix)).copy_(stored.whole(stored_name))
-            assert not parameters, f"{self.folder} lacks {sorted(parameters)} of layer {layer}"
+            found = {name.removeprefix(prefix) for name in stored.names(prefix)}
+            assert found == names, f"{self.folder} lacks, or has too much, of layer {layer}: {sorted(found ^ names)}"
+            fill("input_layernorm.weight", block.input_layernorm.weight)
+            fill("post_attention_layernorm.weight", block.post_attention_layernorm.weight)
             hidden = model(inputs_embeds=hidden, use_cache=False).last_hidden_state
-        norm.load_state_dict({"weight": stored.whole("model.norm.weight")})
+        norm.weight.copy_(torch.cat(list(stored.blocks("model.norm.weight"))))
         head = "model.embed_tokens.weight" if tied else "lm_head.weight"
         return torch.cat([norm(hidden) @ block.T for block in stored.blocks(head)], -1)
 
@@ -77,10 +94,6 @@ class _StoredTensors:
 
         return safe_open(self.folder / self.files[name], framework="pt")
 
-    def whole(self, name: str) -> "torch.Tensor":
-        with self._open(name) as file:
-            return file.get_tensor(name).float()
-
     def rows(self, name: str, indices: "torch.Tensor") -> "torch.Tensor":
         import torch
 
@@ -93,8 +106,9 @@ class _StoredTensors:
             )
 
     def blocks(self, name: str) -> Iterator["torch.Tensor"]:
+        """A tensor in blocks of rows, the file opened for each: the library maps it, and what was read stays mapped."""
         with self._open(name) as file:
-            matrix = file.get_slice(name)
-            rows = matrix.get_shape()[0]
-            for first in range(0, rows, ROWS):
-                yield matrix[first : min(first + ROWS, rows)].float()
+            rows, *columns = file.get_slice(name).get_shape()
+        for first, last in row_blocks(rows, *(columns or [1])):
+            with self._open(name) as file:
+                yield file.get_slice(name)[first:last].float()

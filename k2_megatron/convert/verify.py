@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from k2_megatron.convert.errors import ConversionError
+from k2_megatron.convert.estimate import FINGERPRINT, HASH, Phase, announce
 from k2_megatron.convert.export_model import MANIFEST as EXPORT_MANIFEST
 from k2_megatron.convert.fingerprint import as_text, fingerprint_rows
 from k2_megatron.convert.hugging_face import HuggingFaceSource
@@ -75,10 +76,23 @@ class FingerprintCheck:
         return {"fingerprint": total, "resident_bytes": resident_bytes()}
 
 
-def verify_training(folder: Path, workers: int) -> list[str]:
-    """Problems of one of our checkpoints."""
+def verify_phases(manifest: dict, workers: int) -> list[Phase]:
+    """What `verify_training` will do."""
+    shape = ModelFacts.from_config(manifest["config"]["model"]).shape
+    stored = sum(facts["bytes"] for facts in manifest["files"].values())
+    weights = shape.parameters * BITS[manifest["precision"]].itemsize
+    return [
+        Phase("hash", HASH, stored, workers=workers),
+        Phase("fingerprint of the weights", FINGERPRINT, weights, workers=workers),
+    ]
+
+
+def verify_training(folder: Path, workers: int, *, announced: bool = False) -> list[str]:
+    """Problems of one of our checkpoints. `announced`: print first what looking for them will take."""
     try:
         manifest = read_manifest(folder)
+        if announced:
+            announce(verify_phases(manifest, workers), folder)
         problems = _verify_hashes(folder, manifest["files"], {MANIFEST}, workers)
         if problems:
             return problems

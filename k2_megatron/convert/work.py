@@ -31,7 +31,6 @@ from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.journal import JOURNAL, begin_or_continue, is_there
 from k2_megatron.runtime.durable import make_folder
 
-BYTES_PER_SECOND = 250e6  # one worker on one core, benchmarks/convert.py; only the estimate printed before rests on it
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
@@ -102,15 +101,6 @@ class HashedFile:
         self._stream.close()
         os.rename(self._aside, self.path)
         return {"bytes": self.bytes, "xxh3": self.digest.hexdigest()}
-
-
-def estimate_text(read_bytes: int, write_bytes: int, workers: int) -> str:
-    """What the work will take, said before it starts."""
-    seconds = max(read_bytes, write_bytes) / BYTES_PER_SECOND / workers
-    return (
-        f"reads {read_bytes / 1e9:.2f} GB, writes {write_bytes / 1e9:.2f} GB, {workers} workers: "
-        f"about {seconds:.0f} s at {BYTES_PER_SECOND / 1e6:.0f} MB/s each"
-    )
 
 
 def require_space(folder: Path, needed: int) -> None:
@@ -191,6 +181,7 @@ def resident_bytes() -> int:
 
 def _each(job: Check, units: Sequence[Unit], workers: int) -> Iterator[tuple[Unit, dict]]:
     if workers == 1 or len(units) < 2:
+        _keep_memory()
         for unit in units:
             yield unit, job.run(unit)
         return
@@ -220,23 +211,29 @@ def _unpickled(job: bytes) -> Check:
     return pickle.loads(job)
 
 
-def process_pool(workers: int) -> ProcessPoolExecutor:
+def process_pool(workers: int, *, keep_memory: bool = True) -> ProcessPoolExecutor:
     """Processes that import what they need anew, and that die with the one that started them, however it dies."""
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(os.getpid(),))
+    how = (os.getpid(), keep_memory)
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=how)
 
 
-def _begin_worker(parent: int) -> None:
+def _begin_worker(parent: int, keep_memory: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the command speaks, and ends the others
     if sys.platform == "linux":
-        system = ctypes.CDLL(None)
-        system.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if hasattr(system, "mallopt"):
-            # Keep the memory of a block for the next: fresh pages, which the kernel clears, cost more than the work.
-            system.mallopt(_M_MMAP_MAX, 0)
-            system.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if keep_memory:
+        _keep_memory()
     if os.getppid() != parent:  # it died before the kernel was asked
         os._exit(1)
+
+
+def _keep_memory() -> None:
+    """Have glibc keep the memory of a block for the next: fresh pages, which the kernel clears, cost more than the
+    work."""
+    if sys.platform == "linux" and hasattr(system := ctypes.CDLL(None), "mallopt"):
+        system.mallopt(_M_MMAP_MAX, 0)
+        system.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 def _progress() -> Progress:

@@ -10,17 +10,19 @@ from pathlib import Path
 
 import numpy
 import torch
-from conversions import export_model, import_model
+from conversions import export_model, import_model, source_of
 from legacy_checkpoint import write_legacy
 
 from k2_megatron.convert.import_legacy import import_legacy
 from k2_megatron.convert.import_model import ImportOptions
+from k2_megatron.convert.logits import Bound, compare_logits
 from k2_megatron.convert.model_facts import ModelFacts
 from k2_megatron.convert.names import Shape, places
 from k2_megatron.convert.reshard import reshard
 from k2_megatron.convert.safetensors_file import SINGLE, header_bytes
+from k2_megatron.convert.transformers_model import TransformersModel
 from k2_megatron.convert.verify import verify_training
-from k2_megatron.convert.work import resident_bytes
+from k2_megatron.convert.work import process_pool, resident_bytes
 
 SHAPE = Shape(
     layers=16, hidden_size=512, ffn_hidden_size=1376, heads=4, kv_heads=4, vocab_size=4096, used_vocabulary=4096
@@ -121,3 +123,25 @@ def test_memory_does_not_grow_with_old_shards(tmp_path: Path) -> None:
     grown = growth_of(convert, small, large)
     print(f"{size / 1e6:.0f} MB took {grown / 1e6:.0f} MB")
     assert grown <= bound, f"{size / 1e6:.0f} MB took {grown / 1e6:.0f} MB"
+
+
+def test_the_proof_holds_half_a_layer_at_most(tmp_path: Path) -> None:
+    """K2's layer has 3.24 GB in float32, its MLP 2.16 GB; the bound on a process is 3.16 GB, libraries included."""
+    shape = Shape(1, 2560, 4096, 4, 4, 256, 256)
+    attention, mlp = (4 * count * 2560 for count in (4 * 2560, 3 * 4096))
+    models = []
+    for name, sizes in (("small", replace(shape, hidden_size=64, ffn_hidden_size=172)), ("large", shape)):
+        write_model(tmp_path / name, sizes)
+        import_model(tmp_path / name, tmp_path / f"{name}_run")
+        facts = ModelFacts.from_hugging_face(tmp_path / name)
+        models.append((TransformersModel(tmp_path / name), source_of(tmp_path / f"{name}_run"), facts))
+    bound = Bound.for_weights(equal=True)
+    with process_pool(1, keep_memory=False) as pool:  # as `prove` does it
+        pool.submit(compare_logits, *models[0], bound).result()
+        pool.submit(Path("/proc/self/clear_refs").write_text, "5").result()
+        before = pool.submit(resident_bytes).result()
+        proof = pool.submit(compare_logits, *models[1], bound).result()
+        grown = pool.submit(resident_bytes).result() - before
+    print(f"both models took {grown / 1e6:.0f} MB; attention {attention / 1e6:.0f} MB, MLP {mlp / 1e6:.0f} MB")
+    assert proof.holds, proof
+    assert grown <= mlp + (56 << 20) < mlp + attention, f"{grown / 1e6:.0f} MB"

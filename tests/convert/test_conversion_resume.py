@@ -165,7 +165,9 @@ def test_fingerprint_does_not_depend_on_the_cut(tmp_path: Path) -> None:
 
 def test_each_conversion_leaves_its_record_in_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it came from, by what versions, with what outcome; and the result is sound by its own hashes."""
-    monkeypatch.setattr(logits, "process_pool", ThreadPoolExecutor)  # a process of its own takes seconds to start
+    monkeypatch.setattr(
+        logits, "process_pool", lambda count, **_how: ThreadPoolExecutor(count)
+    )  # a process of its own takes seconds to start
     folder = legacy_folder(tmp_path)
     import_legacy(options(tmp_path, proof=True), optimizer=True)
     export_model(tmp_path / "run", tmp_path / "out", proof=True)

@@ -140,7 +140,9 @@ def test_float16_rounds_to_bfloat16_and_comes_back_exactly_from_the_main_paramet
 
 def test_the_proof_of_main_parameters_runs_our_model_on_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights trained with are their roundings: compared with those, equal parameters would look unequal."""
-    monkeypatch.setattr(logits, "process_pool", ThreadPoolExecutor)  # a process of its own takes seconds to start
+    monkeypatch.setattr(
+        logits, "process_pool", lambda count, **_how: ThreadPoolExecutor(count)
+    )  # a process of its own takes seconds to start
     write_llama(tmp_path / "hf")
     import_model(tmp_path / "hf", tmp_path / "run", precision="bfloat16")
     export_model(tmp_path / "run", tmp_path / "back", weights="main", dtype="float32", shard_bytes=100_000, proof=True)
