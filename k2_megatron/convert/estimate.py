@@ -82,8 +82,9 @@ def _read_rate(folder: Path) -> float | None:
         path = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
         with path.open("rb", buffering=0) as stream:
             stream.seek(max(0, path.stat().st_size - _SAMPLE_BYTES) // 2)
-            began = time.monotonic()
-            count = len(stream.read(_SAMPLE_BYTES) or b"")
+            began, count = time.monotonic(), 0
+            while count < _SAMPLE_BYTES and (block := stream.read(1 << 20)):
+                count += len(block)
         return count / (time.monotonic() - began)
     except (OSError, ValueError):
         return None  # whoever reads it next says what is wrong

@@ -12,6 +12,7 @@ import numpy as np
 from k2_megatron.convert.errors import ConversionError
 
 BITS: dict[str, np.dtype[Any]] = {"float32": np.dtype("<u4"), "bfloat16": np.dtype("<u2"), "float16": np.dtype("<u2")}
+_CACHED = 1 << 17  # elements that stay in the second-level cache
 SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -88,6 +89,8 @@ def _float16(exact: np.ndarray) -> np.ndarray:
 def require_finite(bits: np.ndarray, dtype: str, what: str) -> None:
     """ConversionError when an element is infinite or not a number: all its exponent bits are set."""
     exponent = bits.dtype.type({"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}[dtype])
-    count = int(np.count_nonzero((bits & exponent) == exponent))
+    flat = bits.reshape(-1)
+    parts = (flat[first : first + _CACHED] for first in range(0, len(flat), _CACHED))
+    count = sum(int(np.count_nonzero((part & exponent) == exponent)) for part in parts)
     if count:
         raise ConversionError(f"{what} holds {count} infinite values or NaNs; use another checkpoint")

@@ -1,7 +1,5 @@
 """Our checkpoints as a source: torch_dist folders with their manifest, whatever layout wrote the chunks."""
 
-import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +13,9 @@ from k2_megatron.convert.safetensors_file import read_exactly
 from k2_megatron.convert.source import KEY_PREFIX, Kind
 from k2_megatron.convert.torch_blob import Payload, find_payload
 from k2_megatron.convert.torch_metadata import METADATA, Chunk, Tensor, read_metadata
-from k2_megatron.train.checkpoint_manifest import MANIFEST, content_hash
+from k2_megatron.train import checkpoint_manifest
+from k2_megatron.train.checkpoint_manifest import FOLDER, MANIFEST, CheckpointError
 
-_STEP = re.compile(r"step_\d{8,}")
 _PRECISIONS = ("float32", "bfloat16")
 
 
@@ -135,13 +133,13 @@ def _plane(chunk: Chunk, place: Place) -> tuple[int, int, int, int]:
 
 def checkpoint_folder(path: Path) -> Path:
     """The checkpoint meant by `path`: one itself, a run's checkpoints folder, or a run folder (the latest is taken)."""
-    if _STEP.fullmatch(path.resolve().name):
+    if FOLDER.fullmatch(path.resolve().name):
         return path
     for checkpoints in (path, path / "checkpoints"):
         pointer = checkpoints / "latest"
         if pointer.is_file():
             name = pointer.read_text(errors="replace").strip()
-            if _STEP.fullmatch(name) and (checkpoints / name / MANIFEST).is_file():
+            if FOLDER.fullmatch(name) and (checkpoints / name / MANIFEST).is_file():
                 return checkpoints / name
             raise ConversionError(f"{pointer} says {name!r}, which is no complete checkpoint; give the folder itself")
         complete = [found for found in checkpoints.glob("step_*") if (found / MANIFEST).is_file()]
@@ -152,55 +150,21 @@ def checkpoint_folder(path: Path) -> Path:
 
 def read_manifest(folder: Path) -> dict:
     """The manifest of a complete checkpoint, with what a conversion needs in it. ConversionError otherwise."""
-    path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConversionError(f"{folder} has no {MANIFEST}: it is not a complete checkpoint") from None
-    except ValueError as error:
-        raise ConversionError(f"{path} is damaged ({error}); use another checkpoint") from None
-    if not isinstance(manifest, dict):
-        raise ConversionError(f"{path} is damaged (it holds no table); use another checkpoint")
-    lacking = [key for key in ("format", "step", "weights", "precision", "config", "files") if key not in manifest]
-    if lacking:
-        raise ConversionError(f"{path} lacks {', '.join(lacking)}; use another checkpoint")
-    if manifest["format"] != 1 or manifest["precision"] not in _PRECISIONS:
+        # A link may have any name, and what it points at too
+        manifest = checkpoint_manifest.read_manifest(folder if FOLDER.fullmatch(folder.name) else folder.resolve())
+    except CheckpointError as error:
+        raise ConversionError(str(error)) from None
+    path, config = folder / MANIFEST, manifest["config"]
+    if manifest["precision"] not in _PRECISIONS:
         raise ConversionError(
-            f"{path} has format {manifest['format']!r} and precision {manifest['precision']!r}; this version reads "
-            f"format 1 with {' or '.join(_PRECISIONS)}: use the version of k2_megatron that wrote it"
+            f"{path} has precision {manifest['precision']!r}; {' or '.join(_PRECISIONS)} is read: use the version of "
+            "k2_megatron that wrote it"
         )
-    problem = _problem_of_form(manifest)
-    if problem:
-        raise ConversionError(f"{path} is damaged ({problem}); use another checkpoint")
-    if "xxh3" in manifest and manifest["xxh3"] != content_hash(manifest):  # those of earlier versions have none
-        raise ConversionError(f"{path} is damaged (its content was altered: its own xxh3 hash differs)")
-    if f"step_{manifest['step']:08d}" != folder.resolve().name:
-        raise ConversionError(f"{path} belongs to step {manifest['step']}, not to {folder.name}: files were mixed up")
-    return manifest
-
-
-def _problem_of_form(manifest: dict) -> str | None:
-    """What of a manifest is not of the form that a conversion reads."""
-    wanted = {
-        "step": int,
-        "weights": str,
-        "files": dict,
-        "config": dict,
-        "consumed_samples": int,
-        "consumed_tokens": int,
-    }
-    wrong = [key for key, kind in wanted.items() if key in manifest and type(manifest[key]) is not kind]
-    if wrong or manifest["step"] < 0:
-        return f"{', '.join(wrong or ['step'])} is not what it should be"
-    for name, facts in manifest["files"].items():
-        known = isinstance(facts, dict) and isinstance(facts.get("bytes"), int) and isinstance(facts.get("xxh3"), str)
-        if not known or Path(name).name != name:
-            return f"what it says of the file {name!r} is no size and hash"
-    config = manifest["config"]
     if not all(isinstance(config.get(key, {}), dict) for key in ("model", "data")):
-        return "its configuration holds no tables"
+        raise ConversionError(f"{path} is damaged (its configuration holds no tables); use another checkpoint")
     try:
         ModelFacts.from_config(config.get("model", {}))
     except ConversionError as error:
-        return str(error)
-    return None
+        raise ConversionError(f"{path} is damaged ({error}); use another checkpoint") from None
+    return manifest

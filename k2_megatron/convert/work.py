@@ -181,7 +181,6 @@ def resident_bytes() -> int:
 
 def _each(job: Check, units: Sequence[Unit], workers: int) -> Iterator[tuple[Unit, dict]]:
     if workers == 1 or len(units) < 2:
-        _keep_memory()
         for unit in units:
             yield unit, job.run(unit)
         return
@@ -223,14 +222,14 @@ def _begin_worker(parent: int, keep_memory: bool) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if keep_memory:
-        _keep_memory()
+        keep_memory_of_blocks()
     if os.getppid() != parent:  # it died before the kernel was asked
         os._exit(1)
 
 
-def _keep_memory() -> None:
+def keep_memory_of_blocks() -> None:
     """Have glibc keep the memory of a block for the next: fresh pages, which the kernel clears, cost more than the
-    work."""
+    work. For processes that do nothing else: it cannot be undone."""
     if sys.platform == "linux" and hasattr(system := ctypes.CDLL(None), "mallopt"):
         system.mallopt(_M_MMAP_MAX, 0)
         system.mallopt(_M_TRIM_THRESHOLD, 1 << 30)

@@ -17,6 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from k2_megatron.config import Config
+from k2_megatron.runtime.collector import collector_paused
 from k2_megatron.runtime.groups import Groups
 from k2_megatron.runtime.seeds import restore_random_states
 from k2_megatron.train.checkpoint_files import (
@@ -185,7 +186,8 @@ def load_weights(folder: Path, chunks: Sequence, device: torch.device) -> None:
 
 def _read(state: dict, folder: Path) -> dict:
     try:
-        return dist_checkpointing.load(state, str(folder), sharded_strategy=RestrictedLoading())
+        with collector_paused():
+            return dist_checkpointing.load(state, str(folder), sharded_strategy=RestrictedLoading())
     except (CheckpointException, CheckpointingException) as error:
         raise CheckpointError(f"{folder} does not load: {first_cause(error)}; use another checkpoint") from None
 

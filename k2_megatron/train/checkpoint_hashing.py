@@ -6,6 +6,10 @@ from pathlib import Path
 
 import xxhash
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.storage import WriteResult
+
+from k2_megatron.runtime.collector import collector_paused
 
 
 class _HashingStream:
@@ -63,6 +67,11 @@ class HashingWriter(FileSystemWriter):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
         self.fs = self._hashing = _HashingFileSystem()
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the tables."""
+        with collector_paused():
+            super().finish(metadata, results)
 
     @property
     def files(self) -> dict[str, dict]:

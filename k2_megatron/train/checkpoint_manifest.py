@@ -18,6 +18,8 @@ FOLDER = re.compile(r"step_(\d{8,})")
 _READ_BYTES = 1 << 22
 _ALTERED = "its content was altered: its own xxh3 hash differs"
 _FIELDS = {"step": int, "files": dict, "layout": str, "precision": str, "weights": str, "config": dict}
+_FILE = {"bytes": int, "xxh3": str}
+_COUNTS = ("consumed_samples", "consumed_tokens", "optimizer_step")  # integers where they are told
 
 
 class CheckpointError(ValueError):
@@ -92,8 +94,12 @@ def _problem_of_content(manifest: Any, text: str) -> str | None:
     wrong = [key for key, kind in _FIELDS.items() if type(manifest.get(key)) is not kind]
     if wrong:
         return f"it lacks {', '.join(wrong)}"
+    wrong = [key for key in _COUNTS if key in manifest and type(manifest[key]) is not int]
+    if wrong:
+        return f"{', '.join(wrong)} is no number"
     for name, facts in manifest["files"].items():
-        if Path(name).name != name or not isinstance(facts, dict) or facts.keys() != {"bytes", "xxh3"}:
+        known = isinstance(facts, dict) and {key: type(fact) for key, fact in facts.items()} == _FILE
+        if Path(name).name != name or not known:
             return f"what it says of the file {name!r} is no size and hash"
     return None
 

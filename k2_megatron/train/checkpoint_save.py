@@ -41,6 +41,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from k2_megatron.config import Config
+from k2_megatron.runtime.collector import collector_paused
 from k2_megatron.runtime.durable import persist
 from k2_megatron.runtime.groups import Groups
 from k2_megatron.train.checkpoint_files import aside_folder, first_cause, publish, start_writing
@@ -91,6 +92,12 @@ class _Copies:
         return self._kept
 
 
+class _Planner(MCoreSavePlanner):
+    def create_global_plan(self, all_plans):
+        with collector_paused():
+            return super().create_global_plan(all_plans)
+
+
 class _Plan:
     """What this rank writes, decided with the others; written by `write`, as often as it takes.
 
@@ -129,7 +136,7 @@ class _Plan:
             self.tensors,
             writer,
             process_group=group,
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            planner=_Planner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
         return writer.files
 

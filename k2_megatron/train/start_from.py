@@ -46,11 +46,11 @@ def source_of(config: Config) -> tuple[Path, dict]:
 
 def require_same_shapes(config: Config, manifest: dict, folder: Path) -> None:
     """CheckpointError, naming every key, unless the weights of `folder` fit the model and precision of `config`."""
-    saved, ours = manifest["config"], config.flat()
+    saved, ours = manifest["config"].get("model", {}), config.flat()
     wrong = [
         f"{key} is {was!r} there and {ours[key]!r} here"
         for key in SHAPES
-        if (was := saved["model"][key.removeprefix("model.")]) != ours[key]
+        if (was := saved.get(key.removeprefix("model."))) != ours[key]
     ]
     if manifest["precision"] != config.train.precision:
         wrong.append(f"train.precision is {manifest['precision']!r} there and {config.train.precision!r} here")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from k2_megatron.config import Config
 from k2_megatron.config.changes import Change, changes
-from k2_megatron.train.checkpoint_manifest import CheckpointError
+from k2_megatron.train.checkpoint_manifest import MANIFEST, CheckpointError
 from k2_megatron.train.checkpoint_state import layout_name
 from k2_megatron.train.journal import read_events, read_steps
 from k2_megatron.train.schedule import learning_rate_at
@@ -17,9 +17,16 @@ def resume_changes(config: Config, manifest: dict, folder: Path, given: Collecti
 
     `given` are the keys that --set names. CheckpointError when one is refused, the same on every rank.
     """
+    imported = manifest.get("data", "") is None  # tools/convert_checkpoint.py brought it in: no run of ours made it
+    lacking = [] if imported else [key for key in ("data", "chain") if not isinstance(manifest.get(key), str)]
+    if lacking:
+        raise CheckpointError(
+            f"{folder / MANIFEST} does not say what data it was trained on (it lacks {', '.join(lacking)}), so that no "
+            "run can go on from it; begin one of another run.folder with its weights (checkpoint.start_from)"
+        )
     found = list(changes(config.model_dump(exclude_none=True), manifest["config"], given))
     refused = [change for change in found if change.outcome == "refused"]
-    if manifest["data"] is None:  # weights that tools/convert_checkpoint.py brought in: no run of ours made them
+    if imported:
         require_same_shapes(config, manifest, folder)
         return []
     if refused:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from k2_megatron.config import load_config
 from k2_megatron.runtime import durable
 from k2_megatron.runtime.durable import make_folder
 from k2_megatron.train.checkpoint_files import (
@@ -30,6 +31,7 @@ from k2_megatron.train.checkpoint_manifest import (
     step_of,
     verify_files,
 )
+from k2_megatron.train.summary import resume_changes
 
 FACTS = {"layout": "tp1", "precision": "float32", "weights": "00", "config": {}, "optimizer_step": 1234}
 
@@ -312,3 +314,12 @@ def test_folder_is_made_with_those_above_it_and_each_is_synced(tmp_path, monkeyp
     make_folder(tmp_path / "a" / "b")
     make_folder(tmp_path / "a" / "b")
     assert synced == [tmp_path, tmp_path / "a"]
+
+
+@pytest.mark.parametrize("found", [{}, {"data": "0" * 32}, {"data": 7, "chain": "0" * 32}])
+def test_manifest_that_says_nothing_of_its_data_is_named(small_config, tmp_path, found):
+    """One of another tool, or of a version to come: it is no KeyError."""
+    config = load_config(small_config)
+    manifest = {"step": 1, "config": config.model_dump(exclude_none=True), **found}
+    with pytest.raises(CheckpointError, match=r"k2.json does not say what data it was trained on .*start_from"):
+        resume_changes(config, manifest, tmp_path / "step_00000001", set())
