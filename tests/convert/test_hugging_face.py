@@ -19,6 +19,7 @@ from conversions import (
 )
 from transformers import AutoModelForCausalLM
 
+from k2_megatron.convert import import_model as import_model_code
 from k2_megatron.convert import logits
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.hugging_face import HuggingFaceSource
@@ -251,3 +252,23 @@ def test_rounding_is_torchs(wanted: str) -> None:
     assert torch.equal(torch.from_numpy(found.view(numpy.int16)), theirs.view(torch.int16))
     assert rounding.values == int((theirs.float() != exact).sum())
     assert numpy.array_equal(to_float32(found, wanted), theirs.float().numpy())
+
+
+@pytest.mark.parametrize("kind", ["weights", "main"])
+def test_what_is_not_read_back_as_it_was_written_is_not_published(tmp_path: Path, monkeypatch, kind: str) -> None:
+    """By a disk, or by memory on the way to it; hashes were taken of what was meant."""
+    write_llama(tmp_path / "hf", dtype=torch.bfloat16)
+    right = import_model_code.write_checkpoint
+
+    def flipped(job, *rest):
+        product = right(job, *rest)
+        path = job.folder / f"__0_{kind}_layer1.distcp"
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        return product
+
+    monkeypatch.setattr(import_model_code, "write_checkpoint", flipped)
+    with pytest.raises(ConversionError, match=r"\(layer 1\) was not written as it was read"):
+        import_model(tmp_path / "hf", tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))
