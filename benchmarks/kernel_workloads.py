@@ -67,6 +67,21 @@ def normal(*shape: int, device: str, dtype: torch.dtype, scale: float = 1.0) -> 
     return torch.randn(shape, device=device, dtype=dtype).mul_(scale).requires_grad_()
 
 
+class _Computed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values):
+        return values.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def computed(leaf: torch.Tensor) -> torch.Tensor:
+    """The leaf's memory as a result of something: ops that write in place refuse leaves and their views."""
+    return _Computed.apply(leaf)
+
+
 def rms_norm_workload(tokens: int, dtype: torch.dtype, device: str, add: bool) -> Workload:
     size = torch.empty((), dtype=dtype).element_size() * tokens * HIDDEN
     like = {"device": device, "dtype": dtype}
@@ -121,7 +136,7 @@ def rotary_workload(sequence: int, batch: int, dtype: torch.dtype, device: str) 
 
     def inputs():
         packed = normal(sequence, batch, heads, 3 * HEAD_DIM, device=device, dtype=dtype)
-        return packed.view_as(packed).split(HEAD_DIM, dim=-1)[:2]
+        return computed(packed).split(HEAD_DIM, dim=-1)[:2]
 
     def by_liger(q, k):
         return liger(q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), wide_cos, wide_sin)
@@ -149,7 +164,7 @@ def rotary_packed_workload(sequence: int, batch: int, dtype: torch.dtype, device
 
     def inputs():
         packed = normal(sequence, batch, heads, 3 * HEAD_DIM, device=device, dtype=dtype)
-        return (packed.view_as(packed),)
+        return (computed(packed),)
 
     def reference(qkv):
         q, k, v = qkv.split(HEAD_DIM, dim=-1)
@@ -211,7 +226,7 @@ def cross_entropy_workload(tokens: int, columns: int, dtype: torch.dtype, device
 
     def inputs():
         logits = normal(tokens, columns, device=device, dtype=dtype)
-        return (logits.view_as(logits),)  # not a leaf, and no copy: gradients overwrite it
+        return (computed(logits),)  # gradients overwrite it
 
     shape = f"{tokens} x {columns}"
     return Workload("cross_entropy", shape, dtype, size, 2 * size, inputs, lambda inputs: inputs, candidates, reference)
@@ -301,19 +316,20 @@ def cpu_workloads(quick: bool) -> Iterator[Workload]:
     yield from optimizer_workloads(4 << 20 if quick else 16 << 20, "cpu")
 
 
-def cuda_workloads(quick: bool) -> Iterator[Workload]:
-    """One rank of K2's layout: TP 8 shards; rows whole and, under sequence parallelism, an eighth of them."""
+def cuda_workloads(quick: bool, device: str = "cuda") -> Iterator[Workload]:
+    """One rank of K2's layout: TP 8 shards; rows whole and, under sequence parallelism, an eighth of them. A run that
+    is stopped has measured what comes first."""
+    yield from optimizer_workloads(64 << 20, device)
     tokens = [(8192, 1)] if quick else [(8192, 1), (2048, 1), (2048, 2), (2048, 4), (8192, 4)]
     for sequence, batch in tokens:
         rows = sequence * batch
         for norm_rows in (rows // TENSOR_PARALLEL, rows):
-            yield rms_norm_workload(norm_rows, torch.bfloat16, "cuda", add=False)
-            yield rms_norm_workload(norm_rows, torch.bfloat16, "cuda", add=True)
-        yield rotary_workload(sequence, batch, torch.bfloat16, "cuda")
-        yield rotary_packed_workload(sequence, batch, torch.bfloat16, "cuda")
-        yield swiglu_workload(rows, FFN // TENSOR_PARALLEL, torch.bfloat16, "cuda")
-        yield cross_entropy_workload(rows, VOCABULARY // TENSOR_PARALLEL, torch.bfloat16, "cuda")
-    yield cross_entropy_workload(4096, VOCABULARY, torch.float32, "cuda")
+            yield rms_norm_workload(norm_rows, torch.bfloat16, device, add=False)
+            yield rms_norm_workload(norm_rows, torch.bfloat16, device, add=True)
+        yield rotary_workload(sequence, batch, torch.bfloat16, device)
+        yield rotary_packed_workload(sequence, batch, torch.bfloat16, device)
+        yield swiglu_workload(rows, FFN // TENSOR_PARALLEL, torch.bfloat16, device)
+        yield cross_entropy_workload(rows, VOCABULARY // TENSOR_PARALLEL, torch.bfloat16, device)
+    yield cross_entropy_workload(4096, VOCABULARY, torch.float32, device)
     if not quick:
-        yield linear_cross_entropy_workload(8192, HIDDEN, 16 * VOCABULARY // TENSOR_PARALLEL, torch.bfloat16, "cuda")
-    yield from optimizer_workloads(64 << 20, "cuda")
+        yield linear_cross_entropy_workload(8192, HIDDEN, 16 * VOCABULARY // TENSOR_PARALLEL, torch.bfloat16, device)

@@ -4,8 +4,10 @@ rmsnorm.py)."""
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -110,3 +112,37 @@ def test_results_are_held_until_as_many_others_have_followed():
     for _ in range(4):
         rotation.launch(lambda value: (torch.full((1,), value), None))
     assert [float(result) for (result,) in rotation.results] == [2, 3, 1]
+
+
+def test_all_shapes_fit_the_limit_of_the_check_on_a_gpu():
+    """Waits before the turns on a slow clock, and the turns themselves: two packages beside torch, who as torch move
+    four times the necessary bytes at 2 TB/s, GEMMs at 400 TFLOP/s. Two fifths of the limit are left to all else."""
+    script = (Path(__file__).parents[2] / "scripts/gpu_check.sh").read_text()
+    limit = int(re.search(r"^part kernels (\d+)", script, re.MULTILINE)[1])
+    waits = work = 0.0
+    for workload in kernel_workloads.cuda_workloads(quick=False, device="meta"):
+        rounds = kernels.rounds_of(workload, "cuda", quick=False) + kernels.WARM_UP_ROUNDS
+        linear = workload.op == "linear_cross_entropy"
+        both = linear or workload.backward_bytes > 0
+        candidates = len(workload.candidates) + (0 if linear or not both else 2)
+        waits += rounds * (1 + both) * (candidates + 1) * kernels.WAIT_CYCLES / 1.4e9
+        moved = workload.forward_bytes * (1 + both) + workload.backward_bytes
+        seconds = moved * (1 + 4 * (candidates - 1)) / 2e12 + (1 + both) * 2 * kernels.COPY_BYTES["cuda"] / 2e12
+        if linear:
+            tokens, hidden, vocabulary = map(int, workload.shape.split(" x "))
+            gemms = (1 + 1) + (4 + 3)  # a round: two forwards, ours with its backward, torch's
+            seconds += 2 * gemms * tokens * hidden * vocabulary / 400e12
+        work += rounds * kernels.LAUNCHES * seconds
+    assert waits + work <= 0.6 * limit, f"{waits:.1f} s of waits and {work:.1f} s of work, limit {limit} s"
+
+
+def test_a_slow_copy_flatters_nobody():
+    """The same 100 GB/s beside a copy of 100 and one of 200 GB/s: half of what the machine can do, in both rows."""
+    workload = Workload("double", "4", torch.float32, 100_000_000, 0, lambda: (), lambda inputs: (), {})
+    rows: list[dict] = []
+    for rate in (100, 200):
+        milliseconds = 2 * kernels.COPY_BYTES["cpu"] / rate / 1e6
+        times = {"forward": {"ours": [1.0, 3.0], "copy": [milliseconds]}}
+        rows = kernels.with_shares(rows + kernels.summarise(workload, times, "cpu"))
+    assert [row["copy_gigabytes_per_second"] for row in rows] == pytest.approx([100, 200])
+    assert [row["share_of_copy"] for row in rows] == pytest.approx([0.5, 0.5])
