@@ -18,6 +18,7 @@ amendments can compute it again, whatever batch sizes the run had (see feed.py f
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -34,7 +35,12 @@ FILE_NAME = "ledger.jsonl"
 
 
 class LedgerNotWritten(ValueError):
-    """The disk did not take a line; nothing of it is in the ledger."""
+    """The disk did not take a line: it is not in the ledger, and may be appended again. `brief` is what to say when it
+    is not given up."""
+
+    def __init__(self, message: str, brief: str) -> None:
+        super().__init__(message)
+        self.brief = brief
 
 
 class Samples(Protocol):
@@ -56,6 +62,7 @@ class Ledger:
         self._whole_bytes = 0
         self._last_hash = ""
         self._exists = False
+        self._unconfirmed: set[bytes] = set()  # lines that the disk refused; one may be in the file all the same
         self._feed: Samples | None = None
         self._read()
 
@@ -93,9 +100,12 @@ class Ledger:
         try:
             self._write(line)
         except OSError as error:
+            self._take_back(line)
             raise LedgerNotWritten(
-                f"{self.path} could not be written ({error}); make room or restore access, and start again"
+                f"{self.path} could not be written ({error}); make room or restore access, and start again",
+                f"{self.path} is not written yet ({error})",
             ) from None
+        self._unconfirmed.clear()
         self._whole_bytes += len(line) + 1
         self._last_hash = _line_hash(line)
         self.entries.append(entry)
@@ -112,15 +122,22 @@ class Ledger:
             file.write(line + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        if is_new:
+        if is_new or not self._exists:  # the second, where a try before this one made the file
             sync(self.path.parent)
+
+    def _take_back(self, line: bytes) -> None:
+        """Cut off what the disk took and did not make safe: the next try must not take it for another process's line,
+        nor a reader for one that counts. Where the disk refuses that as well, the next try knows the line."""
+        self._unconfirmed.add(line + b"\n")
+        with contextlib.suppress(OSError):
+            os.truncate(self.path, self._whole_bytes)
 
     def _refuse_strangers_lines(self, file: BinaryIO) -> None:
         """ValueError where another process has appended since this one read: its line is not to be cut off."""
         if not file.readable():
             return
         file.seek(self._whole_bytes)
-        if b"\n" in file.read():
+        if b"\n" in (found := file.read()) and found not in self._unconfirmed:
             raise ValueError(
                 f"{self.path}: another process has appended to it since it was opened here; amend a run only while it "
                 "is stopped, and start it again to follow what the ledger now says"

@@ -67,7 +67,7 @@ class RunData:
 
 
 def _tell(error: LedgerNotWritten, pause: float) -> None:
-    print(f"{error}. Trying again in {pause:.0f} s", file=sys.stderr, flush=True)
+    print(f"{error.brief}; trying again in {pause:.0f} s", file=sys.stderr, flush=True)
 
 
 def open_run_data(config: Config, *, writer: bool = False) -> RunData:

@@ -7,6 +7,7 @@ import signal
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from failing_disk import FailingDisk
@@ -15,6 +16,9 @@ from run_results import steps_of, stored_state
 from small_run import overrides
 
 from k2_megatron.config import load_config
+from k2_megatron.data.ledger import Ledger, LedgerNotWritten
+from k2_megatron.runtime import durable
+from k2_megatron.train.run_data import RunData
 from k2_megatron.train.run_folder import hold_run_folder
 
 STEPS = 6
@@ -114,6 +118,40 @@ def test_ledger_that_cannot_be_written_ends_the_run_before_the_save(small_config
     assert_same(folder, whole)
 
 
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize("cut", [True, False], ids=["cut off", "left in the file"])
+@pytest.mark.parametrize("lines", [0, 2])
+def test_ledger_line_that_reached_the_file_and_not_the_disk_is_written_again(
+    tmp_path, monkeypatch, capsys, error, cut, lines
+):
+    """On NFS it is fsync that says so, or close. The line of another process is refused nevertheless."""
+    data = RunData(SimpleNamespace(fingerprint="00"), None, Ledger(tmp_path), writer=True)
+    for number in range(lines):
+        data.record_position(number, number, 0)
+    fsync, truncate, answers = os.fsync, os.truncate, [error, error]
+
+    def refuse(*arguments, call):
+        if answers:
+            raise OSError(answers.pop(), "refused")
+        return call(*arguments)
+
+    monkeypatch.setattr(os, "fsync", partial(refuse, call=fsync))
+    monkeypatch.setattr(os, "truncate", truncate if cut else partial(refuse, call=truncate))
+    monkeypatch.setattr(durable.time, "sleep", lambda _seconds: None)
+    data.record_position(7, 70, 10.0)
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == f"{data.ledger.path} is not written yet ([Errno {error}] refused); trying again in 1 s"
+    assert "start again" not in "".join(told)
+    assert [entry["step"] for entry in Ledger(tmp_path).entries] == [*range(lines), 7]
+
+    answers.append(error)
+    with pytest.raises(LedgerNotWritten, match="make room or restore access, and start again"):
+        data.record_position(8, 80, 0)
+    Ledger(tmp_path).amend("skip", chunk=3, from_sample=0, sequence_length=8, reason="by hand")
+    with pytest.raises(ValueError, match="another process has appended"):
+        data.record_position(8, 80, 0)
+
+
 def _lose_the_file_system(folder: Path) -> None:
     """From step 4 on every call in the run folder fails, as on a file server that restarts: for 2 s; and then the first
     of retention."""
@@ -139,8 +177,8 @@ def test_file_system_that_is_gone_for_a_while_is_waited_for(small_config, tmp_pa
     more = {"checkpoint.keep_last": 2, "watchdog.heartbeat_seconds": 0.5}
     ended = run(small_config, folder, partial(_lose_the_file_system, folder), **more)
     assert ended.exit_code == 0, ended.stderr
-    assert "ledger.jsonl could not be written ([Errno 116] Stale file handle" in ended.stderr
-    assert ". Trying again in 1 s" in ended.stderr
+    assert "ledger.jsonl is not written yet ([Errno 116] Stale file handle" in ended.stderr
+    assert "; trying again in 1 s" in ended.stderr
     assert "journal: cannot write" in ended.stderr and "heartbeat cannot be written" in ended.stderr
     assert_same(folder, whole)
 
