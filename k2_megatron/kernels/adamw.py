@@ -201,6 +201,8 @@ def _step_op(parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale,
     run(OP, "adamw", parameters[0].device, *(address_of(pointers) if pointers else 0 for pointers in lists),
         address_of(sizes), len(parameters), learning_rate, beta1, beta2, epsilon, weight_decay, step,
         pointer(gradient_scale), DTYPE_CODES[gradients[0].dtype], DTYPE_CODES[model_dtype])  # fmt: skip
+    # As torch's in-place operations do: a backward that needs the old values is an error, not a wrong gradient.
+    torch.autograd.graph.increment_version([*parameters, *exp_avg, *exp_avg_sq, *copies])
 
 
 STEP = register(

@@ -95,6 +95,13 @@ def require_no_overlap(op: str, written: Lists, read: Lists) -> None:
             reach, owner, owner_written = end, f"{name}[{index}]", is_written
 
 
+def is_leafs_memory(tensor: torch.Tensor) -> bool:
+    """Whether writing into the tensor writes into a leaf that requires a gradient: it is one, or a view of one."""
+    if tensor.is_leaf or torch.compiler.is_compiling():  # a compiled graph cannot ask for a view's base
+        return tensor.is_leaf and tensor.requires_grad
+    return tensor._is_view() and tensor._base.is_leaf and tensor._base.requires_grad
+
+
 @lru_cache(maxsize=256)
 def _overlaps_itself(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     reach = 1

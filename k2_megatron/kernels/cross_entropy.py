@@ -26,6 +26,7 @@ from k2_megatron.kernels import peers
 from k2_megatron.kernels.checks import (
     FLOATS,
     REFERENCE_FLOATS,
+    is_leafs_memory,
     require,
     require_backend,
     require_backend_device,
@@ -78,10 +79,10 @@ def vocab_parallel_cross_entropy(
     require_backend_device(OP, backend, logits)
     if backend != "torch":
         check_rows(_flat(logits), labels.view(-1))
-        if torch.is_grad_enabled() and logits.is_leaf and logits.requires_grad:
+        if torch.is_grad_enabled() and is_leafs_memory(logits):
             raise ValueError(
-                f"{OP}: logits are a leaf that requires a gradient, which would overwrite them; pass a projection's "
-                "output, or use backend 'torch'"
+                f"{OP}: logits are a leaf that requires a gradient, which would overwrite them, or a view of one; pass "
+                "a projection's output, or use backend 'torch'"
             )
     return _VocabParallelCrossEntropy.apply(logits, labels, group, settings, STEPS[backend])
 

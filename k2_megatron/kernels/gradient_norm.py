@@ -139,6 +139,7 @@ def _scale_op(tensors, factor):
     pointers = addresses(tensors)
     run("clip_gradients", "scale", tensors[0].device, address_of(pointers), address_of(sizes), len(tensors),
         pointer(factor), DTYPE_CODES[tensors[0].dtype])  # fmt: skip
+    torch.autograd.graph.increment_version(tensors)
 
 
 SQUARED_NORM = register("squared_norm(Tensor[] tensors) -> Tensor", _squared_norm_op, _squared_norm_fake)

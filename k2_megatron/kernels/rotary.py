@@ -10,9 +10,10 @@ Out:  q and k rotated in their first R elements, fp32 arithmetic, one rounding.
 In eager mode the compiled backends rotate q and k in place and return them: right for freshly computed tensors, whose
 values nothing needs before the rotation (a linear layer saves its input, not its output). That is the caller's promise
 where q and k are views: marking the write as an in-place change would make autograd refuse the split's third view, v.
-On tensors that are not views it is marked, and autograd reports whoever saved them. The Function returns its inputs,
-which autograd turns into views of them with the Function's gradient. Compiled graphs, and the backward, whose incoming
-gradients may have other readers, rotate into new memory.
+A checkpoint that is given such views as arguments would find them rotated when it recomputes, and rotate them again:
+q and k are to be computed inside of it. On tensors that are not views the write is marked, and autograd reports whoever
+saved them. The Function returns its inputs, which autograd turns into views of them with the Function's gradient.
+Compiled graphs, and the backward, whose incoming gradients may have other readers, rotate into new memory.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from k2_megatron.kernels import peers
 from k2_megatron.kernels.checks import (
     FLOATS,
     REFERENCE_FLOATS,
+    is_leafs_memory,
     require,
     require_backend,
     require_backend_device,
@@ -154,10 +156,10 @@ def _check_positions(positions, rows):
 
 def check_computed(**tensors):
     for name, tensor in tensors.items():
-        if torch.is_grad_enabled() and tensor.is_leaf and tensor.requires_grad:
+        if torch.is_grad_enabled() and is_leafs_memory(tensor):
             raise ValueError(
-                f"{OP}: {name} is a leaf that requires a gradient, and would be rotated in place; pass a computed "
-                "tensor, or use backend 'torch'"
+                f"{OP}: {name} is a leaf that requires a gradient, or a view of one, and would be rotated in place; "
+                "pass a computed tensor, or use backend 'torch'"
             )
 
 

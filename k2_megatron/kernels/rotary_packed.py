@@ -71,6 +71,8 @@ class _RotaryPacked(torch.autograd.Function):
         # All heads but the last of each group, a slice at a time: heads and groups lie at different strides.
         for (first,), (second,) in _in_pairs([(heads,) for heads in qkv.split(head_dim, dim=3)[:-1]]):
             IN_PLACE(first, second, cos, sin, positions, interleaved, False)
+        if not qkv._is_view():  # of the slices, all views, nothing was marked
+            torch.autograd.graph.increment_version(qkv)
         ctx.save_for_backward(cos, sin, positions)
         ctx.shape, ctx.interleaved = qkv.shape, interleaved
         return _split(qkv, head_dim)

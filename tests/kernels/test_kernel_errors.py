@@ -113,8 +113,11 @@ REFUSALS = [
     ),
     (
         lambda: turn(Q.clone().requires_grad_()),
-        r"rotary: q is a leaf that requires a gradient, and would be rotated in pl",
+        r"rotary: q is a leaf that requires a gradient, or a view of one, and would be rotated in place; pass a com",
     ),
+    (lambda: turn(Q, Q.clone().requires_grad_().view(4, 2, 3, 8)), r"rotary: k is a leaf .* or a view of one"),
+    (lambda: packed(torch.zeros(4, 72, requires_grad=True)[:, None].view(4, 1, 3, 24)), r"rotary: qkv is a leaf"),
+    (lambda: loss(torch.zeros(30, requires_grad=True).view(2, 3, 5)), r"cross_entropy: logits are a leaf .* or a view"),
     (lambda: turn(backend="apex"), r"rotary: no backend 'apex'; known: cuda, cpu, torch, transformer_engine"),
     (
         lambda: packed(torch.zeros(4, 2, 24)),

@@ -201,6 +201,14 @@ def test_rotation_of_a_tensor_that_autograd_saved_is_reported():
 
 
 @on_cpu
+def test_packed_rotation_of_a_tensor_that_autograd_saved_is_reported():
+    packed = torch.randn(4, 1, 2, 3 * DIM, requires_grad=True).exp()
+    outputs = rotary_packed(packed, *rotary_tables(4, DIM, 100.0, "cpu"), DIM, backend="cpu")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        sum(output.sum() for output in outputs).backward()
+
+
+@on_cpu
 def test_rotation_does_not_touch_a_gradient_with_other_readers():
     """An addition hands the same gradient tensor to both of its inputs."""
     leaf, other = torch.randn(4, 1, 2, DIM, requires_grad=True), torch.randn(4, 1, 2, DIM, requires_grad=True)

@@ -93,6 +93,25 @@ def test_model_copies_follow_their_parameters(backend):
     assert torch.equal(optimizer.model_copies[parameters[3]], parameters[3].to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("backend", ["torch", *COMPILED])
+def test_what_is_overwritten_in_place_is_no_longer_good_for_a_backward(backend):
+    """Autograd counts the writes to a tensor; kernels that are given its address have to tell."""
+    device = "cuda" if backend == "cuda" else "cpu"
+    parameter, model = (torch.nn.Parameter(torch.ones(3, device=device, dtype=dtype)) for dtype in
+                        (torch.float32, torch.bfloat16))  # fmt: skip
+    losses = [parameter.square().sum(), model.square().sum()]
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = AdamW([parameter], backend=backend)
+    optimizer.model_copies[parameter] = model.detach()
+    optimizer.step()
+    gradient = torch.ones(3, device=device) * 1
+    losses.append((torch.ones(3, device=device, requires_grad=True) * gradient).sum())
+    clip_gradients_([gradient], torch.tensor(2.0, device=device), 1.0, backend=backend)
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 def test_step_lives_in_the_group_and_state_survives_a_round_trip():
     """megatron-core's distributed optimizer treats us as Apex: int step in each group, two fp32 moments a parameter."""
     parameters, optimizer, generator = start("torch")
