@@ -99,7 +99,8 @@ def is_leafs_memory(tensor: torch.Tensor) -> bool:
     """Whether writing into the tensor writes into a leaf that requires a gradient: it is one, or a view of one."""
     if tensor.is_leaf or torch.compiler.is_compiling():  # a compiled graph cannot ask for a view's base
         return tensor.is_leaf and tensor.requires_grad
-    return tensor._is_view() and tensor._base.is_leaf and tensor._base.requires_grad
+    base = tensor._base
+    return base is not None and base.is_leaf and base.requires_grad
 
 
 @lru_cache(maxsize=256)
