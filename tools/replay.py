@@ -200,8 +200,15 @@ def computed_by(start: dict) -> str:
 
 
 def saved_weights(journal: Path) -> dict[int, str]:
-    """{step: the last fingerprint told of a checkpoint of it}."""
-    return {event["step"]: event["weights"] for event in read_events(journal) if event["event"] == "checkpoint"}
+    """{step: the last fingerprint told of a checkpoint of it}, of the branch that stands: one that a rollback left was
+    trained on other rows, and the steps after a resume are made, and saved, anew."""
+    weights: dict[int, str] = {}
+    for event in read_events(journal):
+        if event["event"] in ("resume", "rollback"):
+            weights = {step: told for step, told in weights.items() if step <= event["step"]}
+        elif event["event"] == "checkpoint":
+            weights[event["step"]] = event["weights"]
+    return weights
 
 
 def prepare(run: Path, start: Path | None, folder: Path, config: Config) -> None:

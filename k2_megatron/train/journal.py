@@ -123,4 +123,6 @@ def read_steps(path: Path) -> dict[int, dict]:
             while steps and next(reversed(steps)) >= event["step"]:
                 steps.popitem()
             steps[event["step"]] = event
+        elif event["event"] == "rollback":
+            steps = {step: told for step, told in steps.items() if step <= event["step"]}
     return steps

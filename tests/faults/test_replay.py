@@ -1,6 +1,7 @@
 """tools/replay.py: steps made again are equal to the bit; what a machine did wrong, or does differently, shows."""
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -200,6 +201,27 @@ def _leave_after(step: int) -> None:
     pretrain_k2.train = lambda config, environment, device, _until, given: train(
         config, environment, device, step, given
     )
+
+
+def test_branch_that_a_rollback_left_is_not_compared_with(whole, tmp_path, replayed):
+    """It had saved a step that the branch which stands did not."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    journal = folder / "journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    (first,) = (number for number, line in enumerate(lines) if '"event": "step"' in line and '"step": 7,' in line)
+    left = [
+        *(json.dumps({**json.loads(line), "loss": 9.0}) + "\n" for line in lines[first:] if '"event": "step"' in line),
+        *(json.dumps({"event": "checkpoint", "step": step, "weights": "left"}) + "\n" for step in (8, 9)),
+        '{"event": "rollback", "from_step": 9, "step": 6}\n',
+    ]
+    journal.write_text("".join([*lines[:first], *left, *lines[first:]]))
+    code, said = replayed(folder, 8)
+    assert code == 0, said
+    assert "equal to the bit: steps 7 to 9, and the weights of step 9 (" in said
+    journal.write_text("".join([*lines[:first], *left]))
+    code, said = replayed(folder, 8)
+    assert code == 2 and "which goes to step 6" in said
 
 
 def test_what_others_computed_is_not_judged(run, tmp_path, replayed):

@@ -61,6 +61,9 @@ def test_steps_that_a_rollback_undid_are_forgotten(tmp_path):
     steps = [1, 2, 3, 4, 5, 3, 4]  # killed at five, resumed from two
     path.write_text("".join(json.dumps({"event": "step", "step": s, "line": n}) + "\n" for n, s in enumerate(steps)))
     assert {step: event["line"] for step, event in read_steps(path).items()} == {1: 0, 2: 1, 3: 5, 4: 6}
+    with path.open("a") as file:
+        file.write('{"event": "rollback", "from_step": 4, "step": 2}\n')
+    assert list(read_steps(path)) == [1, 2], "although no step was made since"
 
 
 def test_full_disk_does_not_end_the_run(tmp_path, capsys):
