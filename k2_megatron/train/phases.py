@@ -237,12 +237,16 @@ def _of_itself(
     rank: int, by_rank: Sequence[Mapping[str, float]], earlier: Sequence[Sequence[Mapping[str, float]]]
 ) -> dict[str, float]:
     """{phase: the rank's own median in earlier reports, times how much longer the others take now than they took}: a
-    batch that grows, or a file system that is slow for all, makes no straggler."""
-    if len(earlier) < FEWEST_REPORTS or len(by_rank) < 2:
+    batch that grows, or a file system that is slow for all, makes no straggler. A phase that took no time in a report
+    did not take place before it, as saving mostly does not: it is compared with those in which it did."""
+    if len(by_rank) < 2:
         return {}
     usual = {}
     for phase in by_rank[rank]:
-        medians = [median(report[number][phase] for report in earlier) for number in range(len(by_rank))]
+        took_place = [report for report in earlier if report[rank][phase] > 0]
+        if len(took_place) < FEWEST_REPORTS:
+            continue
+        medians = [median(report[number][phase] for report in took_place) for number in range(len(by_rank))]
         grown = [
             seconds[phase] / medians[number]
             for number, seconds in enumerate(by_rank)

@@ -77,6 +77,21 @@ def test_stage_that_is_slow_as_a_whole_is_found():
     assert (found.rank, found.phase, found.before) == (0, "backward", True)
 
 
+def test_phase_that_seldom_takes_place_is_compared_with_the_times_it_did():
+    """Most reports hold no save; each save would be slow beside none, and hide the rank that is slow."""
+    saving, slow = (0.01, 1.0, 2.0, 0.1, 5.0), (0.01, 1.0, 4.0, 0.1, 5.0)
+    without = [ranks(ALIKE, LAST)] * 8
+    by_rank = ranks(saving, (*LAST[:4], 5.0))
+    assert slowest(by_rank, [0, 1], names(by_rank), without) is None
+    found = slowest(ranks(slow, (*LAST[:4], 5.0)), [0, 1], names(by_rank), without)
+    assert (found.rank, found.phase, found.ratio, found.before) == (0, "backward", 2.0, True)
+    # Four saves are enough to know how long one takes, among as many reports without
+    earlier = [*without, *[by_rank] * 4]
+    assert slowest(by_rank, [0, 1], names(by_rank), earlier) is None
+    found = slowest(ranks((*saving[:4], 12.0), (*LAST[:4], 5.0)), [0, 1], names(by_rank), earlier)
+    assert (found.rank, found.phase, found.ratio, found.before) == (0, "checkpoint", 2.4, True)
+
+
 def pauses(slow: dict[int, tuple[str | tuple[str, ...], tuple[int, ...]]], longer: tuple = (0, "", ())) -> None:
     """{step: (phase or phases, the ranks that pause in them)}; the step, phase and ranks that pause longer."""
     import torch.distributed as distributed
