@@ -97,8 +97,7 @@ def _remove(folder: Path) -> None:
 def set_damaged_aside(folder: Path) -> Path:
     """Rename a damaged checkpoint so that no reader takes it, and nothing of it is lost. CheckpointError when that is
     not allowed."""
-    aside = folder.with_name(f"damaged_{folder.name}")
-    _remove(aside)
+    aside = _free_name(folder.with_name(f"damaged_{folder.name}"))  # one of the same step may be there, as evidence
     try:
         os.rename(folder, aside)
     except OSError as error:

@@ -17,6 +17,8 @@ from k2_megatron.train.checkpoint_files import (
     latest_checkpoint,
     publish,
     remove_unfinished,
+    set_damaged_aside,
+    set_incomplete_aside,
     set_later_aside,
     start_writing,
 )
@@ -244,6 +246,18 @@ def test_later_checkpoints_are_set_aside_whole_and_never_removed(saved):
     assert set_later_aside(checkpoints, checkpoints / "step_00000002") == ["abandoned_step_00000004.2"]
     assert steps(checkpoints) == [2]
     assert (checkpoints / "abandoned_step_00000004" / "a").read_text() == "a of step 4"
+
+
+def test_damaged_checkpoints_of_one_step_are_all_kept(saved):
+    """A step is saved again after its checkpoint was set aside, and may be damaged again."""
+    checkpoints = saved(2, 4)
+    first = set_damaged_aside(checkpoints / "step_00000004")
+    (first / "a").write_text("evidence")
+    (saved(4) / "step_00000004" / "k2.json").unlink()
+    assert set_incomplete_aside(checkpoints) == ["damaged_step_00000004.2"]
+    assert (first / "a").read_text() == "evidence"
+    assert (checkpoints / "damaged_step_00000004.2" / "a").read_text() == "a of step 4"
+    assert steps(checkpoints) == [2]
 
 
 def test_one_before_the_damaged_one_is_tried_first(saved):
