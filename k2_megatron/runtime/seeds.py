@@ -57,4 +57,4 @@ def restore_random_states(states: dict) -> None:
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-    get_cuda_rng_tracker().set_states(states["tracker"])
+    get_cuda_rng_tracker().set_states(dict(states["tracker"]))  # it keeps what it is given, and writes into it

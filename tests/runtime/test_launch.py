@@ -99,7 +99,8 @@ def test_two_ranks_meet_and_train(small_config, tmp_path, launcher):
 def test_random_states_come_back_exactly(tmp_path):
     outcome = Rank(_draw_twice, (), {}, tmp_path).finish()
     assert outcome.exit_code == 0, outcome.stderr
-    first, again, without = outcome.result
+    first, again, once_more, without = outcome.result
+    assert once_more == first, "what was drawn after the first time is not in the states"
     assert first == again
     assert first != without
 
@@ -130,9 +131,11 @@ def _draw_twice() -> tuple[list, list, list]:
         first = draw()
         restore_random_states(states)
         again = draw()
+        restore_random_states(states)
+        once_more = draw()
         without = draw()
         disconnect()
-    return first, again, without
+    return first, again, once_more, without
 
 
 @pytest.mark.parametrize(
