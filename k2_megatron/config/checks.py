@@ -234,6 +234,16 @@ def start_optimizer_needs_start(tree: Any) -> Iterator[Problem]:
         yield Problem("checkpoint.start_optimizer", kept, "has no effect without checkpoint.start_from: remove it")
 
 
+def retries_end_before_the_watchdog_does(tree: Any) -> Iterator[Problem]:
+    # In one pause the ledger's line is tried again, and a save: this one, or one in the background that is waited for.
+    seconds, limit = tree.checkpoint.retry_seconds, tree.watchdog.pause_seconds
+    if 2 * seconds >= limit:
+        remedy = (
+            f"must be less than half of watchdog.pause_seconds = {limit:g}, which ends a save that tries for longer"
+        )
+        yield Problem("checkpoint.retry_seconds", seconds, remedy)
+
+
 def spike_policy_is_whole(tree: Any) -> Iterator[Problem]:
     policy = tree.spikes.policy
     for name in ("scope", "max_rollbacks"):
@@ -276,6 +286,7 @@ CHECKS: tuple[Callable[[Any], Iterator[Problem]], ...] = (
     floor_fits_schedule,
     kept_checkpoints_exist,
     start_optimizer_needs_start,
+    retries_end_before_the_watchdog_does,
     spike_policy_is_whole,
     going_back_finds_a_checkpoint,
 )

@@ -201,6 +201,11 @@ MISTAKES = [
         "checkpoint.keep_every_steps = 80: has no effect without checkpoint.keep_last",
     ),
     (
+        "retries_end_before_the_watchdog_does",
+        ["watchdog.pause_seconds=240"],
+        "checkpoint.retry_seconds = 120.0: must be less than half of watchdog.pause_seconds = 240, which",
+    ),
+    (
         "spike_policy_is_whole",
         ["spikes.max_rollbacks=2"],
         'spikes.max_rollbacks = 2: has no effect with spikes.policy = "watch"',

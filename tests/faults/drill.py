@@ -35,7 +35,7 @@ STEPS = 60
 RUN_SECONDS = 600.0  # all lives of one run together: some ten times what they take
 SETTINGS = [
     *("train.evaluate_every_steps=10", "checkpoint.every_steps=4", "checkpoint.keep_last=3"),
-    *("watchdog.minimum_seconds=15.0", "watchdog.pause_seconds=40.0"),
+    *("watchdog.minimum_seconds=15.0", "watchdog.pause_seconds=40.0", "checkpoint.retry_seconds=10.0"),
 ]
 SHARDED = "parallel.distributed_optimizer=true"
 LAYOUTS = (
