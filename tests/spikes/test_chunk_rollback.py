@@ -20,10 +20,11 @@ from run_results import events_of, steps_of, stored_state
 from small_run import write_text
 
 from k2_megatron.data.build import build_plans
-from k2_megatron.data.inspect import Run, verify_lines
+from k2_megatron.data.inspect import Run
 from k2_megatron.data.ledger import Ledger
 from k2_megatron.data.manifest import manifest_of_foreign_files
 from k2_megatron.data.recipe import load_recipe
+from k2_megatron.data.verify import verify_lines
 
 STEPS, CHUNKS, STEPS_PER_CHUNK, BATCH = 72, 6, 12, 8
 BAD_CHUNK = 3  # steps 37 to 48, where it does harm; deferred to steps 61 to 72, it does none
