@@ -204,7 +204,7 @@ class Checkpoint(Section):
     """Instead of every_steps: cut the run into this many equal chunks, with a checkpoint at the end of each.
     Resolved into every_steps when loaded."""
     keep_last: PositiveInt | None = None
-    """Newest checkpoints that are kept; left out, all of them are."""
+    """Newest checkpoints that are kept when a save begins, and at the end; left out, all of them are."""
     keep_every_steps: PositiveInt | None = None
     """Checkpoints at multiples of this are kept whatever their age; a multiple of the distance between two."""
     asynchronous: bool = False
@@ -226,8 +226,8 @@ class Spikes(Section):
     """watch: tell of it. skip, rollback: when it is malignant, go back to the checkpoint before it, and drop the
     samples that led into it (skip) or move them to the end of the data (rollback), by a line in the ledger."""
     scope: Literal["batches", "chunk"] | None = None
-    """What skip and rollback take out: the samples from that checkpoint to the spike, twice as many each further time
-    from the same checkpoint; or a whole chunk of the plan."""
+    """What skip and rollback take out: the samples from that checkpoint to the spike, their number doubled for each
+    earlier time from the same checkpoint, as far as the data has as many; or a whole chunk of the plan."""
     max_rollbacks: PositiveInt | None = None
     """How often the run may go back by itself; then it stops, for a person to look."""
     window_steps: Annotated[int, Field(ge=16)] = 128

@@ -34,11 +34,15 @@ class Amendment:
 
 
 class Schedule:
-    """Runs of consecutive plan positions, end to end. `total` rows; immutable."""
+    """Runs of consecutive plan positions, end to end. `total` rows; immutable. Equal `runs` mean an equal order."""
 
     def __init__(self, runs: Sequence[tuple[int, int]]):
-        """`runs`: (first position, length) of each run."""
-        self.runs = [(first, length) for first, length in runs if length]
+        """`runs`: (first position, length) of each run; those that follow on become one."""
+        self.runs: list[tuple[int, int]] = []
+        for first, length in runs:
+            if self.runs and sum(self.runs[-1]) == first:
+                first, length = self.runs[-1][0], self.runs.pop()[1] + length
+            self.runs += [(first, length)] if length else []
         self.starts = [0, *accumulate(length for _, length in self.runs)]
         self.total = self.starts[-1]
 

@@ -222,7 +222,13 @@ def test_full_disk_while_going_back_by_hand_is_told_and_the_same_command_does_th
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     roll_back, before = loaded_roll_back(), (folder / "ledger.jsonl").read_text()
-    arguments = [str(folder), "--before", "61", "--defer", "chunk", "--reason", "x"]
+    # The chunk of step 61 is the last: there is nothing to put before it
+    monkeypatch.setattr(
+        sys, "argv", ["roll_back.py", str(folder), "--before", "61", "--defer", "chunk", "--reason", "x"]
+    )
+    assert roll_back.main() == 2
+    assert "is all that is left of the data" in capsys.readouterr().err
+    arguments = [str(folder), "--before", "49", "--defer", "chunk", "--reason", "x"]
     monkeypatch.setattr(sys, "argv", ["roll_back.py", *arguments])
     with monkeypatch.context() as full:
 
@@ -235,8 +241,8 @@ def test_full_disk_while_going_back_by_hand_is_told_and_the_same_command_does_th
     assert (folder / "ledger.jsonl").read_text() == before
     assert roll_back.main() == 0
     assert len(Ledger(folder).amendments) == 2
-    assert (folder / "checkpoints" / "latest").read_text() == "step_00000060\n"
-    assert [event["step"] for event in events_of(folder, "rollback")][-1:] == [60]
+    assert (folder / "checkpoints" / "latest").read_text() == "step_00000048\n"
+    assert [event["step"] for event in events_of(folder, "rollback")][-1:] == [48]
 
 
 def test_going_back_by_hand_says_what_is_missing_and_changes_nothing(whole, capsys, monkeypatch):

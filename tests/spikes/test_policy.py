@@ -1,13 +1,17 @@
 """From a finding to an amendment: the declared policy, and K2-65B's own history replayed by it."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from k2_megatron.config import Config, load_config
 from k2_megatron.config.schema import Spikes
+from k2_megatron.data.amendments import amended
 from k2_megatron.data.recipe import chunk_order, load_recipe
 from k2_megatron.data.schedule import Amendment, Schedule
 from k2_megatron.train.spikes.detector import Finding, State, observe
 from k2_megatron.train.spikes.policy import amendment, decide
+from k2_megatron.train.spikes.rollback import fitting_amendment
 
 ROLLBACK = Spikes(policy="rollback", scope="chunk", max_rollbacks=2)
 MALIGNANT = Finding("malignant", 250, 150, 154, 30.0, 9.0, 1.5, 0.3)
@@ -34,8 +38,11 @@ def test_decision(settings, kind, checkpoints, done, expected):
 class ChunkRows:
     """A feed of one row a sample."""
 
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
+    def __init__(self, schedule: Schedule, rows_per_chunk: int | None = None) -> None:
+        self.schedule, self.order = schedule, SimpleNamespace(rows_per_chunk=rows_per_chunk)
+
+    def after(self, fields: dict) -> Schedule:
+        return amended(self.schedule, fields, self.order.rows_per_chunk, fields["sequence_length"])
 
     def row_range(self, first_sample: int, count: int) -> tuple[int, int]:
         return first_sample, count
@@ -75,6 +82,47 @@ def test_batches_are_taken_from_the_checkpoint_to_the_trip():
         amendment(
             config.model_copy(update={"spikes": ROLLBACK}), ChunkRows(Schedule([(0, 9)])), None, decision, MALIGNANT
         )
+
+
+@pytest.mark.parametrize(
+    ("policy", "longer", "trip", "times_before", "taken"),
+    [
+        ("rollback", 0, 10, 0, 40),
+        ("rollback", 0, 10, 1, 80),
+        ("rollback", 0, 10, 2, 80),  # 160 are more than there are
+        ("rollback", 0, 15, 1, 60),  # 120 are all there are, and moving them moves nothing
+        ("rollback", 0, 20, 3, 80),
+        ("rollback", 60, 15, 1, 120),  # a plan that is longer than the run
+        ("rollback", 0, 30, 1, "all that is left of the data"),
+        ("skip", 100, 10, 1, 80),
+        ("skip", 100, 10, 2, 80),  # the run would come to want 60 rows
+        ("skip", 100, 29, 1, "skipping would leave 43184 rows, too few"),
+    ],
+)
+def test_near_the_end_of_the_data_as_much_is_taken_as_leaves_something(policy, longer, trip, times_before, taken):
+    """30 steps, of 120 rows, before the run's end."""
+    config = small_k2(steps_per_chunk=30, batch=4)
+    config = config.model_copy(update={"spikes": Spikes(policy=policy, scope="batches", max_rollbacks=9)})
+    good, end = 359 * 30, 360 * 120 + longer
+    finding = Finding("malignant", good + 30, good + 2, good + trip, 30.0, 9.0, 1.5, 0.3)
+    data = SimpleNamespace(train=ChunkRows(Schedule([(0, end)])))
+    arguments = (config, finding, decide(config.spikes, finding, [good], 0), data, times_before)
+    if isinstance(taken, str):
+        with pytest.raises(ValueError, match=taken):
+            fitting_amendment(*arguments)
+    else:
+        assert fitting_amendment(*arguments)["samples"] == (4 * good, 4 * good + taken)
+
+
+def test_last_chunk_is_not_moved_to_where_it_is():
+    config, finding = small_k2(30, 4), Finding("malignant", 10795, 10775, 10780, 30.0, 9.0, 1.5, 0.3)
+    decision = decide(config.spikes, finding, [10740, 10770], 0)
+    for order in ([*range(360)], [*range(358), 359, 358]):
+        data = SimpleNamespace(train=ChunkRows(Schedule.of_chunks(order, 120), 120))
+        with pytest.raises(ValueError, match="all that is left of the data"):
+            fitting_amendment(config, finding, decision, data)
+    data = SimpleNamespace(train=ChunkRows(Schedule.of_chunks(range(361), 120), 120))
+    assert fitting_amendment(config, finding, decision, data)["chunk"] == 359
 
 
 def test_the_history_of_k2_65b():

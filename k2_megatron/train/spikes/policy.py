@@ -57,8 +57,9 @@ def amendment(
     config: Config, feed: Rows, rows_per_chunk: int | None, decision: Decision, finding: Finding, times_before: int = 0
 ) -> dict:
     """What the ledger is told: from the checkpoint on, skip or defer the samples read up to the trip, or the chunk in
-    which the spike began. Each of the `times_before` that the run went back to this checkpoint doubles the samples: a
-    bad stretch of data is passed in few steps. ValueError where there are no chunks."""
+    which the spike began. Each of the `times_before` that the run went back to this checkpoint doubles the samples up
+    to this finding's trip, wherever that of an earlier one lay: a bad stretch of data is passed in few steps. How many
+    there are left is not looked at. ValueError where there are no chunks."""
     assert decision.checkpoint_step is not None and config.spikes.policy in ACTIONS, "only going back amends"
     first = config.consumed_samples_at(decision.checkpoint_step)
     fields = {

@@ -4,6 +4,7 @@ The order is: `latest` names the good checkpoint; the later ones leave; the ledg
 first goes on from the good checkpoint over the same data, meets the spike again, and comes here again.
 """
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -64,16 +65,40 @@ def own_amendments(data: RunData) -> list[dict]:
 def fitting_amendment(
     config: Config, finding: Finding, decision: Decision, data: RunData, times_before: int = 0
 ) -> dict:
-    """The amendment of the configured policy. ValueError where the data has no chunks or no end to defer to, or where
-    too few rows would be left."""
-    fields = amendment(config, data.train, data.train.order.rows_per_chunk, decision, finding, times_before)
+    """The amendment of the configured policy, its samples doubled as often as the data allows, at most `times_before`.
+    ValueError where the data has no chunks or no end to defer to, or where too few rows would be left, or none before
+    the deferred ones."""
+    doubled = amendments_doubled(config, finding, decision, data, times_before)
+    for fields in doubled[:-1]:
+        with contextlib.suppress(ValueError):
+            check_fits(config, fields, data)
+            return fields
+    check_fits(config, doubled[-1], data)
+    return doubled[-1]
+
+
+def amendments_doubled(
+    config: Config, finding: Finding, decision: Decision, data: RunData, times_before: int
+) -> list[dict]:
+    """Those of the most samples first, and the one whose samples are not doubled last."""
+    rows_per_chunk = data.train.order.rows_per_chunk
+    times = range(times_before, -1, -1)
+    return [amendment(config, data.train, rows_per_chunk, decision, finding, number) for number in times]
+
+
+def check_fits(config: Config, fields: dict, data: RunData) -> None:
+    """ValueError where the data does not allow an amendment, or it would change nothing."""
     after = data.train.after(fields)
     if after.total < data.train.row_range(0, config.total_samples)[1]:
         raise ValueError(
             f"skipping would leave {after.total} rows, too few for the run. Use spikes.policy = "
             '"rollback", which moves them to the end, or build a longer plan'
         )
-    return fields
+    if after.runs == data.train.schedule.runs:
+        raise ValueError(
+            "what would be moved to the end is all that is left of the data, and its order would stay. Build a longer "
+            'plan, or go on with spikes.policy = "watch"'
+        )
 
 
 def set_back(checkpoints: Path, good: int) -> None:
