@@ -13,6 +13,7 @@ import argparse
 import faulthandler
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,7 @@ from k2_megatron.train.not_finite import count_as_update, in_words, made_again, 
 from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
 from k2_megatron.train.phases import StepPhases, StragglerReports
 from k2_megatron.train.replicas import compare_replicas, stop_when_different
-from k2_megatron.train.run_data import RunData, open_run_data
+from k2_megatron.train.run_data import open_run_data
 from k2_megatron.train.run_folder import (
     check_run_folder,
     hold_run_folder,
@@ -174,7 +175,6 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
         if step == kept_step and (signal := stop.agreed(device.torch)):  # it came during the start or a save
             leaving = signal
             break
-        began = time.monotonic()
         watchdog.at(STEP, step)
         learning_rate = learning_rate_at(config, step)
         set_learning_rate(optimizer, learning_rate, config.optimizer.weight_decay)
@@ -184,17 +184,11 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
         attempt = partial(
             train_step, config, groups, chunks, optimizer, data.train, step, device.torch, measured, phases
         )
-
-        def not_finite(result: StepResult, step: int = step, data: RunData = data) -> None:
-            told = where_not_finite(result, config.consumed_samples_at(step), chunks, groups, data.train)
-            values = {"step": step + 1, "loss": result.loss, "grad_norm": result.grad_norm}
-            journal.write("incident", kind="not finite", made_again=True, **values, **told)
-            views.say(f"step {step + 1}: not finite: {in_words(told)}; the step is made again")
-            watchdog.at(STEP, step)
-
-        result = made_again(attempt, config.spikes.not_finite_reruns, not_finite)
-        seconds = time.monotonic() - began
-        first_sample, step = config.consumed_samples_at(step), step + 1
+        first_sample = config.consumed_samples_at(step)
+        place = partial(where_not_finite, first_sample=first_sample, chunks=chunks, groups=groups, feed=data.train)
+        tell = partial(tell_of_rerun, step, place, journal, views, watchdog)
+        result, seconds = made_again(attempt, config.spikes.not_finite_reruns, tell)
+        step += 1
         consumed = config.consumed_samples_at(step)
         tokens_per_second = (consumed - first_sample) * config.model.sequence_length / seconds
         flops_per_second = tokens_per_second * flops_per_token(config.model, "causal") / groups.world_size
@@ -221,7 +215,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
             views.step(event)
         else:
             passed_over += 1
-            told = where_not_finite(result, first_sample, chunks, groups, data.train)
+            told = place(result)
             journal.write("incident", kind="not finite", made_again=False, **event, **told)
             if passed_over > config.spikes.not_finite_steps:
                 raise StopNotFinite(
@@ -240,9 +234,9 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
         data.consumed(first_sample, consumed)
         spike = spikes.observe(event, result.sample_losses) if result.updated else None
         if spike:
+            watchdog.at("spike", step)  # the others wait for rank 0's dossier in stop.agreed, before the next step
             if spike.kind == "malignant":  # what is decided on is what stays: no save, and no retention, comes between
-                watchdog.at("checkpoint", step)
-                saved_step = tell_of_save(saver.wait(), config, journal, checkpoints, spikes) or saved_step
+                saved_step = tell_of_save(saver.wait(), journal) or saved_step
             decision = decide_together(config, spike, checkpoints, data)
             dossier = spikes.write_dossier(spike, data.train, decision.reason)
             journal.write("spike", dossier=dossier and dossier.name, decision=decision.kind, **asdict(spike))
@@ -271,7 +265,8 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
         leaving = stop.agreed(device.torch, save_failed=saver.failed) or ("--until" if step >= until else None)
         if step % config.checkpoint.every_steps == 0 or last or leaving:
             watchdog.at("checkpoint", step)
-            saved_step = tell_of_save(saver.wait(), config, journal, checkpoints, spikes) or saved_step
+            saved_step = tell_of_save(saver.wait(), journal) or saved_step
+            remove_older(config, journal, checkpoints, spikes)  # here, where the others wait for as long as it takes
             stop_when_different(compare_replicas(chunks, optimizer, groups), step, saved_step, journal)
             journal.sync()
             data.record_position(step, consumed, config.checkpoint.retry_seconds)
@@ -280,13 +275,14 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
             saver.save(step, config, chunks, optimizer, device.torch, facts)
             checkpoint_seconds = time.monotonic() - began
             kept_step = step
-        saved_step = tell_of_save(saver.finished(), config, journal, checkpoints, spikes) or saved_step
+        saved_step = tell_of_save(saver.finished(), journal) or saved_step
         if leaving and not last:
             break
 
     # Leave
     watchdog.at("end", step)
-    saved_step = tell_of_save(saver.wait(), config, journal, checkpoints, spikes) or saved_step
+    saved_step = tell_of_save(saver.wait(), journal) or saved_step
+    remove_older(config, journal, checkpoints, spikes)
     finished = step == config.train.steps
     journal.write("stop", step=step, saved_step=saved_step, reason="finished" if finished else leaving)
     views.say(
@@ -303,10 +299,24 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
     return 0
 
 
-def tell_of_save(
-    saved: SaveResult | None, config: Config, journal: Journal, checkpoints: Path, spikes: SpikeWatch
-) -> int | None:
-    """Write a save that has come to its end into the journal, let older ones go; its step."""
+def tell_of_rerun(
+    step: int,
+    place: Callable[[StepResult], dict],
+    journal: Journal,
+    views: Views,
+    watchdog: Watchdog,
+    result: StepResult,
+) -> None:
+    """Write where the step after `step` was not finite, before it is made again with a limit of its own."""
+    told = place(result)
+    values = {"step": step + 1, "loss": result.loss, "grad_norm": result.grad_norm}
+    journal.write("incident", kind="not finite", made_again=True, **values, **told)
+    views.say(f"step {step + 1}: not finite: {in_words(told)}; the step is made again")
+    watchdog.at(STEP, step)
+
+
+def tell_of_save(saved: SaveResult | None, journal: Journal) -> int | None:
+    """Write a save that has come to its end into the journal; its step."""
     if saved is None:
         return None
     journal.write(
@@ -319,13 +329,17 @@ def tell_of_save(
         bytes_per_second=saved.bytes / saved.seconds,
         weights=saved.weights,
     )
+    return saved.step
+
+
+def remove_older(config: Config, journal: Journal, checkpoints: Path, spikes: SpikeWatch) -> None:
+    """Let older checkpoints go. To be called where no rank is in a step: removing a large one may outlast its limit."""
     if journal.is_writer:
         keep = config.checkpoint
         try:
             apply_retention(checkpoints, keep.keep_last, keep.keep_every_steps, spikes.pinned(checkpoints))
         except (CheckpointError, OSError) as error:
             print(f"older checkpoints stay until the next save: {error}", file=sys.stderr, flush=True)
-    return saved.step
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -5,6 +5,7 @@ at once. A machine's passing error then leaves no trace, and the run is to the b
 """
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
@@ -21,18 +22,20 @@ from k2_megatron.train.step import StepResult
 NAMED = 4  # parameters of a rank, and samples, that are named; usually it is one, or all
 
 
-def made_again(attempt: Callable[[], StepResult], reruns: int, tell: Callable[[StepResult], None]) -> StepResult:
-    """The result of `attempt`; while that is not finite, of the same step made again, at most `reruns` times. Each
-    result that is not kept is told of while its gradients are still there."""
+def made_again(
+    attempt: Callable[[], StepResult], reruns: int, tell: Callable[[StepResult], None]
+) -> tuple[StepResult, float]:
+    """(the result of `attempt`, the seconds it took); while that is not finite, of the same step made again, at most
+    `reruns` times. Each result that is not kept is told of while its gradients are still there."""
     generators = random_states()
-    result = attempt()
+    began, result = time.monotonic(), attempt()
     for _ in range(reruns):
         if result.finite:
             break
         tell(result)
         restore_random_states(generators)
-        result = attempt()
-    return result
+        began, result = time.monotonic(), attempt()
+    return result, time.monotonic() - began
 
 
 def where_not_finite(

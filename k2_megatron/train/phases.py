@@ -76,6 +76,11 @@ class StepPhases:
     def __call__(self, name: str, log_level: int | None = None) -> "_Timer":
         return _Timer(self, PHASES.get(name), WAITS.get(name))
 
+    def begin(self) -> None:
+        """Measure anew: a step begins, or is made again."""
+        for marks in (self._spans, self._waits, self._open, self._open_waits):
+            marks.clear()
+
     def start(self, phase: str) -> None:
         self._open[phase] = self._mark()
 
@@ -116,15 +121,13 @@ class StepPhases:
         self._waits[phase].append((self._open_waits.pop(phase), self._mark()))
 
     def collect(self, data_seconds: float) -> dict[str, float]:
-        """Seconds by phase since the last call, of which `data_seconds` were spent on waiting for rows."""
+        """Seconds by phase since `begin`, of which `data_seconds` were spent on waiting for rows."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         found = {"data": data_seconds}
         for phase in (*PHASES.values(), OPTIMIZER):
             found[phase] = self._sum(self._spans[phase]) - self._sum(self._waits[phase])
         found["forward"] = max(0.0, found["forward"] - data_seconds)  # rows are fetched within it
-        self._spans.clear()
-        self._waits.clear()
         return found
 
     def _timed(self, function):

@@ -149,6 +149,8 @@ def train_step(
     optimizer.zero_grad()
     if activations:
         activations.begin()
+    if phases:
+        phases.begin()
     first_sample, global_batch = config.consumed_samples_at(step), config.global_batch_at(step)
     waited = feed.seconds_waited
     with phases.within(chunks[0].config) if phases else nullcontext():

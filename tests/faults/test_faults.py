@@ -1,5 +1,6 @@
 """Faults other than kills, each with what must come of it."""
 
+import itertools
 import subprocess
 import time
 from functools import partial
@@ -46,15 +47,26 @@ def _gradient_not_finite_at_step_5(calls_spoiled: tuple[int, ...] = (5, 6)) -> N
     step.finalize_model_grads = spoiled
 
 
+def _not_finite_once_and_time_in_marks() -> None:
+    """A second passes from each mark of a phase to the next, so that the marks of an attempt tell its time."""
+    from k2_megatron.train import phases
+
+    marks = itertools.count()
+    phases.StepPhases._mark = lambda self: float(next(marks))
+    _gradient_not_finite_at_step_5((5,))
+
+
 def test_gradient_that_is_not_finite_once_leaves_no_trace(small_config, tmp_path, whole):
     folder = tmp_path / "run"
-    fault = partial(_gradient_not_finite_at_step_5, (5,))
-    (ended,) = pretrain(1, small_config, settings(folder), tmp_path / "output", fault=fault)
+    fault, measured = _not_finite_once_and_time_in_marks, "log.phases_every_steps=1"
+    (ended,) = pretrain(1, small_config, settings(folder, measured), tmp_path / "output", fault=fault)
     assert ended.exit_code == 0, ended.stderr
     (incident,) = events_of(folder, "incident")
     assert (incident["kind"], incident["step"], incident["made_again"]) == ("not finite", 5, True)
     assert f"step 5: not finite: gradients of {BAD} on {RANK}" in ended.stdout
     assert_same(folder, whole)
+    backward = [event["seconds"]["backward"] for event in events_of(folder, "phases")]
+    assert backward == [backward[0]] * len(backward), "the attempt that was not kept counts in no measurement"
 
 
 def test_gradient_that_is_not_finite_stops_the_run_with_its_place(small_config, tmp_path, whole):

@@ -7,10 +7,12 @@ import signal
 import threading
 import time
 from collections import deque
+from functools import partial
+from pathlib import Path
 from statistics import median
 
 import pytest
-from rank_processes import REPOSITORY, Rank, rank_environment, run_pretrain
+from rank_processes import REPOSITORY, Rank, pretrain, rank_environment, results_of, run_pretrain
 from run_results import events_of, events_told
 from torch.distributed import TCPStore
 
@@ -79,6 +81,56 @@ def test_ranks_behind_are_named_with_the_reason():
     assert ranks_behind([told[0], beats[1] | {"step": 7}], 2, 100.5) == {1: "silent for 0 s on a, last in step"}
     told[1] |= {"step": 7, "place": "is at feed.py:9 in read", "waits": False}
     assert ranks_behind(told, 3, 100.5) == {1: "is at feed.py:9 in read"}
+
+
+def _places_while_rank_0_works_alone(folder: Path) -> None:
+    """Each rank notes its phase; rank 0 notes all of them after a while of removing checkpoints, or of a dossier."""
+    import pretrain_k2
+    from k2_megatron.train.spikes.detector import Finding
+    from k2_megatron.train.spikes.watch import SpikeWatch
+
+    rank, at = os.environ["RANK"], watchdog.Watchdog.at
+
+    def noted(self, phase: str, step: int) -> None:
+        (folder / f"phase_{rank}").write_text(phase)
+        at(self, phase, step)
+
+    def slowly(name: str, right):
+        def then(*arguments):
+            if rank == "0":
+                time.sleep(0.5)
+                with (folder / name).open("a") as file:
+                    print(*((folder / f"phase_{number}").read_text() for number in range(2)), file=file)
+            return right(*arguments)
+
+        return then
+
+    watchdog.Watchdog.at = noted
+    pretrain_k2.apply_retention = slowly("retention", pretrain_k2.apply_retention)
+    SpikeWatch.write_dossier = slowly("dossier", SpikeWatch.write_dossier)
+    observe = SpikeWatch.observe
+
+    def spike_at_step_2(self, event, sample_losses):
+        observe(self, event, sample_losses)
+        return Finding("spike", 2, 2, 2, 30.0, 9.0, 1.5, 0.3) if event["step"] == 2 else None
+
+    SpikeWatch.observe = spike_at_step_2
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_no_rank_is_in_a_step_while_rank_0_removes_checkpoints_or_writes_a_dossier(
+    small_config, tmp_path, asynchronous
+):
+    """It would wait for rank 0 within the limit of a step, which a slow file system takes no notice of."""
+    sets = ["parallel.data=2", "train.steps=6", "checkpoint.every_steps=2", "checkpoint.keep_last=2"]
+    sets += [f"checkpoint.asynchronous={str(asynchronous).lower()}", f"run.folder={tmp_path / 'run'}"]
+    fault = partial(_places_while_rank_0_works_alone, tmp_path)
+    results_of(pretrain(2, small_config, [*sets, "train.evaluate_every_steps=6"], tmp_path / "output", fault=fault))
+    assert (tmp_path / "dossier").read_text() == "spike spike\n"
+    assert (tmp_path / "retention").read_text() == "checkpoint checkpoint\n" * 3 + "end end\n"
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")) == [
+        *("step_00000004", "step_00000006"),
+    ]
 
 
 def _end_soon() -> None:
