@@ -11,9 +11,20 @@ Exit codes: 0 done, 1 the check failed or the conversion stopped, 2 the command 
 """
 
 import argparse
+import errno
 import os
 import sys
 from pathlib import Path
+
+REMEDIES = {
+    errno.EACCES: "restore access to it, or give another path",
+    errno.EPERM: "restore access to it, or give another path",
+    errno.EROFS: "give a --save that can be written",
+    errno.ENOSPC: "make room, and the same command goes on",
+    errno.EDQUOT: "make room, and the same command goes on",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.EIO: "the disk fails: use another copy",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
         return options.run(options)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"convert_checkpoint: {where}{error.strerror or error}", file=sys.stderr)
+        remedy = REMEDIES.get(error.errno or 0, "look at that path, or give another")
+        print(f"convert_checkpoint: {where}{error.strerror or error}; {remedy}", file=sys.stderr)
         return 1
     except ValueError as error:
         print(f"convert_checkpoint: {error}", file=sys.stderr)

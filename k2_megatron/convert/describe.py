@@ -47,6 +47,7 @@ def _training(folder: Path) -> str:
         f"  fingerprint  {manifest['weights']}",
         f"  files        {len(manifest['files'])}, {stored / 1e9:.3f} GB",
         *_shape_lines(source.shape),
+        *_wounds(folder, manifest),
     ]
     for kind, prefix in KEY_PREFIX.items():
         if kind not in source.dtypes:
@@ -60,6 +61,17 @@ def _training(folder: Path) -> str:
                 _row(key.removeprefix(prefix), tensor.shape, tensor.dtype, size, f"{len(tensor.chunks)} chunks")
             )
     return "\n".join([*lines, f"{len(source.stored.objects)} byte objects (generator states, extra state)"])
+
+
+def _wounds(folder: Path, manifest: dict) -> list[str]:
+    """Files that are not there, or not as long as they were: what can be told without reading them."""
+    sizes = {name: (folder / name).stat().st_size if (folder / name).is_file() else None for name in manifest["files"]}
+    return [
+        f"  NOT SOUND    {name} "
+        + ("is missing" if size is None else f"has {size} bytes, {facts['bytes']} were written")
+        for (name, size), facts in zip(sizes.items(), manifest["files"].values(), strict=True)
+        if size != facts["bytes"]
+    ]
 
 
 def _hugging_face(folder: Path) -> str:

@@ -81,6 +81,11 @@ class HuggingFaceSource:
                 )
 
     def _check(self, folder: Path) -> None:
+        if self.shape.layers > len(self.tensors):  # before names are made for each
+            raise ConversionError(
+                f"{folder} holds {len(self.tensors)} tensors, config.json says {self.shape.layers} layers; "
+                "fetch both again"
+            )
         wanted: dict[str, tuple[int, ...]] = {}
         for place in places(self.shape):
             for index, name in enumerate(self._names(place)):

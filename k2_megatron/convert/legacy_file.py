@@ -5,6 +5,8 @@ which have a shape, a dtype and the position of their first byte, and no data.
 """
 
 import argparse
+import os
+import pickle
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,6 +52,8 @@ class RankFile:
 def rank_files(folder: Path) -> dict[tuple[int, int], Path]:
     """{(tensor rank, pipeline rank): file} of one iteration. ConversionError when one is missing or there twice."""
     found: dict[tuple[int, int], Path] = {}
+    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):  # glob would find nothing there
+        raise ConversionError(f"{folder} cannot be read (Permission denied); restore access to it")
     for path in sorted(folder.glob(f"mp_rank_*/{FILE}")):
         match = _FOLDER.fullmatch(path.parent.name)
         if match:
@@ -72,12 +76,25 @@ def load_safely(path: Path, **how) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(_allowed()):
             state = torch.load(path, weights_only=True, **how)
-    except Exception as error:  # the loader raises pickle, runtime, key and OS errors alike for a bad file
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConversionError(f"{path} cannot be read safely: {reason[0]}") from None
+    except PermissionError:
+        raise ConversionError(f"{path} cannot be read (Permission denied); restore access to it") from None
+    except OSError:  # a position outside the file
+        raise ConversionError(f"{path} cannot be read: it is cut or damaged; fetch it again") from None
+    except Exception as error:  # the loader raises pickle, runtime, key and other errors alike for a bad file
+        raise ConversionError(f"{path} cannot be read safely: {_why_refused(error)}") from None
     if not isinstance(state, dict):
         raise ConversionError(f"{path} holds a {type(state).__name__}, not the state of a training run")
     return state
+
+
+def _why_refused(error: Exception) -> str:
+    """In our words: torch's advise to load the file without restriction."""
+    names = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error))
+    if names:
+        return f"it names {names.group(1)}, which no checkpoint of K2's holds and which may run code; use another file"
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds more than tensors, numbers and text, which may run code; use another file"
+    return f"it is cut, damaged or no file of torch.save ({type(error).__name__}); fetch it again"
 
 
 def read_rank_file(folder: Path, path: Path, *, optimizer: bool) -> RankFile:

@@ -60,6 +60,7 @@ class LegacyK2Source:
         if first.optimizer is not None:
             self.dtypes.update(dict.fromkeys(OPTIMIZER_KINDS, "float32"))
         self.updates: int | None = None if first.optimizer is None else first.optimizer["updates"]
+        self._check_rank(0, 0, first)
         self._require_even(first.path)
         self._files = OpenFiles(folder)
         self._stored: dict[tuple[int, int], dict[tuple[Kind, Home], StoredTensor]] = {}
@@ -168,7 +169,9 @@ class LegacyK2Source:
         }
         for key, found in sizes.items():
             if (known.get(key) or found) != found:
-                raise ConversionError(f"{file.path}: its run had {key} {known[key]}, and {found} are here")
+                raise ConversionError(
+                    f"{file.path}: its run had {key} {known[key]}, and {found} are here; bring the files of all ranks"
+                )
         rank, ranks = known.get("rank"), known.get("world_size")
         if isinstance(rank, int) and isinstance(ranks, int) and ranks >= self.tensor_parallel * self.pipeline_parallel:
             # Ranks count tensor ranks first, then data, then stages; the first data rank writes.

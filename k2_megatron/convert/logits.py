@@ -8,6 +8,7 @@ so a wrong permutation cannot hide.
 
 import math
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -89,9 +90,15 @@ def prove(
     reference: Reference, ours: TorchDistSource, facts: ModelFacts, bound: Bound, kind: Kind = "weights"
 ) -> Proof:
     """Run both models in a process of their own, ours on its `kind`. ConversionError above the bound."""
-    with process_pool(1, keep_memory=False) as pool:  # a layer's matrices are given back when the model is
-        proof = pool.submit(compare_logits, reference, ours, facts, bound, kind).result()
-        memory = pool.submit(resident_bytes).result()
+    try:
+        with process_pool(1, keep_memory=False) as pool:  # a layer's matrices are given back when the model is
+            proof = pool.submit(compare_logits, reference, ours, facts, bound, kind).result()
+            memory = pool.submit(resident_bytes).result()
+    except BrokenProcessPool:
+        raise ConversionError(
+            "the process of the proof died (out of memory, or killed); start the same command again to go on, with "
+            "more memory free, or with --no-proof"
+        ) from None
     print(f"both models ran in {memory / 1e6:.0f} MB, libraries included")
     if not proof.holds:
         raise ConversionError(f"the two models disagree, so nothing was published: {proof}")

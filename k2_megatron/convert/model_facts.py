@@ -1,6 +1,7 @@
 """What a model is besides its weights: Hugging Face's config.json and our [model] table, one from the other."""
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,10 @@ class ModelFacts:
         except OSError as error:
             revisions = sorted(folder.glob("snapshots/*/config.json"))  # a model's folder in the hub's cache
             remedy = f"give {revisions[-1].parent}" if revisions else "give a Hugging Face model folder"
+            if isinstance(error, PermissionError):
+                remedy = "restore access to it"
             raise ConversionError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConversionError(f"{path} is damaged ({error}); fetch it again") from None
         if not isinstance(config, dict):
             raise ConversionError(f"{path} is damaged (it holds no table); fetch it again")
@@ -75,9 +78,9 @@ class ModelFacts:
         )
         return cls(
             shape,
-            context=config.get("max_position_embeddings", 2048),
+            context=config.get("max_position_embeddings") or 2048,
             rope_base=float(_rope(config).get("rope_theta") or config.get("rope_theta") or _DEFAULT_ROPE_BASE),
-            norm_epsilon=config.get("rms_norm_eps", 1e-6),
+            norm_epsilon=config.get("rms_norm_eps") or 1e-6,
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         )
 
@@ -136,11 +139,32 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     return config.get("rope_parameters") or config.get("rope_scaling") or {}
 
 
-def _not_llama(config: dict[str, Any]) -> list[str]:
+def _malformed(config: dict[str, Any]) -> list[str]:
+    """What of config.json has no value that the sizes and numbers of a model can have."""
     needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-    reasons = [f"it lacks {key}" for key in needed if not isinstance(config.get(key), int)]
-    if config.get("model_type") != "llama":
-        reasons.append(f"model_type is {config.get('model_type')!r}, not 'llama'")
+    reasons = [f"it lacks {key}" for key in needed if config.get(key) is None]
+    sizes = [(key, config.get(key)) for key in (*needed, "num_key_value_heads", "max_position_embeddings")]
+    reasons += [f"{key} is {size!r}" for key, size in sizes if size is not None and (type(size) is not int or size < 1)]
+    rope = _rope(config)
+    if not isinstance(rope, dict):
+        return [*reasons, f"its RoPE is described by {rope!r}, not by a table"]
+    numbers = [(key, config.get(key)) for key in ("rms_norm_eps", "rope_theta")] + [
+        ("rope_theta", rope.get("rope_theta"))
+    ]
+    return reasons + [
+        f"{key} is {number!r}"
+        for key, number in numbers
+        if number is not None and (type(number) not in (int, float) or not 0 < number < math.inf)
+    ]
+
+
+def _not_llama(config: dict[str, Any]) -> list[str]:
+    reasons = (
+        [f"model_type is {config.get('model_type')!r}, not 'llama'"] if config.get("model_type") != "llama" else []
+    )
+    malformed = _malformed(config)
+    if malformed:
+        return reasons + malformed
     rope = _rope(config)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind != "default":
@@ -150,8 +174,15 @@ def _not_llama(config: dict[str, Any]) -> list[str]:
         reasons.append("it is quantized (dequantize it first)")
     if config.get("hidden_act", "silu") != "silu":
         reasons.append(f"hidden_act is {config['hidden_act']!r}, not 'silu'")
-    if not reasons:
-        head_dim = config["hidden_size"] // config["num_attention_heads"]
-        if config.get("head_dim") not in (None, head_dim):
-            reasons.append(f"head_dim is {config['head_dim']}, not hidden_size / heads = {head_dim}")
+    return reasons + _uneven_heads(config)
+
+
+def _uneven_heads(config: dict[str, Any]) -> list[str]:
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    reasons = [f"{heads} heads do not divide hidden_size {hidden}"] if hidden % heads else []
+    if heads % kv_heads:
+        reasons.append(f"{kv_heads} KV heads do not divide {heads} heads")
+    if config.get("head_dim") not in (None, hidden // heads):
+        reasons.append(f"head_dim is {config['head_dim']}, not hidden_size / heads = {hidden // heads}")
     return reasons

@@ -7,7 +7,7 @@ https://huggingface.co/docs/safetensors. The library maps whole files, which cou
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,9 +35,9 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
         try:
             where = json.loads((folder / INDEX).read_text())["weight_map"]
             files = sorted(set(where.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            outside = [file for file in files if Path(file).name != file]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConversionError(f"{folder / INDEX} is damaged ({error}); fetch it again") from None
-        outside = [file for file in files if Path(file).name != file]
         if outside:
             raise ConversionError(f"{folder / INDEX} points outside its folder: {outside[0]!r}")
     elif (folder / SINGLE).is_file():
@@ -72,10 +72,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             header = json.loads(stream.read(header_bytes))
             header.pop("__metadata__", None)
             entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConversionError(f"{path}: its header is damaged ({error}); fetch it again") from None
     found, end = {}, 0
     for name, entry in entries:
+        if not _is_entry(entry):
+            raise ConversionError(f"{path}: its header is damaged (it says {entry!r} of {name}); fetch it again")
         if entry["dtype"] not in _DTYPES:
             raise ConversionError(
                 f"{path}: {name} is {entry['dtype']}; weights in {', '.join(_DTYPES)} are read. "
@@ -89,6 +91,18 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if size != 8 + header_bytes + end:
         raise ConversionError(f"{path} has {size} bytes, its header announces {8 + header_bytes + end}; fetch it again")
     return found
+
+
+def _is_entry(entry: dict[str, Any]) -> bool:
+    """Whether a tensor's entry has the form that the format gives it."""
+    shape, offsets = entry.get("shape"), entry["data_offsets"]
+    return (
+        isinstance(entry.get("dtype"), str)
+        and isinstance(shape, list)
+        and isinstance(offsets, list)
+        and len(offsets) == 2
+        and all(type(size) is int and size >= 0 for size in (*shape, *offsets))
+    )
 
 
 def header_bytes(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bytes:

@@ -1,5 +1,6 @@
 """What every kind of checkpoint offers a conversion: rows of our tensors as bits, whatever form they are stored in."""
 
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ KEY_PREFIX: dict[Kind, str] = {
 class Source(Protocol):
     """A readable checkpoint. `dtypes` names the kinds it holds: the weights, and Adam's fp32 parameters and moments."""
 
+    folder: Path
     shape: Shape
     dtypes: dict[Kind, str]
 

@@ -122,9 +122,11 @@ class TorchDistJob:
     def _write_tensor(self, file: HashedFile, kind: Kind, place: Place, facts: dict, rounding: Rounding) -> None:
         dtype, origin = self.dtype(kind), self.source_kind(kind)
         name = place.entry.key(self.implementation)
+        layer = "" if place.layer is None else f" of layer {place.layer}"
+        what = f"{self.source.folder}: {KEY_PREFIX[kind]}{name}{layer}"
         for block in blocks(place.entry, self.source.shape, self.tensor_parallel, BITS[dtype].itemsize):
             rows = self.source.read(origin, place, block.first_row, block.last_row)
-            require_finite(rows, self.source.dtypes[origin], f"{KEY_PREFIX[kind]}{name} (layer {place.layer})")
+            require_finite(rows, self.source.dtypes[origin], what)
             rows = change_dtype(rows, self.source.dtypes[origin], dtype, rounding)
             if kind == "weights":
                 facts["fingerprint"] += fingerprint_rows(name, place.layer, block.first_row, rows)

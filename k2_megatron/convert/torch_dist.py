@@ -145,7 +145,20 @@ def checkpoint_folder(path: Path) -> Path:
         complete = [found for found in checkpoints.glob("step_*") if (found / MANIFEST).is_file()]
         if complete:  # a kill came between the last rename and the pointer
             return max(complete, key=lambda found: found.name)
-    raise ConversionError(f"{path} is neither a checkpoint (step_00000941) nor a run folder with checkpoints/latest")
+    raise ConversionError(
+        f"{path} is neither a checkpoint (step_00000941) nor a run folder with checkpoints/latest{_what_else(path)}"
+    )
+
+
+def _what_else(path: Path) -> str:
+    """What a path is that is not ours, and what to do with it."""
+    if not path.exists():
+        return ": it does not exist; give another --load"
+    if any(path.glob("mp_rank_*")):
+        return ": it looks like an old K2 iteration, which from-k2-legacy reads"
+    if (path / "config.json").is_file():
+        return ": it looks like a Hugging Face model, which from-hf reads"
+    return "; give another --load"
 
 
 def read_manifest(folder: Path) -> dict:

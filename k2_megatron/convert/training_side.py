@@ -4,6 +4,7 @@ source -> units -> files aside -> tables and manifest -> read back and compared 
 """
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +134,13 @@ def check_layout(shape: Shape, tensor: int, pipeline: int) -> None:
         if size % tensor
     ]
     if uneven:
-        raise ConversionError(f"--tensor {tensor} does not divide {', '.join(uneven)}")
+        common = math.gcd(shape.vocab_size, shape.ffn_hidden_size, shape.heads, shape.kv_heads)
+        raise ConversionError(f"--tensor {tensor} does not divide {', '.join(uneven)}; {_divisors(common)} would")
     if shape.layers % pipeline:
-        raise ConversionError(f"--pipeline {pipeline} does not divide {shape.layers} layers")
+        raise ConversionError(
+            f"--pipeline {pipeline} does not divide {shape.layers} layers; {_divisors(shape.layers)} would"
+        )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)

@@ -44,7 +44,11 @@ class TransformersModel:
             ) from None
         import torch
 
-        config = AutoConfig.from_pretrained(self.folder)
+        try:
+            config = AutoConfig.from_pretrained(self.folder)
+        except Exception as error:  # a checker of its own for every setting, whose errors cannot all be pickled
+            reason = " ".join(str(error).split())
+            raise ConversionError(f"transformers cannot read {self.folder / 'config.json'}: {reason[:300]}") from None
         layers, tied = config.num_hidden_layers, config.tie_word_embeddings
         config.num_hidden_layers, config.vocab_size, config.pad_token_id, config.tie_word_embeddings = 1, 1, None, False
         config._attn_implementation = "eager"

@@ -102,8 +102,10 @@ def verify_training(folder: Path, workers: int, *, announced: bool = False) -> l
             return problems
         check = FingerprintCheck(source)
         results, _totals = run_checks(check, check.units(), workers)
-    except (ConversionError, OSError) as error:
+    except ConversionError as error:
         return [str(error)]
+    except OSError as error:
+        return [f"{error.filename or folder} cannot be read ({error.strerror}); restore access to it"]
     found = as_text(sum(result["fingerprint"] for result in results))
     if found != manifest["weights"]:
         return [
@@ -125,9 +127,11 @@ def verify_export(folder: Path, workers: int) -> list[str]:
         if not problems:
             HuggingFaceSource(folder, ModelFacts.from_hugging_face(folder))
         return problems
-    except (ConversionError, OSError) as error:
+    except ConversionError as error:
         return [str(error)]
-    except (ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        return [f"{error.filename or folder} cannot be read ({error.strerror}); restore access to it"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [f"{folder / EXPORT_MANIFEST} is damaged ({error})"]
 
 

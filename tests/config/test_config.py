@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -211,6 +211,7 @@ def test_ramp_of_known_numbers():
     assert config.total_samples == 100 + 225 * 16
 
 
+@settings(deadline=None)
 @given(
     start=st.integers(1, 60),
     increment=st.integers(1, 40),

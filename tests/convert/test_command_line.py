@@ -1,11 +1,13 @@
 """tools/convert_checkpoint.py with the mistakes that people make: one line that says what to do, and no result."""
 
 import contextlib
+import errno
 import io
 import multiprocessing
 import os
 import re
 import resource
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from conversions import export_model, import_model, write_llama
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 from convert_checkpoint import main
 
+from k2_megatron.convert.describe import describe
 from k2_megatron.convert.to_torch_dist import TorchDistJob
 
 
@@ -82,8 +85,8 @@ OPTIONS = {
     "no-shards": (["to-hf", "--shard-gb", "0"], 2, "argument --shard-gb: 0 GB is no size"),
     "nan-shards": (["to-hf", "--shard-gb", "nan"], 2, "argument --shard-gb: nan GB is no size"),
     "unknown-dtype": (["to-hf", "--dtype", "int8"], 2, "argument --dtype: invalid choice: 'int8'"),
-    "uneven-ranks": (["from-hf", "--tensor", "3"], 1, "--tensor 3 does not divide vocab_size 128"),
-    "uneven-stages": (["reshard", "--pipeline", "2"], 1, "--pipeline 2 does not divide 3 layers"),
+    "uneven-ranks": (["from-hf", "--tensor", "3"], 1, "--tensor 3 does not divide vocab_size 128.*; 1, 2, 4 would"),
+    "uneven-stages": (["reshard", "--pipeline", "2"], 1, "--pipeline 2 does not divide 3 layers; 1, 3 would"),
     "small-vocabulary": (["from-hf", "--vocab-size", "100"], 1, "has 128 entries in use, 100 rows cannot hold them"),
     "large-vocabulary": (["to-hf", "--vocab-size", "129"], 1, "has 129 entries in use, 128 rows cannot hold them"),
     "no-configuration": (["from-hf", "--config", "nowhere.toml"], 1, "nowhere.toml: cannot be read"),
@@ -125,6 +128,51 @@ def test_a_disk_that_fills_up_is_told_and_the_same_command_goes_on(sound: Path, 
     assert code == 1
     assert not (save if command == "to-hf" else save / "checkpoints" / "latest").exists()
     assert told(arguments) == (0, "")
+
+
+SYSTEM = {
+    errno.EACCES: "Permission denied; restore access to it",
+    errno.ENOSPC: "No space left on device; make room",
+    errno.ENOTDIR: "Not a directory; look at that path",
+}
+
+
+@pytest.mark.parametrize("number", SYSTEM)
+def test_what_the_system_refuses_is_told_with_a_remedy(sound: Path, tmp_path: Path, monkeypatch, number: int) -> None:
+    def refused(self, unit):
+        raise OSError(number, os.strerror(number), str(sound / "hf" / "shard"))
+
+    monkeypatch.setattr(TorchDistJob, "run", refused)
+    code, text = told(["from-hf", "--load", str(sound / "hf"), "--save", str(tmp_path / "new"), "--workers", "1"])
+    require_one_line(text, f"hf/shard: {SYSTEM[number]}")
+    assert code == 1
+
+
+OTHER_KINDS = {
+    "to-hf": ("hf", "looks like a Hugging Face model, which from-hf reads"),
+    "reshard": ("hf", "looks like a Hugging Face model, which from-hf reads"),
+    "verify": ("nowhere", "is no folder; give a checkpoint"),
+}
+
+
+@pytest.mark.parametrize("command", OTHER_KINDS)
+def test_a_folder_of_another_kind_is_sent_to_its_command(sound: Path, tmp_path: Path, command: str) -> None:
+    load, wanted = OTHER_KINDS[command]
+    save = ["--save", str(tmp_path / "new")] if command in SAVES else []
+    code, text = told([command, "--load", str(sound / load), "--workers", "1", *save])
+    require_one_line(text, wanted)
+    assert code == 1
+
+
+def test_inspect_tells_files_that_are_missing_or_cut(sound: Path, tmp_path: Path) -> None:
+    shutil.copytree(sound / "run", tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000000"
+    assert "NOT SOUND" not in describe(checkpoint)
+    (checkpoint / "__0_weights_layer1.distcp").unlink()
+    os.truncate(checkpoint / "__0_weights_layer2.distcp", 3000)
+    text = describe(checkpoint)
+    assert "NOT SOUND    __0_weights_layer1.distcp is missing" in text
+    assert "NOT SOUND    __0_weights_layer2.distcp has 3000 bytes" in text
 
 
 def test_an_interrupt_is_one_line(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """The name table: every row of every tensor exactly once, and QKV as megatron-core groups it."""
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from k2_megatron.convert.names import TABLE, Shape, places, segments
@@ -24,6 +24,7 @@ def test_k2_has_its_published_number_of_parameters_and_tensors() -> None:
     assert sum(len(place.hugging_face) for place in places(K2)) == 723
 
 
+@settings(deadline=None)
 @given(shapes())
 def test_segments_use_every_row_of_both_sides_once(shape: Shape) -> None:
     for entry in TABLE:
@@ -38,6 +39,7 @@ def test_segments_use_every_row_of_both_sides_once(shape: Shape) -> None:
             assert sorted(found) == list(range(entry.hugging_face_size(index, shape)[0]))
 
 
+@settings(deadline=None)
 @given(shapes())
 def test_query_key_value_rows_are_grouped_as_megatron_core_splits_them(shape: Shape) -> None:
     """megatron-core views the projection's output as [groups, (heads a group + 2) * D] and splits the second axis."""
