@@ -75,7 +75,7 @@ int adamw(const int64_t* parameters, const int64_t* gradients, const int64_t* ex
       using G = typename decltype(g)::type;
       using M = typename decltype(m)::type;
       return for_each_table(all, sizes, count, [&](const TensorTable<lists>& table, int64_t blocks) {
-        return launch(adamw_kernel<G, M>, dim3(blocks), dim3(multi_tensor_threads), 0, stream, table, constants,
+        return launch(adamw_kernel<G, M>, blocks, dim3(multi_tensor_threads), 0, stream, table, constants,
                       gradient_scale);
       });
     });

@@ -39,22 +39,22 @@ struct RowParts {
   }
 };
 
-__device__ __forceinline__ float exponential(float x) { return fast_exp2(x * log2_of_e); }
-
 // Sum of exp(x - maximum) beside its maximum. The maximum is subtracted before the scaling by log2 e: exact for logits
 // near it, whatever their size. Of -inf nothing can be subtracted; then every term is exp(-inf) = 0.
+template <class T>
 struct Exponentials {
   float maximum = -infinity, sum = 0.0f;
 
   __device__ __forceinline__ static float shift(float maximum) { return maximum == -infinity ? 0.0f : maximum; }
   __device__ __forceinline__ void raise(float new_maximum) {
-    sum *= exponential(maximum - shift(new_maximum));
+    sum *= exponential<T>(maximum - shift(new_maximum));
     maximum = new_maximum;
   }
 };
 
 // All lanes get the merged value. Lanes are brought to one maximum first, so that sums are only added.
-__device__ __forceinline__ Exponentials merge_in_warp(Exponentials mine) {
+template <class T>
+__device__ __forceinline__ Exponentials<T> merge_in_warp(Exponentials<T> mine) {
   mine.raise(warp_reduce(mine.maximum, Maximum{}));
   mine.sum = warp_reduce(mine.sum, Sum{});
   return mine;
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(most_threads)
   K2_SHARED(float, logit_sums, warp_threads);
   const T* row = logits + blockIdx.x * stride;
   const RowParts<T> parts(row, columns);
-  Exponentials mine;
+  Exponentials<T> mine;
   float logit_sum = 0.0f;
   for (int start = threadIdx.x; start < parts.vectors; start += vectors_per_thread * blockDim.x) {
     Packed<T> held[vectors_per_thread];
@@ -87,14 +87,14 @@ __global__ void __launch_bounds__(most_threads)
       for (int j = 0; j < width; ++j) maximum = fmaxf(maximum, to_float(held[i].values[j]));
     }
     mine.raise(maximum);
-    const float shift = Exponentials::shift(maximum);
+    const float shift = Exponentials<T>::shift(maximum);
 #pragma unroll
     for (int i = 0; i < vectors_per_thread; ++i) {
       if (static_cast<int>(start + i * blockDim.x) >= parts.vectors) continue;
 #pragma unroll
       for (int j = 0; j < width; ++j) {
         const float logit = to_float(held[i].values[j]);
-        mine.sum += exponential(logit - shift);
+        mine.sum += exponential<T>(logit - shift);
         logit_sum += logit;
       }
     }
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(most_threads)
   for (int edge = threadIdx.x; edge < parts.edges; edge += blockDim.x) {
     const float logit = to_float(row[parts.edge_column(edge)]);
     mine.raise(fmaxf(mine.maximum, logit));
-    mine.sum += exponential(logit - Exponentials::shift(mine.maximum));
+    mine.sum += exponential<T>(logit - Exponentials<T>::shift(mine.maximum));
     logit_sum += logit;
   }
 
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(loss_threads)
   const auto plane_of = [&](int64_t rank, int plane) { return all_statistics[(rank * planes + plane) * rows + row]; };
   float maximum = -infinity, sum = 0.0f, target = 0.0f, logit_sum = 0.0f;
   for (int64_t rank = 0; rank < ranks; ++rank) maximum = fmaxf(maximum, plane_of(rank, 0));
-  const float shift = Exponentials::shift(maximum);
+  const float shift = Exponentials<float>::shift(maximum);
   for (int64_t rank = 0; rank < ranks; ++rank) {
     sum += plane_of(rank, 1) * expf(plane_of(rank, 0) - shift);
     target += plane_of(rank, 2);
@@ -166,17 +166,18 @@ struct GradientArguments {
 };
 
 // gradient of one logit = exp(logit - lse) * softmax_factor - everywhere - [its column is the label's] * at_label
+template <class T>
 struct RowGradient {
   float lse, softmax_factor, everywhere, at_label;
   int64_t label;  // a column of this shard, or outside of it
 
   __device__ __forceinline__ float at(float logit) const {
-    return exponential(logit - lse) * softmax_factor - everywhere;
+    return exponential<T>(logit - lse) * softmax_factor - everywhere;
   }
 };
 
 template <class T>
-__device__ __forceinline__ Packed<T> gradient_of(const Packed<T>& logits, int first_column, const RowGradient& row) {
+__device__ __forceinline__ Packed<T> gradient_of(const Packed<T>& logits, int first_column, const RowGradient<T>& row) {
   constexpr int width = Packed<T>::count;
   float values[width];
 #pragma unroll
@@ -206,7 +207,7 @@ __global__ void __launch_bounds__(most_threads) gradient_kernel(GradientArgument
   const bool is_zero = label == a.ignore_index || factor == 0.0f;
   if (label < 0 || label >= a.vocabulary_size) factor = nanf("");
   const float lse = a.lse[row];
-  const RowGradient of_row{lse, factor * (1.0f + 2.0f * a.z_loss * lse),
+  const RowGradient<T> of_row{lse, factor * (1.0f + 2.0f * a.z_loss * lse),
                            factor * (a.label_smoothing / static_cast<float>(a.vocabulary_size)),
                            factor * (1.0f - a.label_smoothing), label - a.vocabulary_start};
 
@@ -247,7 +248,7 @@ int cross_entropy_statistics(const void* logits, int64_t logits_stride, const in
   if (rows == 0 || columns == 0) return cudaSuccess;
   return with_type(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    return launch(statistics_kernel<T>, dim3(rows), threads_for<T>(columns), 0, stream, static_cast<const T*>(logits),
+    return launch(statistics_kernel<T>, rows, threads_for<T>(columns), 0, stream, static_cast<const T*>(logits),
                   logits_stride, labels, statistics, planes > 3, rows, static_cast<int>(columns), vocabulary_start);
   });
 }
@@ -256,7 +257,7 @@ int cross_entropy_loss(const float* all_statistics, int64_t ranks, int64_t plane
                        float* lse, int64_t rows, int64_t vocabulary_size, float label_smoothing, float z_loss,
                        int64_t ignore_index, void* stream) {
   if (rows == 0) return cudaSuccess;
-  return launch(loss_kernel, dim3(divide_up<int64_t>(rows, loss_threads)), dim3(loss_threads), 0, stream,
+  return launch(loss_kernel, divide_up<int64_t>(rows, loss_threads), dim3(loss_threads), 0, stream,
                 all_statistics, ranks, planes, labels, loss, lse, rows, vocabulary_size, label_smoothing, z_loss,
                 ignore_index);
 }
@@ -282,7 +283,7 @@ int cross_entropy_gradient(const void* logits, int64_t logits_stride, const int6
                                  label_smoothing,
                                  z_loss,
                                  ignore_index};
-    return launch(gradient_kernel<T>, dim3(rows), threads_for<T>(columns), 0, stream, a);
+    return launch(gradient_kernel<T>, rows, threads_for<T>(columns), 0, stream, a);
   });
 }
 

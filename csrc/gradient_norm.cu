@@ -91,11 +91,11 @@ int squared_norm(const int64_t* tensors, const int64_t* sizes, int64_t count, do
     return for_each_table(lists, sizes, count, [&](const TensorTable<1>& table, int64_t blocks) {
       double* pairs = workspace + 2 * chunks_before;
       chunks_before += blocks;
-      return launch(chunk_norms_kernel<T>, dim3(blocks), dim3(multi_tensor_threads), 0, stream, table, pairs);
+      return launch(chunk_norms_kernel<T>, blocks, dim3(multi_tensor_threads), 0, stream, table, pairs);
     });
   });
   if (error != cudaSuccess) return error;
-  return launch(add_chunks_kernel, dim3(1), dim3(multi_tensor_threads), 0, stream,
+  return launch(add_chunks_kernel, 1, dim3(multi_tensor_threads), 0, stream,
                 static_cast<const double*>(workspace), chunks_before, result);
 }
 
@@ -104,7 +104,7 @@ int scale(const int64_t* tensors, const int64_t* sizes, int64_t count, const flo
   return with_type(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     return for_each_table(lists, sizes, count, [&](const TensorTable<1>& table, int64_t blocks) {
-      return launch(scale_kernel<T>, dim3(blocks), dim3(multi_tensor_threads), 0, stream, table, factor);
+      return launch(scale_kernel<T>, blocks, dim3(multi_tensor_threads), 0, stream, table, factor);
     });
   });
 }

@@ -12,8 +12,9 @@
 //   Sizes and strides are counted in elements. Tensors are contiguous unless a stride argument says otherwise; rows may
 //   start at any multiple of the element size (K2's vocabulary shard: 4004 columns). Zero rows or tensors are legal.
 //   Arithmetic is fp32 (sums named fp64 excepted); each stored value is rounded once, to nearest even; NaN stays NaN
-//   and subnormals are kept. Results do not depend on threads, on the grid, or on alignment of the buffers; but cuda's
-//   cross_entropy_statistics adds a row in an order that follows its address modulo 16 (the same buffer, the same bits).
+//   and subnormals are kept, but cuda takes an exponential below 2^-126 for zero where tensors are bf16 or fp16.
+//   Results do not depend on threads, on the grid, or on alignment of the buffers; but cuda's cross_entropy_statistics
+//   adds a row in an order that follows its address modulo 16 (the same buffer, the same bits).
 //   T rows (tokens), H hidden, F feed-forward columns (per rank), V vocabulary columns (per rank), S sequence, B batch,
 //   N heads, R rotated dimensions (even). "optional" pointers may be null.
 #pragma once

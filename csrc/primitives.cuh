@@ -173,10 +173,11 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
-// ---- Fast arithmetic: relative error about 2^-22; results below 2^-126 become zero.
-__device__ __forceinline__ float fast_exp2(float x) {
+// ---- Arithmetic for tensors of type T. What bf16 and fp16 round away anyway may be approximate: relative error about
+// 2^-22, results below 2^-126 become zero. fp32 would show it.
+__device__ __forceinline__ float approximate_exp2(float x) {
 #ifdef K2_EMULATION
-  return exp2f(x);
+  return emulation::ex2_approx(x);
 #else
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
@@ -184,15 +185,30 @@ __device__ __forceinline__ float fast_exp2(float x) {
 #endif
 }
 
-__device__ __forceinline__ float fast_reciprocal(float x) {
+__device__ __forceinline__ float approximate_reciprocal(float x) {
 #ifdef K2_EMULATION
-  return 1.0f / x;
+  return emulation::rcp_approx(x);
 #else
   float result;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 #endif
 }
+
+template <class T>
+__device__ __forceinline__ float exponential(float x) {
+  if constexpr (std::is_same_v<T, float>) return expf(x);
+  else return approximate_exp2(x * log2_of_e);
+}
+
+template <class T>
+__device__ __forceinline__ float reciprocal(float x) {
+  if constexpr (std::is_same_v<T, float>) return __frcp_rn(x);
+  else return approximate_reciprocal(x);
+}
+
+// Two roundings. Once a row, so that it need not be rsqrtf's two units, which the fp32 rstd of every dtype would show.
+__device__ __forceinline__ float reciprocal_root(float x) { return __frcp_rn(__fsqrt_rn(x)); }
 
 // ---- Reductions. Butterfly order: the same bits in every lane, in every run.
 template <class T, class Combine>
@@ -252,20 +268,29 @@ int with_type(DType dtype, Body body) {
   return cudaErrorInvalidValue;
 }
 
-// Starts a kernel on the caller's stream and reports what the launch itself says (a cudaError_t, 0 = success).
+// What the runtime refused stays its last error until somebody asks, and would be taken for the next launch's.
+inline int refused(cudaError_t error) {
+  cudaGetLastError();
+  return error;
+}
+
+// Starts a kernel on the caller's stream and reports what the launch itself says (a cudaError_t, 0 = success). More
+// blocks than a grid can have (2^31 - 1) are refused here: a dim3 would drop the upper bits.
 template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared_bytes, void* stream,
+int launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, size_t shared_bytes, void* stream,
            Arguments... arguments) {
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const dim3 grid(static_cast<unsigned>(blocks));
 #ifdef K2_EMULATION
   static_cast<void>(stream);
   emulation::launch(grid, threads, shared_bytes, [&] { kernel(arguments...); });
   return cudaSuccess;
 #else
   if (shared_bytes > 48 * 1024) {  // beyond this a kernel must be told once a device; telling it again costs nothing
-    const cudaError_t refused =
+    const cudaError_t error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(shared_bytes));
-    if (refused != cudaSuccess) return refused;
+    if (error != cudaSuccess) return refused(error);
   }
   kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   return cudaGetLastError();

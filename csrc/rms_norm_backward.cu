@@ -213,18 +213,17 @@ int start_backward(const BackwardArguments<T>& a, int64_t partial_rows, void* st
   const int vectors = divide_up(a.hidden, Packed<T>::count);
   const size_t ring_bytes = sizeof(Packed<T>) * vectors * ring_stages * (a.grad_h != nullptr ? 3 : 2);
   int device = 0, shared_limit = 0;
-  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  if (const cudaError_t error = cudaGetDevice(&device)) return refused(error);
   if (const cudaError_t error = cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device))
-    return error;
+    return refused(error);
   const size_t static_bytes = 2 * warp_threads * sizeof(float);
-  const dim3 grid(partial_rows);
   if (vectors > 4 * rms_norm_threads || ring_bytes + static_bytes > static_cast<size_t>(shared_limit))
-    return launch(backward_looped_kernel<T, G, ALIGNED>, grid, dim3(rms_norm_threads), 0, stream, a);
+    return launch(backward_looped_kernel<T, G, ALIGNED>, partial_rows, dim3(rms_norm_threads), 0, stream, a);
   if (vectors > 2 * rms_norm_threads)
-    return launch(backward_kernel<T, G, ALIGNED, 4>, grid, dim3(whole_warps(divide_up(vectors, 4))), ring_bytes, stream,
-                  a);
-  return launch(backward_kernel<T, G, ALIGNED, 2>, grid, dim3(whole_warps(divide_up(vectors, 2))), ring_bytes, stream,
-                a);
+    return launch(backward_kernel<T, G, ALIGNED, 4>, partial_rows, dim3(whole_warps(divide_up(vectors, 4))), ring_bytes,
+                  stream, a);
+  return launch(backward_kernel<T, G, ALIGNED, 2>, partial_rows, dim3(whole_warps(divide_up(vectors, 2))), ring_bytes,
+                stream, a);
 }
 
 }  // namespace
@@ -253,9 +252,10 @@ int rms_norm_backward(const void* grad_y, const void* grad_h, const void* x, con
   if (error != cudaSuccess || grad_gamma == nullptr) return error;
   return with_type(gamma_dtype, [&](auto g) {
     using G = typename decltype(g)::type;
-    const dim3 grid(divide_up<int64_t>(hidden, warp_threads)), threads(warp_threads, warp_threads);
-    return launch(add_partial_rows_kernel<G>, grid, threads, 0, stream, static_cast<const float*>(workspace),
-                  static_cast<G*>(grad_gamma), partial_rows, static_cast<int>(hidden));
+    const dim3 threads(warp_threads, warp_threads);
+    return launch(add_partial_rows_kernel<G>, divide_up<int64_t>(hidden, warp_threads), threads, 0, stream,
+                  static_cast<const float*>(workspace), static_cast<G*>(grad_gamma), partial_rows,
+                  static_cast<int>(hidden));
   });
 }
 

@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(rms_norm_threads) forward_kernel(ForwardArgume
     sum += sum_of_squares(h[i]);
   }
   sum = blockDim.x == warp_threads ? warp_reduce(sum, Sum{}) : block_sum(sum, scratch);
-  const float rstd = rsqrtf(sum / static_cast<float>(a.hidden) + a.epsilon);
+  const float rstd = reciprocal_root(sum / static_cast<float>(a.hidden) + a.epsilon);
   if (threadIdx.x == 0) a.rstd[row] = rstd;
 #pragma unroll
   for (int i = 0; i < forward_vectors; ++i) {
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(rms_norm_threads) forward_looped_kernel(Forwar
     }
     sum += sum_of_squares(h);
   }
-  const float rstd = rsqrtf(block_sum(sum, scratch) / static_cast<float>(a.hidden) + a.epsilon);
+  const float rstd = reciprocal_root(block_sum(sum, scratch) / static_cast<float>(a.hidden) + a.epsilon);
   if (threadIdx.x == 0) a.rstd[row] = rstd;
   const T* normalised = a.residual != nullptr ? a.h : a.x;  // each thread reads what it wrote itself
 #pragma unroll 4
@@ -130,10 +130,10 @@ template <class T, class G, bool ALIGNED>
 int start_forward(const ForwardArguments<T>& a, void* stream) {
   const int vectors = divide_up(a.hidden, Packed<T>::count);
   if (vectors > rms_norm_threads * forward_vectors)
-    return launch(forward_looped_kernel<T, G, ALIGNED>, dim3(a.rows), dim3(rms_norm_threads), 0, stream, a);
+    return launch(forward_looped_kernel<T, G, ALIGNED>, a.rows, dim3(rms_norm_threads), 0, stream, a);
   const int threads = whole_warps(divide_up(vectors, forward_vectors));
   const int rows_per_block = threads == warp_threads ? 4 : 1;
-  return launch(forward_kernel<T, G, ALIGNED>, dim3(divide_up<int64_t>(a.rows, rows_per_block)),
+  return launch(forward_kernel<T, G, ALIGNED>, divide_up<int64_t>(a.rows, rows_per_block),
                 dim3(threads, rows_per_block), 0, stream, a);
 }
 

@@ -160,8 +160,8 @@ int start(Arguments<T> a, void* stream) {
             most_groups = block_threads / a.chunk_lanes;
   a.groups = wanted_groups < most_groups ? wanted_groups : most_groups;
   a.lanes = a.chunk_lanes * a.groups;
-  const dim3 grid(divide_up<int64_t>(a.tokens, block_threads / a.lanes));
-  return launch(rotary_kernel<T, VECTOR, INTERLEAVED>, grid, dim3(block_threads), 0, stream, a);
+  const int64_t blocks = divide_up<int64_t>(a.tokens, block_threads / a.lanes);
+  return launch(rotary_kernel<T, VECTOR, INTERLEAVED>, blocks, dim3(block_threads), 0, stream, a);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@
 // Caught: divergent or missing barriers, divergent collectives, reading what nobody wrote, copies not waited for,
 // misaligned vector accesses; with AddressSanitizer, anything out of bounds in global, shared and local memory.
 // Not seen: races between blocks (blocks run one after another, in the order that the seed gives), memory ordering,
-// bank conflicts, coalescing, the device's approximate exp2 and reciprocal.
+// bank conflicts, coalescing.
 #pragma once
 #include <cuda_runtime.h>
 

@@ -1,5 +1,6 @@
 // The device functions that the kernels call and that CUDA's headers do not give to a host compiler.
-// Host arithmetic is exact where the device approximates (exp2, reciprocal): bounds are set for the device.
+// Where the device approximates, so does the emulation: a result is off by a part of the documented error that a hash
+// of the argument picks, the same for the same argument. Bounds must hold for the device, not for exact arithmetic.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -48,6 +49,28 @@ inline void copy_wait(unsigned groups_left) {
   thread.copies.resize(kept);
 }
 
+// `exact`, off by at most `ulps` units in the last place, half of one for the rounding included.
+inline float approximate(double exact, float argument, double ulps) {
+  const auto nearest = static_cast<float>(exact);
+  if (!std::isfinite(nearest) || nearest == 0.0f) return nearest;
+  uint32_t hash;
+  std::memcpy(&hash, &argument, sizeof(hash));
+  hash = (hash ^ hash >> 16) * 0x7FEB352Du;
+  hash = (hash ^ hash >> 15) * 0x846CA68Bu;
+  hash ^= hash >> 16;
+  const double part = hash / 2147483648.0 - 1.0, ulp = std::ldexp(1.0, std::ilogb(nearest) - 23);
+  return static_cast<float>(exact + part * (ulps - 0.5) * ulp);
+}
+
+// PTX ISA: ex2.approx (1 at 0), rcp.approx; what lies below 2^-126 becomes zero. CUDA C++ Programming Guide,
+// mathematical functions: expf, logf, rsqrtf.
+inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? 0.0f : x; }
+inline float ex2_approx(float x) { return flushed(x == 0.0f ? 1.0f : approximate(std::exp2(double{x}), x, 2.0)); }
+inline float rcp_approx(float x) { return flushed(approximate(1.0 / double{flushed(x)}, x, 1.0)); }
+inline float expf_of_device(float x) { return x == 0.0f ? 1.0f : approximate(std::exp(double{x}), x, 2.0); }
+inline float logf_of_device(float x) { return approximate(std::log(double{x}), x, 1.0); }
+inline float rsqrtf_of_device(float x) { return approximate(1.0 / std::sqrt(double{x}), x, 2.0); }
+
 }  // namespace emulation
 
 #define EMULATION_TEXT(x) #x
@@ -76,4 +99,6 @@ void __stcs(T* address, T value) {
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 inline float __fdiv_rn(float x, float y) { return x / y; }
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+#define expf(x) emulation::expf_of_device(x)
+#define logf(x) emulation::logf_of_device(x)
+#define rsqrtf(x) emulation::rsqrtf_of_device(x)

@@ -72,9 +72,9 @@ extern "C" const char* run_faulty(int kernel, int mistake, const float* in, floa
   message.clear();
   try {
     const dim3 threads(chosen == Mistake::partial_warp ? 63 : 64);
-    if (kernel == 0) launch(exchange, dim3(1), threads, 0, nullptr, out, chosen);
-    if (kernel == 1) launch(collective, dim3(1), threads, 0, nullptr, out, chosen);
-    if (kernel == 2) launch(copies, dim3(1), threads, 64 * 32, nullptr, in, out, chosen);
+    if (kernel == 0) launch(exchange, 1, threads, 0, nullptr, out, chosen);
+    if (kernel == 1) launch(collective, 1, threads, 0, nullptr, out, chosen);
+    if (kernel == 2) launch(copies, 1, threads, 64 * 32, nullptr, in, out, chosen);
   } catch (const std::exception& error) {
     message = error.what();
   }

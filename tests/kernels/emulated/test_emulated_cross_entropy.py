@@ -68,6 +68,12 @@ class Shards:
         return torch.cat(results, 1)
 
 
+def test_more_rows_than_a_grid_has_blocks_are_refused(kernels):
+    """2^32 + 1 blocks would be started as one, the rest of the rows left as they are."""
+    with pytest.raises(RuntimeError, match="cross_entropy_statistics: CUDA error 9 "):
+        kernels.cross_entropy_statistics(0, 1, 0, 0, 3, 2**32 + 1, 1, 0, DTYPES[torch.float32], 0)
+
+
 def equation(logits, labels, grad_loss, smoothing, z_loss):
     logits = logits.detach().requires_grad_()
     lse = logits.logsumexp(-1)
