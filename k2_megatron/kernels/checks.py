@@ -14,6 +14,7 @@ import torch
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 REFERENCE_FLOATS = (*FLOATS, torch.float64)  # the torch references compute in fp64 too, for gradcheck
 MAXIMUM_HIDDEN_SIZE = 65_536
+MAXIMUM_COLUMNS = 2**30  # of a row: the kernels count columns in 32 bits
 
 
 def require(condition: bool, op: str, message: str, *values: object) -> None:
@@ -30,6 +31,22 @@ def require_tensors(op: str, **arguments: object) -> None:
             raise ValueError(f"{op}: {name} is a {type(argument).__name__}; it must be a torch.Tensor")
         if argument.layout != torch.strided:
             raise ValueError(f"{op}: {name} has layout {argument.layout}; it must be dense (torch.strided)")
+
+
+def require_integer(op: str, name: str, value: object) -> None:
+    """A float that happens to be whole is refused too: C++ takes none."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{op}: {name} is {value!r}, a {type(value).__name__}; it must be an integer")
+
+
+def require_number(op: str, name: str, value: object) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise ValueError(f"{op}: {name} is {value!r}, a {type(value).__name__}; it must be a number")
+
+
+def require_columns(op: str, name: str, columns: int) -> None:
+    require(columns <= MAXIMUM_COLUMNS, op, "{} has rows of {} elements; at most {} are offered", name, columns,
+            MAXIMUM_COLUMNS)  # fmt: skip
 
 
 def require_dtype(op: str, name: str, tensor: torch.Tensor, allowed: Sequence[torch.dtype]) -> None:

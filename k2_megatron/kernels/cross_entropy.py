@@ -32,6 +32,8 @@ from k2_megatron.kernels.checks import (
     require_backend_device,
     require_contiguous,
     require_dtype,
+    require_integer,
+    require_number,
     require_one_device,
     require_shape,
     require_tensors,
@@ -62,7 +64,8 @@ def vocab_parallel_cross_entropy(
     """loss [S, B] fp32 (any leading shape serves). With backend "cpu" or "cuda" the logits are spent by the backward,
     which therefore runs once; a second one is refused. A label that is neither ignore_index nor in [0, V): ValueError
     on a CPU; on a GPU, where looking would wait for the device, a NaN loss and gradient (so does "torch" in compiled
-    graphs)."""
+    graphs). Every rank's shard has the same number of columns (pad the last): the ranks do not ask each other, and
+    unequal ones would count their columns from wrong places."""
     require_backend(OP, backend, "transformer_engine")
     require_tensors(OP, logits=logits, labels=labels)
     require(logits.dim() >= 2, OP, "logits have shape {}; needed: [S, B, V/tp]", tuple(logits.shape))
@@ -99,6 +102,12 @@ def cross_entropy_reference(logits, labels, label_smoothing=0.0, z_loss=0.0, ign
 
 def settings_for(columns, group, label_smoothing, z_loss, ignore_index) -> Settings:
     require(columns > 0, OP, "logits have 0 columns; a shard needs at least one")
+    for name, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss)):
+        require_number(OP, name, value)
+    require_integer(OP, "ignore_index", ignore_index)
+    if group is not None and not torch.compiler.is_compiling():
+        known = isinstance(group, dist.ProcessGroup)
+        require(known, OP, "group is a {}; it must be a ProcessGroup of this rank, or None", type(group).__name__)
     require(0 <= label_smoothing < 1, OP, "label_smoothing is {}; it lies in [0, 1)", label_smoothing)
     require(z_loss >= 0, OP, "z_loss is {}; it cannot be negative", z_loss)
     ranks, rank = (1, 0) if group is None else (group.size(), group.rank())

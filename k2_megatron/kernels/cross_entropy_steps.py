@@ -19,6 +19,7 @@ import torch
 from k2_megatron.kernels.checks import (
     FLOATS,
     require,
+    require_columns,
     require_contiguous,
     require_dtype,
     require_one_device,
@@ -128,6 +129,7 @@ def check_rows(logits, labels):
     require_dtype(OP, "logits", logits, FLOATS)
     rows, columns = logits.shape
     require(columns > 0, OP, "logits have 0 columns; a shard needs at least one")
+    require_columns(OP, "logits", columns)
     dense = (columns == 1 or logits.stride(1) == 1) and (rows <= 1 or logits.stride(0) >= columns)
     require(dense, OP, "logits of shape {} have strides {}; columns must be dense", tuple(logits.shape),
             tuple(logits.stride()))  # fmt: skip

@@ -18,6 +18,7 @@ import torch
 OPS = ("rms_norm", "rotary", "cross_entropy", "swiglu", "adamw")
 BACKENDS = ("cuda", "cpu", "torch", "apex", "transformer_engine")
 PEER_OPS = {"apex": ("rms_norm", "adamw"), "transformer_engine": ("rms_norm", "rotary", "cross_entropy")}
+LEAST_CAPABILITY = (8, 0)  # bf16 arithmetic and asynchronous copies to shared memory
 REBUILD = "build it with `pip install --no-build-isolation -e .`"
 
 
@@ -57,7 +58,24 @@ def obstacle(op: str, backend: str, device_type: str) -> str:
         return f"backend {backend!r} runs on {backend} tensors, and this run's device is {device_type!r}"
     if backend == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    return extension(backend)[1]
+    module, reason = extension(backend)
+    return reason or (_cannot_run(module) if backend == "cuda" else "")
+
+
+def _cannot_run(module) -> str:
+    """Why the CUDA module finds no device to run on: it has a CUDA runtime of its own, which may want a newer driver
+    than torch's does."""
+    if module.device_count() == 0:
+        return (
+            f"k2_megatron._cuda finds no device though torch (CUDA {torch.version.cuda}) does: the driver is too old "
+            "for the CUDA it was built with; build it with an older nvcc, or update the driver"
+        )
+    capability = torch.cuda.get_device_capability()
+    if capability < LEAST_CAPABILITY:
+        return "{} has compute capability {}.{}; the kernels need {}.{}".format(
+            torch.cuda.get_device_name(), *capability, *LEAST_CAPABILITY
+        )
+    return ""
 
 
 def choose_backend(op: str, requested: str, device_type: str) -> Choice:

@@ -23,6 +23,7 @@ from k2_megatron.kernels.checks import (
     require_contiguous,
     require_dtype,
     require_no_overlap,
+    require_number,
     require_one_device,
     require_tensors,
 )
@@ -61,6 +62,7 @@ def clip_gradients_(
     """
     require_backend("clip_gradients", backend)
     _check_all("clip_gradients", gradients)
+    require_number("clip_gradients", "maximum_norm", maximum_norm)
     require(maximum_norm > 0, "clip_gradients", "maximum_norm is {}; it must be positive", maximum_norm)
     require_tensors("clip_gradients", norm=norm)
     require(norm.numel() == 1, "clip_gradients", "norm has shape {}; it must be one number", tuple(norm.shape))
@@ -84,6 +86,8 @@ def squared_norm_reference(tensors):
 
 
 def _check_all(op, gradients):
+    listed = isinstance(gradients, (list, tuple))
+    require(listed, op, "gradients is a {}; it must be a list or a tuple of tensors", type(gradients).__name__)
     require(len(gradients) > 0, op, "the list of gradients is empty")
     for index, gradient in enumerate(gradients):
         name = f"gradients[{index}]"

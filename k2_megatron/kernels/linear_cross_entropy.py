@@ -27,7 +27,9 @@ from k2_megatron.kernels.checks import (
     require,
     require_backend,
     require_backend_device,
+    require_contiguous,
     require_dtype,
+    require_integer,
     require_one_device,
     require_shape,
     require_tensors,
@@ -54,8 +56,9 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """loss [T] fp32. reduce_hidden_gradient=False leaves the sum of grad_hidden over the group to the caller (sequence
     parallelism reduce-scatters it instead). A compiled graph holds the loop over chunks unrolled: one graph for each
-    number of tokens. ValueError for shapes, dtypes, devices and labels out of range (on a
-    CPU)."""
+    number of tokens. Equal shards as in cross_entropy.py. In fp32 on a CPU the bits follow torch's GEMMs, whose sums
+    may be taken in another order with another number of threads. ValueError for shapes, dtypes, devices, autocast and
+    labels out of range (on a CPU)."""
     require_backend(OP, backend)
     require_tensors(OP, hidden=hidden, weight=weight, labels=labels)
     require(hidden.dim() == 2, OP, "hidden has shape {}; needed: [T, H]", tuple(hidden.shape))
@@ -66,14 +69,25 @@ def linear_cross_entropy(
     require_dtype(OP, "labels", labels, (torch.int64,))
     require_shape(OP, "labels", labels, hidden.shape[:1], "[T] of hidden")
     require_one_device(OP, hidden=hidden, weight=weight, labels=labels)
+    require_contiguous(OP, "labels", labels)
+    _refuse_autocast(hidden)
+    require_integer(OP, "chunk_tokens", chunk_tokens)
     require(chunk_tokens > 0, OP, "chunk_tokens is {}; it must be positive", chunk_tokens)
     require_backend_device(OP, backend, hidden)
     settings = settings_for(weight.shape[0], group, label_smoothing, z_loss, ignore_index)
     if not torch.compiler.is_compiling():
         check_labels(labels, settings.vocabulary_size, ignore_index)
     return _LinearCrossEntropy.apply(
-        hidden, weight, labels.contiguous(), group, chunk_tokens, settings, reduce_hidden_gradient, STEPS[backend]
+        hidden, weight, labels, group, chunk_tokens, settings, reduce_hidden_gradient, STEPS[backend]
     )
+
+
+def _refuse_autocast(hidden):
+    """It would cast the products' factors, but not what they are added to."""
+    enabled = torch.is_autocast_enabled(hidden.device.type)
+    require(not enabled, OP, "autocast is on for {}; the products are taken in hidden's dtype ({}): cast hidden and "
+            "weight, and call this under torch.autocast(..., enabled=False)",
+            hidden.device.type, hidden.dtype)  # fmt: skip
 
 
 def _add_product_(total, a, b):
@@ -107,6 +121,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):
         refuse_second_derivative(OP)
         hidden, weight, labels, lse = ctx.saved_tensors
+        _refuse_autocast(hidden)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=lse.dtype)
         logits, ctx.last_logits = ctx.last_logits, None  # None again where the graph is retained

@@ -11,6 +11,8 @@ Saved for the backward: h and rstd [T]. Both passes read and write every element
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from k2_megatron.kernels import peers
@@ -23,6 +25,7 @@ from k2_megatron.kernels.checks import (
     require_backend_device,
     require_contiguous,
     require_dtype,
+    require_number,
     require_one_device,
     require_shape,
     require_tensors,
@@ -46,6 +49,7 @@ def rms_norm(
     """y [..., H] of x's dtype. Raises ValueError for tensors the backend cannot take; nothing is copied to make
     them fit."""
     require_backend("rms_norm", backend, *PEERS)
+    _check_epsilon("rms_norm", epsilon)
     require_tensors("rms_norm", x=x, weight=weight)
     if backend == "torch":
         _check_values("rms_norm", x, weight, None, REFERENCE_FLOATS)
@@ -71,6 +75,7 @@ def add_rms_norm(
     """(y, h) with h = x + residual, both [..., H] of x's dtype; the gradient arriving at h is added in the same
     pass."""
     require_backend("add_rms_norm", backend, *PEERS)
+    _check_epsilon("add_rms_norm", epsilon)
     require_tensors("add_rms_norm", x=x, residual=residual, weight=weight)
     if backend == "torch":
         _check_values("add_rms_norm", x, weight, residual, REFERENCE_FLOATS)
@@ -83,6 +88,11 @@ def add_rms_norm(
     if torch.compiler.is_compiling():
         return ADD_FORWARD(x, residual, weight, epsilon, zero_centered)[:2]
     return _AddRMSNorm.apply(x, residual, weight, epsilon, zero_centered)
+
+
+def _check_epsilon(op, epsilon):
+    require_number(op, "epsilon", epsilon)
+    require(0 <= epsilon < math.inf, op, "epsilon is {}; it must be finite and not negative", epsilon)
 
 
 def rms_norm_reference(x, weight, epsilon, zero_centered=False):

@@ -31,6 +31,7 @@ from k2_megatron.kernels.checks import (
     require,
     require_backend,
     require_backend_device,
+    require_columns,
     require_contiguous,
     require_dtype,
     require_one_device,
@@ -133,8 +134,9 @@ def _check_values(q, k, cos, sin, positions, floats):
 def _check(q, k, cos, sin, positions):
     """What a kernel needs that is given pointers."""
     _check_values(q, k, cos, sin, positions, FLOATS)
-    require_dense_heads("q", q)
-    require_dense_heads("k", k)
+    for name, x in (("q", q), ("k", k)):
+        require_columns(OP, name, x.shape[2] * x.shape[3])
+        require_dense_heads(name, x)
     for name, table in (("cos", cos), ("sin", sin), ("positions", positions)):
         if table is not None:
             require_contiguous(OP, name, table)

@@ -18,6 +18,7 @@ from k2_megatron.kernels.checks import (
     require,
     require_backend,
     require_backend_device,
+    require_columns,
     require_contiguous,
     require_dtype,
     require_one_device,
@@ -55,6 +56,7 @@ def _check_values(packed, floats):
 
 def _check(packed):
     _check_values(packed, FLOATS)
+    require_columns("swiglu", "packed", packed.shape[-1])
     require_contiguous("swiglu", "packed", packed)
 
 

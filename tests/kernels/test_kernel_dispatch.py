@@ -6,10 +6,11 @@ arguments arrive where they belong. The packages themselves have not run here.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -28,9 +29,12 @@ from k2_megatron.kernels.swiglu import swiglu
 def built(monkeypatch):
     """Pretends which extensions are built: built(cpu="", cuda="reason")."""
 
+    module = SimpleNamespace(device_count=lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
     def pretend(**reasons):
         monkeypatch.setattr(
-            dispatch, "extension", lambda backend: (None if reasons[backend] else object(), reasons[backend])
+            dispatch, "extension", lambda backend: (None if reasons[backend] else module, reasons[backend])
         )
 
     return pretend
@@ -74,6 +78,26 @@ def test_a_request_that_cannot_be_met(op, requested, device, message, built, mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=message):
         choose_backend(op, requested, device)
+
+
+@pytest.mark.parametrize(
+    ("devices", "capability", "reason"),
+    [
+        (0, (9, 0), r"_cuda finds no device though torch \(CUDA .*\) does: the driver is too old"),
+        (1, (7, 5), r"Turing has compute capability 7\.5; the kernels need 8\.0"),
+    ],
+)
+def test_a_device_on_which_our_kernels_cannot_run(monkeypatch, devices, capability, reason):
+    module = SimpleNamespace(device_count=lambda: devices)
+    monkeypatch.setattr(dispatch, "extension", lambda backend: (module, ""))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Turing")
+    choice = choose_backend("rms_norm", "auto", "cuda")
+    assert choice.backend == "torch"
+    assert re.search(reason, choice.reason)
+    with pytest.raises(ValueError, match=reason):
+        choose_backend("rms_norm", "cuda", "cuda")
 
 
 @on_cpu

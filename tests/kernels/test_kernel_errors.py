@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from kernel_backends import on_cpu
@@ -16,6 +18,8 @@ from k2_megatron.kernels.rotary_packed import rotary_packed
 from k2_megatron.kernels.swiglu import swiglu
 
 pytestmark = on_cpu
+OPS = torch.ops.k2_megatron
+META_TABLES = [torch.empty(4, 4, device="meta")] * 2
 X, W = torch.zeros(4, 6), torch.ones(6)
 COS, SIN = rotary_tables(4, 8, 100.0, "cpu")
 Q = torch.zeros(4, 2, 3, 8)
@@ -195,6 +199,43 @@ REFUSALS = [
     (
         lambda: clip_gradients_([X], torch.tensor(1.0), 0.0, backend="cpu"),
         r"clip_gradients: maximum_norm is 0.0; it must",
+    ),
+]
+
+
+REFUSALS += [
+    (lambda: rms_norm(X, W, None, backend="cpu"), r"rms_norm: epsilon is None, a NoneType; it must be a number"),
+    (lambda: rms_norm(X, W, math.nan, backend="cpu"), r"rms_norm: epsilon is nan; it must be finite and not negative"),
+    (lambda: add_rms_norm(X, X, W, -1, backend="torch"), r"add_rms_norm: epsilon is -1; it must be finite and not"),
+    (lambda: OPS.swiglu_forward(torch.empty(1, 2**31, device="meta")), r"swiglu: packed has rows of 2147483648 elem"),
+    (
+        lambda: OPS.cross_entropy_statistics(torch.empty(4, 2**31, device="meta"), TOKENS.to("meta"), 0, 3),
+        r"cross_entropy: logits has rows of 2147483648 elements; at most 1073741824 are offered",
+    ),
+    (
+        lambda: OPS.rotary(*[torch.empty(4, 1, 2**28, 8, device="meta")] * 2, *META_TABLES, None, False, False),
+        r"rotary: q has rows of 2147483648 elements",
+    ),
+    (lambda: loss(group=3), r"cross_entropy: group is a int; it must be a ProcessGroup of this rank, or None"),
+    (lambda: loss(ignore_index=-100.0), r"cross_entropy: ignore_index is -100.0, a float; it must be an integer"),
+    (lambda: loss(z_loss="1"), r"cross_entropy: z_loss is '1', a str; it must be a number"),
+    (lambda: head(chunk_tokens=2.5), r"linear_cross_entropy: chunk_tokens is 2.5, a float; it must be an integer"),
+    (
+        lambda: head(labels=torch.zeros(8, dtype=torch.int64)[::2]),
+        r"linear_cross_entropy: labels of shape \(4,\) has strides \(2,\); it must be contiguous",
+    ),
+    (
+        lambda: torch.autocast("cpu", torch.bfloat16)(head)(),
+        r"linear_cross_entropy: autocast is on for cpu; the products are taken in hidden's dtype \(torch.float32\)",
+    ),
+    (
+        lambda: clip_gradients_([X], X[0, 0], "1", backend="cpu"),
+        r"clip_gradients: maximum_norm is '1', a str; it must be a number",
+    ),
+    (lambda: gradient_norm_squared(None, backend="cpu"), r"gradient_norm: gradients is a NoneType; it must be a list"),
+    (
+        lambda: clip_gradients_((x for x in [X]), X[0, 0], 1.0, backend="cpu"),
+        r"clip_gradients: gradients is a generator; it must be a list or a tuple of tensors",
     ),
 ]
 

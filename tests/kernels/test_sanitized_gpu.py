@@ -15,11 +15,12 @@ from k2_megatron.kernels.dispatch import obstacle
 
 OBSTACLE = obstacle("rms_norm", "cuda", "cuda")
 TOOL = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-# Small cases: the tools slow a kernel many times over.
+# Small cases: the tools slow a kernel many times over. Not the one whose products are cuBLAS's.
 RUN_SMALL_CASES = """
 import math, torch
 from kernel_cases import CASES
-small = [case for case in CASES if case.dtype == torch.bfloat16 and math.prod(case.shape) <= 50_000]
+small = [case for case in CASES if case.dtype == torch.bfloat16 and math.prod(case.shape) <= 50_000
+         and case.op != "linear_cross_entropy"]
 for case in small:
     case.run("cuda", device="cuda")
 torch.cuda.synchronize()
@@ -32,7 +33,8 @@ print(len(small), "cases ran")
 @pytest.mark.skipif(TOOL is None, reason="no compute-sanitizer on PATH or under /usr/local/cuda/bin")
 @pytest.mark.parametrize("check", ["memcheck", "racecheck"])
 def test_small_cases_of_every_op(check):
-    command = [TOOL, "--tool", check, "--error-exitcode", "99", sys.executable, "-c", RUN_SMALL_CASES]
+    ours = ("--kernel-name", "kns=2k24cuda")  # k2::cuda, mangled: torch's kernels run unwatched, at their own speed
+    command = [TOOL, "--tool", check, *ours, "--error-exitcode", "99", sys.executable, "-c", RUN_SMALL_CASES]
     # Without torch's cache each tensor is an allocation of its own, and an access past its end is seen.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
