@@ -84,6 +84,7 @@ def train_sentencepiece(path: Path, output: Path) -> None:
             model_writer=model,
             model_type="bpe",
             vocab_size=VOCABULARY,
+            hard_vocab_limit=False,  # a short text has fewer pieces
             byte_fallback=True,
             character_coverage=0.99995,
             normalization_rule_name="identity",

@@ -70,7 +70,7 @@ def make_encoder(tokenizer: HuggingFaceTokenizer | SentencePieceTokenizer, reque
         fast = GigatokenEncode(tokenizer)
         problem = first_difference(fast, reference, (*PROBE, *_added_pieces(tokenizer)))
     except Exception as error:  # a Rust panic arrives as a bare exception type of its own
-        problem = f"{type(error).__name__}: {error}"
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]  # Rust's go on with where it is in its source
     if not problem:
         return Encoder("gigatoken", f"gives the same ids as {own}", fast, reference, fast.forget)
     if requested == "gigatoken":

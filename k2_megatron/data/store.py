@@ -20,9 +20,10 @@ import xxhash
 
 from k2_megatron.data.compiled import compiled
 from k2_megatron.data.indexed import index_bytes
-from k2_megatron.runtime.durable import sync
+from k2_megatron.runtime.durable import start_writing_back, sync
 
 BLOCK_BYTES = 64 << 10
+WRITE_BACK_BYTES = 4 << 20  # the disk gets a file in such steps, so that the end does not wait for all of it
 
 
 class HashedWriter:
@@ -32,7 +33,7 @@ class HashedWriter:
         self.path = path
         self.partial = Path(f"{path}.{secrets.token_hex(4)}.partial")  # two runs of one shard must not share a file
         self.file = open(self.partial, "wb")
-        self.bytes = 0
+        self.bytes, self._handed_over = 0, 0
         self._whole, self._block, self._filled = xxhash.xxh3_64(), xxhash.xxh3_64(), 0
         self._blocks: list[int] = []
 
@@ -50,6 +51,15 @@ class HashedWriter:
             self._filled += len(part)
             if self._filled == BLOCK_BYTES:
                 self._close_block()
+        if self.bytes - self._handed_over >= WRITE_BACK_BYTES:
+            self.hand_over()
+
+    def hand_over(self) -> None:
+        """Have the system begin to write to the disk what it was not yet told to."""
+        with self._named():
+            self.file.flush()
+        start_writing_back(self.file.fileno(), self._handed_over, self.bytes - self._handed_over)
+        self._handed_over = self.bytes
 
     def _close_block(self) -> None:
         self._blocks.append(self._block.intdigest())

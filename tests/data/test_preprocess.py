@@ -18,6 +18,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from token_corpora import make_job, outputs, write_jsonl
 from tokenizers import Tokenizer
 
+from k2_megatron.data import shards, store
 from k2_megatron.data.documents import line_of_document
 from k2_megatron.data.manifest import manifest_of_foreign_files, open_token_files, read_manifest
 from k2_megatron.data.preprocess import preprocess
@@ -94,6 +95,34 @@ def test_workers_shards_and_compression_do_not_change_the_tokens(tmp_path, corpu
     tokens = [name for name in one if name.endswith((".bin", ".idx", ".xxh3", ".rejects.jsonl"))]
     assert len(tokens) == 4
     assert all(one[name] == two[name] for name in tokens)
+
+
+def test_the_parent_of_workers_loads_no_encoder(tmp_path, corpus, toy_tokenizer, monkeypatch):
+    """What encodes is told once, by the first worker that knows."""
+
+    def make_encoder(*_):
+        raise AssertionError("the parent made an encoder")
+
+    monkeypatch.setattr(shards, "make_encoder", make_encoder)
+    said = []
+    job = make_job([corpus], toy_tokenizer, tmp_path / "x", shard_bytes=20_000)
+    preprocess(job, workers=2, max_bad_fraction=0.1, announce=said.append)
+    assert said == ["encoder: gigatoken (gives the same ids as tokenizers)"]
+
+
+def test_a_file_goes_to_the_disk_while_it_is_written(tmp_path, monkeypatch):
+    """Each byte once, in order, but for the last few that the commit waits for."""
+    handed_over = []
+    monkeypatch.setattr(store, "WRITE_BACK_BYTES", 1000)
+    monkeypatch.setattr(store, "start_writing_back", lambda _, first, size: handed_over.append((first, size)))
+    file = store.HashedWriter(tmp_path / "x.bin")
+    for size in (999, 1, 2500, 10, 995):
+        file.write(bytes(size))
+    assert handed_over == [(0, 1000), (1000, 2500), (3500, 1005)]
+    monkeypatch.undo()
+    file.hand_over()  # the system's own call
+    file.commit(durable=True)
+    assert (tmp_path / "x.bin").stat().st_size == 4505
 
 
 def test_parts_do_not_change_the_shards(tmp_path, corpus, toy_tokenizer):

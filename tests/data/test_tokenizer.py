@@ -93,6 +93,7 @@ def test_falls_back_and_says_why(tmp_path, speeches):
     encoder = make_encoder(tokenizer)
     assert encoder.name == "tokenizers"
     assert "gigatoken does not take this tokenizer" in encoder.reason
+    assert "\n" not in encoder.reason, "one line, without the place in the library's source"
     ids, lengths = encoder.encode(["the Congress", ""])
     assert ids.tolist() == tokenizer.encode("the Congress")
     assert lengths.tolist() == [2, 0]

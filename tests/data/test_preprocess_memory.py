@@ -1,0 +1,53 @@
+"""A worker stays below 300 MB: endless new words, and a document of many times a piece's size among others."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from token_corpora import ROOT
+
+BOUND_BYTES = 300_000_000
+NEW_WORDS = 3_000_000  # the encoder keeps each one that it has met
+LONG_DOCUMENT_BYTES = 24_000_000
+
+# What a worker does to one unit, in a process of its own; VmHWM is the most it ever had resident.
+WORKER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "tests/data")
+from token_corpora import make_job
+from k2_megatron.data.preprocess import keep_freed_memory
+from k2_megatron.data.shards import ShardMaker, units_of
+keep_freed_memory()
+job = make_job([Path(sys.argv[1])], sys.argv[2], Path(sys.argv[3]))
+(unit,) = units_of(job)
+ShardMaker(job).run(unit, lambda progress: None)
+print(Path("/proc/self/status").read_text())
+"""
+
+
+def words(count: int) -> str:
+    """So many different words of eight letters, a space after each."""
+    letters = np.random.default_rng(0).integers(ord("a"), ord("z") + 1, (count, 9), dtype=np.uint8)
+    letters[:, 8] = ord(" ")
+    return letters.tobytes().decode("ascii")
+
+
+def test_a_worker_stays_below_its_bound(tmp_path, toy_tokenizer, tool_environment):
+    text = words(NEW_WORDS)
+    with open(tmp_path / "in.jsonl", "w", encoding="utf-8") as file:
+        for start in range(0, len(text), 90_000):
+            file.write(json.dumps({"text": text[start : start + 90_000]}) + "\n")
+            if start == 13_500_000:
+                file.write(json.dumps({"text": text[:LONG_DOCUMENT_BYTES]}) + "\n")
+    command = [sys.executable, "-c", WORKER, str(tmp_path / "in.jsonl"), toy_tokenizer, str(tmp_path / "x")]
+    done = subprocess.run(command, cwd=ROOT, env=tool_environment, capture_output=True, text=True, check=True)
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]) << 10
+    print(f"peak {peak / 1e6:.0f} MB")
+    assert Path(tmp_path, "x_text_document.00000.0000.bin").stat().st_size > LONG_DOCUMENT_BYTES // 4
+    assert peak <= BOUND_BYTES, f"peak {peak / 1e6:.0f} MB"
