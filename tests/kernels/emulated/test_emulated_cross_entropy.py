@@ -69,7 +69,8 @@ class Shards:
 
 
 def test_more_rows_than_a_grid_has_blocks_are_refused(kernels):
-    """2^32 + 1 blocks would be started as one, the rest of the rows left as they are."""
+    """2^32 + 1 blocks would be started as one, the rest of the rows left as they are. Left out under the sanitizers,
+    which cannot follow an exception out of C++ into a Python that was not linked with them."""
     with pytest.raises(RuntimeError, match="cross_entropy_statistics: CUDA error 9 "):
         kernels.cross_entropy_statistics(0, 1, 0, 0, 3, 2**32 + 1, 1, 0, DTYPES[torch.float32], 0)
 
