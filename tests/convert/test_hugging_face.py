@@ -1,6 +1,7 @@
 """Hugging Face to ours and back: equal to the bit, and the same logits by transformers' code and by ours."""
 
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from k2_megatron.convert import import_model as import_model_code
 from k2_megatron.convert import logits
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.hugging_face import HuggingFaceSource
-from k2_megatron.convert.logits import Bound, compare_logits
+from k2_megatron.convert.logits import Bound, Proof, compare_logits
 from k2_megatron.convert.model_facts import ModelFacts
 from k2_megatron.convert.names import EMBEDDING, OUTPUT, Place
 from k2_megatron.convert.numbers import Rounding, change_dtype, to_float32
@@ -119,6 +120,18 @@ def test_the_proof_sees_two_exchanged_rows(tmp_path: Path) -> None:
     proof = compare_logits(TransformersModel(tmp_path / "hf"), source_of(tmp_path / "run"), facts, bound)
     assert proof.difference > bound.logits * max(1.0, proof.largest_logit), proof
     assert proof.divergence > bound.divergence, proof
+
+
+@pytest.mark.parametrize(
+    ("share_of_difference", "share_of_divergence", "holds"),
+    [(0.9, 0.9, True), (1.1, 0.0, False), (0.0, 1.1, False), (math.nan, 0.0, False), (0.0, math.nan, False)],
+)
+def test_a_proof_holds_within_both_of_its_bounds(
+    share_of_difference: float, share_of_divergence: float, holds: bool
+) -> None:
+    bound = Bound.for_weights(equal=True)
+    difference, divergence = share_of_difference * 4.0 * bound.logits, share_of_divergence * bound.divergence
+    assert Proof("transformers", difference, 4.0, divergence, 1.0, bound).holds == holds
 
 
 def _names(path: Path) -> set[str]:
@@ -239,9 +252,12 @@ def test_every_tensor_used_once_by_the_source(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wanted", ["bfloat16", "float16"])
 def test_rounding_is_torchs(wanted: str) -> None:
-    """Random bits of float32, all exponents and signs, against torch's own rounding."""
+    """Random bits of float32, all exponents and signs, and ties, against torch's own rounding."""
     generator = numpy.random.default_rng(5)
     values = generator.integers(0, 2**32, 20000, dtype=numpy.uint32)
+    kept, half = {"bfloat16": (0xFFFF0000, 0x8000), "float16": (0xFFFFE000, 0x1000)}[wanted]
+    ties = (values & numpy.uint32(kept)) | numpy.uint32(half)  # halfway between two values: random bits have hardly one
+    values = numpy.concatenate([values, ties])
     values = values[numpy.isfinite(values.view(numpy.float32))]
     if wanted == "float16":
         values = values[numpy.abs(values.view(numpy.float32)) < 65504]
@@ -252,6 +268,12 @@ def test_rounding_is_torchs(wanted: str) -> None:
     assert torch.equal(torch.from_numpy(found.view(numpy.int16)), theirs.view(torch.int16))
     assert rounding.values == int((theirs.float() != exact).sum())
     assert numpy.array_equal(to_float32(found, wanted), theirs.float().numpy())
+
+
+def test_what_is_no_number_stays_so_when_it_is_rounded() -> None:
+    """A carry out of its mantissa would make an infinity, or zero, of it."""
+    bits = numpy.array([0x7F800001, 0x7FFFFFFF, 0xFF800001, 0xFFFFFFFF], numpy.uint32)
+    assert numpy.isnan(to_float32(change_dtype(bits, "float32", "bfloat16"), "bfloat16")).all()
 
 
 @pytest.mark.parametrize("kind", ["weights", "main"])
