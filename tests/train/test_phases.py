@@ -11,7 +11,7 @@ from k2_megatron.train.phases import slowest
 
 NAMES = ("data", "forward", "backward", "optimizer", "checkpoint")
 EVERYWHERE = ("data", "forward", "backward", "optimizer")
-PAUSE_SECONDS = 0.1  # many times a step of the small run, so that a busy machine does not decide
+PAUSE_SECONDS = 0.3  # many times a step of the small run, so that a busy machine does not decide
 
 
 def ranks(*seconds: tuple[float, ...]) -> list[dict[str, float]]:
@@ -92,7 +92,11 @@ def test_phase_that_seldom_takes_place_is_compared_with_the_times_it_did():
     assert (found.rank, found.phase, found.ratio, found.before) == (0, "checkpoint", 2.4, True)
 
 
-def pauses(slow: dict[int, tuple[str | tuple[str, ...], tuple[int, ...]]], longer: tuple = (0, "", ())) -> None:
+def pauses(
+    slow: dict[int, tuple[str | tuple[str, ...], tuple[int, ...]]],
+    longer: tuple = (0, "", ()),
+    pause_seconds=PAUSE_SECONDS,
+) -> None:
     """{step: (phase or phases, the ranks that pause in them)}; the step, phase and ranks that pause longer."""
     import torch.distributed as distributed
 
@@ -106,7 +110,7 @@ def pauses(slow: dict[int, tuple[str | tuple[str, ...], tuple[int, ...]]], longe
 
     def pause(phase: str) -> float:
         wanted, of_ranks = slow.get(now[0], ("", ()))
-        seconds = PAUSE_SECONDS if phase in wanted and distributed.get_rank() in of_ranks else 0.0
+        seconds = pause_seconds if phase in wanted and distributed.get_rank() in of_ranks else 0.0
         if now[0] == longer[0] and phase == longer[1] and distributed.get_rank() in longer[2]:
             seconds *= 4
         time.sleep(seconds)
@@ -151,7 +155,7 @@ def data_parallel_pauses() -> None:
 
 def pipeline_pauses() -> None:
     """Everyone pauses in every step, so that a busy machine does not decide; in the last, one stage pauses longer."""
-    pauses(dict.fromkeys(range(1, 6), (EVERYWHERE, (0, 1))), longer=(5, "forward", (1,)))
+    pauses(dict.fromkeys(range(1, 6), (EVERYWHERE, (0, 1))), longer=(5, "forward", (1,)), pause_seconds=0.1)
 
 
 def tensor_parallel_pauses() -> None:
