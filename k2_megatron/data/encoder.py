@@ -21,7 +21,7 @@ from k2_megatron.data.texts import Texts
 from k2_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 
 ENCODERS = ("auto", "gigatoken", "tokenizers", "sentencepiece")
-LARGE_PROCESS_BYTES = 220 << 20  # of a worker that may take 300 MB: the table of words doubles when it is full
+LARGE_PROCESS_BYTES = 190 << 20  # of a worker that may take 300 MB: the table of words doubles when it is full
 IDS_BEFORE_FORGETTING = 4_000_000  # should the tokenizer alone be so large, words are not forgotten at every call
 Encode = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 PROBE = (
