@@ -28,12 +28,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 def wait_for_an_instant(rank: Rank, run: Path, draw: random.Random) -> None:
     """Of a life: in its start, in a step, or in a save."""
     kind = draw.choice(["start", "step", "step", "save"])
-    known = events_told(run, kind) if kind != "save" else 0
-    wanted = known + (draw.randrange(1, 4) if kind == "step" else 1)
+    told = "step" if kind == "step" else "start"  # a start has removed what an interrupted save left
+    wanted = events_told(run, told) + (draw.randrange(1, 4) if kind == "step" else 1)
     while rank.process.is_alive():
-        if kind == "save" and any((run / "checkpoints").glob(".step_*.writing")):
-            break
-        if kind != "save" and events_told(run, kind) >= wanted:
+        if events_told(run, told) >= wanted and (kind != "save" or any((run / "checkpoints").glob(".step_*.writing"))):
             break
         time.sleep(0.001)
     time.sleep(draw.uniform(0.0, 0.02))
