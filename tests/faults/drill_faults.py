@@ -157,7 +157,7 @@ def _damage_the_newest(life: Life, run: Path, chance: random.Random) -> str | No
     """Kill the run; damage a file of its newest checkpoint, in one of four ways, when there is one before."""
     complaint = _kill(life, run, chance, every=True, saving=False)
     folders = complete_checkpoints(run / "checkpoints")
-    if len(folders) > 1:
+    if any(life.codes) and len(folders) > 1:  # a run that has ended before the kill is not started again
         path = chance.choice(sorted(folders[0].iterdir()))
         chance.choice((_flip, _cut, _lose, _exchange))(path, folders[1], chance)
     return complaint
@@ -166,7 +166,7 @@ def _damage_the_newest(life: Life, run: Path, chance: random.Random) -> str | No
 def _damage_the_pointer(life: Life, run: Path, chance: random.Random) -> str | None:
     complaint = _kill(life, run, chance, every=True, saving=False)
     pointer = run / "checkpoints" / "latest"
-    if pointer.exists():
+    if any(life.codes) and pointer.exists():
         wrong = (pointer.read_text()[: chance.randrange(10)], "step_00009999\n", chance.randbytes(14).hex())
         pointer.write_text(chance.choice(wrong))
     return complaint
