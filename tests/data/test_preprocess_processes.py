@@ -65,12 +65,18 @@ def test_sigkill_of_everything_loses_only_open_shards(tmp_path, speeches, toy_to
     assert outputs(out) == outputs(tmp_path / "clean")
 
 
-def test_workers_end_quietly_when_their_parent_is_killed(tmp_path, speeches, toy_tokenizer, tool_environment):
+def at_its_first_shard(tmp_path, speeches, toy_tokenizer, tool_environment) -> subprocess.Popen:
+    """The tool with two workers and much to do, when a shard is finished."""
     write_jsonl(tmp_path / "in.jsonl", speeches * 40)
     arguments = ["--input", tmp_path, "--tokenizer", toy_tokenizer, "--output-prefix", tmp_path / "out" / "x"]
     process = tool([*arguments, "--workers", 2, "--shard-size", "64K"], tool_environment)
     while process.poll() is None and not list(tmp_path.glob("out/x.shards/*.json")):
         time.sleep(0.002)
+    return process
+
+
+def test_workers_end_quietly_when_their_parent_is_killed(tmp_path, speeches, toy_tokenizer, tool_environment):
+    process = at_its_first_shard(tmp_path, speeches, toy_tokenizer, tool_environment)
     workers = psutil.Process(process.pid).children()
     process.kill()
     _, error = process.communicate(timeout=60)  # returns when the last worker has closed it
@@ -79,11 +85,7 @@ def test_workers_end_quietly_when_their_parent_is_killed(tmp_path, speeches, toy
 
 
 def test_ctrl_c_is_one_line(tmp_path, speeches, toy_tokenizer, tool_environment):
-    write_jsonl(tmp_path / "in.jsonl", speeches * 40)
-    arguments = ["--input", tmp_path, "--tokenizer", toy_tokenizer, "--output-prefix", tmp_path / "out" / "x"]
-    process = tool([*arguments, "--workers", 2, "--shard-size", "64K"], tool_environment)
-    while process.poll() is None and not list(tmp_path.glob("out/x.shards/*.json")):
-        time.sleep(0.002)
+    process = at_its_first_shard(tmp_path, speeches, toy_tokenizer, tool_environment)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -9,16 +9,10 @@ import pytest
 import torch
 from rank_processes import pretrain, results_of, run_ranks
 from run_results import events_of, steps_of, stored_state
+from training_rank import TORCH_KERNELS, training_rank
 
-from k2_megatron.config import load_config
-from k2_megatron.kernels.dispatch import OPS, choose_backend
-from k2_megatron.model import build_model
-from k2_megatron.runtime.cpu_stand_in import cpu_stands_in_for_cuda
-from k2_megatron.runtime.devices import find_device
-from k2_megatron.runtime.groups import build_groups, connect, disconnect
-from k2_megatron.runtime.launch import read_environment
 from k2_megatron.train.checkpoint_state import unwrapped
-from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
+from k2_megatron.train.optimizer import set_learning_rate
 from k2_megatron.train.replicas import _sum_of_bits, compare_replicas, majority_of, replicated_tensors
 from k2_megatron.train.run_data import open_run_data
 from k2_megatron.train.step import train_step
@@ -41,16 +35,8 @@ def flip_bit(tensor: torch.Tensor, element: int, bit: int) -> None:
 
 def _flip_and_compare(config_path: Path, settings: list[str]) -> list[tuple[str, str, str]]:
     """In each case flip a random bit of a random tensor on a random rank; (rank, tensor, what comparing said)."""
-    environment = read_environment()
-    config = load_config(config_path, settings, world_size=environment.world_size)
-    device = find_device(environment.local_rank)
-    with cpu_stands_in_for_cuda(device.type):
-        connect(environment, device, 120.0)
-        groups = build_groups(config.parallel)
+    with training_rank(config_path, settings) as (config, device, groups, _, chunks, optimizer):
         data = open_run_data(config)
-        kernels = {op: choose_backend(op, config.model.kernels.backend(op), device.type).backend for op in OPS}
-        chunks = wrap_model(config, build_model(config, kernels, groups.collection), groups.collection)
-        optimizer = build_optimizer(config, chunks, kernels, groups.collection)
         set_learning_rate(optimizer, 1e-3, 0.1)
         train_step(config, groups, chunks, optimizer, data.train, 0, device.torch)
         tensors = list(replicated_tensors(chunks, optimizer))
@@ -65,7 +51,6 @@ def _flip_and_compare(config_path: Path, settings: list[str]) -> list[tuple[str,
                 flip_bit(tensor, element, bit)
             said.append((f"data {victim})", name, str(difference)))
         said.append(("none", "none", str(compare_replicas(chunks, optimizer, groups))))
-        disconnect()
     return said
 
 
@@ -91,16 +76,8 @@ IN_EACH_STEP = [
 def _flip_and_train(config_path: Path, settings: list[str]) -> list[tuple[str, str, bool, str]]:
     """In each step but the last flip a random bit of a random weight of a random rank, and take it back afterwards:
     (rank, weight, whether the step was applied, what comparing said)."""
-    environment = read_environment()
-    config = load_config(config_path, settings, world_size=environment.world_size)
-    device = find_device(environment.local_rank)
-    with cpu_stands_in_for_cuda(device.type):
-        connect(environment, device, 120.0)
-        groups = build_groups(config.parallel)
+    with training_rank(config_path, settings, TORCH_KERNELS) as (config, device, groups, _, chunks, optimizer):
         data = open_run_data(config)
-        kernels = dict.fromkeys(OPS, "torch")
-        chunks = wrap_model(config, build_model(config, kernels, groups.collection), groups.collection)
-        optimizer = build_optimizer(config, chunks, kernels, groups.collection)
         set_learning_rate(optimizer, 1e-3, 0.1)
         weights = list(unwrapped(chunks[0]).named_parameters())
         chance, said = random.Random(7), []
@@ -115,7 +92,6 @@ def _flip_and_train(config_path: Path, settings: list[str]) -> list[tuple[str, s
             said.append((f"data {victim})", name, result.updated, str(result.difference)))
         result = train_step(config, groups, chunks, optimizer, data.train, 0, device.torch)
         said.append(("none", "none", result.updated, str(result.difference)))
-        disconnect()
     return said
 
 

@@ -9,14 +9,17 @@ import torch
 
 BATCH = 8  # samples a step, in the runs of these tests
 BAD_ROWS = (2, 3, 6)  # of each batch
-WATCHED = [
-    f"train.micro_batch={BATCH}",
+STEADY = [  # no evaluation, one learning rate
     "train.evaluate_every_steps=",
     "train.evaluate_batches=",
     "data.held_out=",
     "optimizer.schedule=constant",
     "optimizer.min_learning_rate=",
     "optimizer.learning_rate=2e-3",
+]
+WATCHED = [
+    *STEADY,
+    f"train.micro_batch={BATCH}",
     "spikes.window_steps=32",
     "spikes.benign_steps=20",
 ]

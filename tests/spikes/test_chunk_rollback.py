@@ -33,12 +33,7 @@ PAGE = REPOSITORY / "docs" / "when_something_goes_wrong.md"
 SETTINGS = [
     f"train.steps={STEPS}",
     f"train.micro_batch={BATCH}",
-    "train.evaluate_every_steps=",
-    "train.evaluate_batches=",
-    "data.held_out=",
-    "optimizer.schedule=constant",
-    "optimizer.min_learning_rate=",
-    "optimizer.learning_rate=2e-3",
+    *injected_faults.STEADY,
     f"checkpoint.every_steps={STEPS_PER_CHUNK}",
     "spikes.window_steps=16",
     "spikes.benign_steps=8",

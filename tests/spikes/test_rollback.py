@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from injected_faults import STEADY
 from rank_processes import pretrain, results_of
 from run_results import events_of, steps_of, stored_state
 
@@ -11,12 +12,7 @@ from k2_megatron.data.ledger import Ledger
 POISONED = range(352, 472)  # plan positions: the batches of steps 45 to 59
 SETTINGS = [
     "train.steps=72",
-    "train.evaluate_every_steps=",
-    "train.evaluate_batches=",
-    "data.held_out=",
-    "optimizer.schedule=constant",
-    "optimizer.min_learning_rate=",
-    "optimizer.learning_rate=2e-3",
+    *STEADY,
     "checkpoint.every_steps=20",
     "checkpoint.keep_last=2",
     "spikes.window_steps=16",

@@ -8,38 +8,21 @@ import pytest
 import torch
 from rank_processes import Rank, run_ranks
 from small_run import checkpoint_tensors
+from training_rank import TORCH_KERNELS, training_rank
 
-from k2_megatron.config import load_config
-from k2_megatron.kernels.dispatch import OPS
-from k2_megatron.model import build_model
-from k2_megatron.runtime.cpu_stand_in import cpu_stands_in_for_cuda
-from k2_megatron.runtime.devices import find_device
-from k2_megatron.runtime.groups import build_groups, connect, disconnect
-from k2_megatron.runtime.launch import read_environment, single_rank
-from k2_megatron.runtime.seeds import seed_everything
 from k2_megatron.train.checkpoint import load_weights
 from k2_megatron.train.checkpoint_files import complete_checkpoints
 from k2_megatron.train.checkpoint_manifest import CheckpointError, hash_file, read_manifest, verify_files
 from k2_megatron.train.checkpoint_save import CheckpointWriter
 from k2_megatron.train.checkpoint_state import model_state, optimizer_state, weight_fingerprint
-from k2_megatron.train.optimizer import build_optimizer, wrap_model
 
 SETTINGS = ["parallel.tensor=2", "model.layers=2"]
 SHARED = ["parallel.distributed_optimizer=true", "model.layers=2"]
-KERNELS = dict.fromkeys(OPS, "torch")
 
 
 def _change_at_once(config_path: Path, checkpoints: Path, copies: bool) -> tuple[str, str, str, float, float]:
     """Save, overwrite every weight while the save is in flight, and load what was saved."""
-    environment = read_environment()
-    config = load_config(config_path, SETTINGS, world_size=environment.world_size)
-    device = find_device(environment.local_rank)
-    with cpu_stands_in_for_cuda(device.type):
-        connect(environment, device, 60.0)
-        groups = build_groups(config.parallel)
-        seed_everything(config.run.seed, groups)
-        chunks = wrap_model(config, build_model(config, KERNELS, groups.collection), groups.collection)
-        optimizer = build_optimizer(config, chunks, KERNELS, groups.collection)
+    with training_rank(config_path, SETTINGS, TORCH_KERNELS) as (config, device, groups, _, chunks, optimizer):
         asked = weight_fingerprint(chunks, device.torch)
         saver = CheckpointWriter(checkpoints, groups, asynchronous=True)
         if not copies:
@@ -54,7 +37,6 @@ def _change_at_once(config_path: Path, checkpoints: Path, copies: bool) -> tuple
             loaded = weight_fingerprint(chunks, device.torch)
         except CheckpointError as error:
             loaded = str(error)
-        disconnect()
         return asked, saved.weights, loaded, saved.stall_seconds, saved.seconds
 
 
@@ -115,14 +97,9 @@ TINY = [
 def _save_and_change_everything(config_path: Path, folder: Path) -> list[tuple[int, str]]:
     """(turn, file) of every file of a save in the background that is not what a save in the foreground wrote of the
     same state, though weights, main parameters, moments and generators change as soon as it is asked for."""
-    config, device, different = load_config(config_path, TINY), find_device(0), []
+    different = []
     os.fsync = lambda _descriptor: None  # no power cut is tried here
-    with cpu_stands_in_for_cuda(device.type):
-        connect(single_rank(), device, 60.0)
-        groups = build_groups(config.parallel)
-        seed_everything(config.run.seed, groups)
-        chunks = wrap_model(config, build_model(config, KERNELS, groups.collection), groups.collection)
-        optimizer = build_optimizer(config, chunks, KERNELS, groups.collection)
+    with training_rank(config_path, TINY, TORCH_KERNELS) as (config, device, groups, _, chunks, optimizer):
         optimizer_state(optimizer, model_state(chunks), loading=True)  # makes the moments, as a first step would
         savers = [CheckpointWriter(folder / f"{mode}", groups, asynchronous=mode) for mode in (False, True)]
         for turn in range(SNAPSHOTS):
@@ -138,7 +115,6 @@ def _save_and_change_everything(config_path: Path, folder: Path) -> list[tuple[i
                 hashes.append({path.name: hash_file(path) for path in saved.glob("*.distcp")})
                 shutil.rmtree(saved)
             different += [(turn, name) for name in hashes[0] if hashes[0][name] != hashes[1].get(name)]
-        disconnect()
     return different
 
 
@@ -175,21 +151,12 @@ def _held_by_a_save(config_path: Path, checkpoints: Path) -> tuple[int, int]:
             return super().write(folder, group)
 
     checkpoint_save._Plan = Watched
-    environment = read_environment()
-    config = load_config(config_path, SHARED, world_size=environment.world_size)
-    device = find_device(environment.local_rank)
-    with cpu_stands_in_for_cuda(device.type):
-        connect(environment, device, 60.0)
-        groups = build_groups(config.parallel)
-        seed_everything(config.run.seed, groups)
-        chunks = wrap_model(config, build_model(config, KERNELS, groups.collection), groups.collection)
-        optimizer = build_optimizer(config, chunks, KERNELS, groups.collection)
+    with training_rank(config_path, SHARED, TORCH_KERNELS) as (config, device, groups, _, chunks, optimizer):
         optimizer_state(optimizer, model_state(chunks), loading=True)  # makes the moments, as a first step would
         saver = CheckpointWriter(checkpoints, groups, asynchronous=True)
         for step in (1, 2):
             saver.save(step, config, chunks, optimizer, device.torch, {})
             saver.wait()
-        disconnect()
     assert held[0] == held[1]
     storages, tensors = held[1]
     return sum(storages.values()), tensors
