@@ -89,7 +89,8 @@ def test_ctrl_c_is_one_line(tmp_path, speeches, toy_tokenizer, tool_environment)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert error == "preprocess_data: stopped; the same command goes on from the finished shards\n"
+    said = [line for line in error.splitlines() if " MB/s " not in line]  # a slow machine sees lines of progress
+    assert said == ["preprocess_data: stopped; the same command goes on from the finished shards"]
 
 
 def test_a_disk_without_room_is_named(tmp_path, speeches, toy_tokenizer, tool_environment):
