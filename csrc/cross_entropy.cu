@@ -62,7 +62,7 @@ __device__ __forceinline__ Exponentials<T> merge_in_warp(Exponentials<T> mine) {
 
 template <class T>
 __global__ void __launch_bounds__(most_threads)
-    statistics_kernel(const T* logits, int64_t stride, const int64_t* labels, float* statistics, bool with_sum,
+    statistics_kernel(const T* logits, int64_t stride, const int64_t* labels, float* statistics, int planes,
                       int64_t rows, int columns, int64_t vocabulary_start) {
   constexpr int width = Packed<T>::count;
   K2_SHARED(float, maxima, warp_threads);
@@ -121,7 +121,8 @@ __global__ void __launch_bounds__(most_threads)
   out[0] = mine.maximum;
   out[rows] = mine.sum;
   out[2 * rows] = label >= 0 && label < columns ? to_float(row[label]) : 0.0f;
-  if (with_sum) out[3 * rows] = logit_sum;
+  if (planes > 3) out[3 * rows] = logit_sum;
+  if (blockIdx.x == 0) statistics[planes * rows] = static_cast<float>(columns);
 }
 
 __global__ void __launch_bounds__(loss_threads)
@@ -130,7 +131,11 @@ __global__ void __launch_bounds__(loss_threads)
                 int64_t ignore_index) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * loss_threads + threadIdx.x;
   if (row >= rows) return;
-  const auto plane_of = [&](int64_t rank, int plane) { return all_statistics[(rank * planes + plane) * rows + row]; };
+  const auto of_rank = [&](int64_t rank) { return all_statistics + rank * (planes * rows + 1); };
+  const auto plane_of = [&](int64_t rank, int plane) { return of_rank(rank)[plane * rows + row]; };
+  bool equal_widths = true;
+  for (int64_t rank = 1; rank < ranks; ++rank)
+    equal_widths = equal_widths && of_rank(rank)[planes * rows] == of_rank(0)[planes * rows];
   float maximum = -infinity, sum = 0.0f, target = 0.0f, logit_sum = 0.0f;
   for (int64_t rank = 0; rank < ranks; ++rank) maximum = fmaxf(maximum, plane_of(rank, 0));
   const float shift = Exponentials<float>::shift(maximum);
@@ -145,7 +150,7 @@ __global__ void __launch_bounds__(loss_threads)
   // The large numbers first: of logits of 30,000 the loss keeps all its digits.
   float value = above_shift + (shift - (1.0f - smoothing) * target) + z_loss * log_sum * log_sum;
   if (smoothing != 0.0f) value -= smoothing * (logit_sum / static_cast<float>(vocabulary_size));
-  if (label < 0 || label >= vocabulary_size) value = nanf("");
+  if (label < 0 || label >= vocabulary_size || !equal_widths) value = nanf("");
   loss[row] = label == ignore_index ? 0.0f : value;
   lse[row] = log_sum;
 }
@@ -249,7 +254,8 @@ int cross_entropy_statistics(const void* logits, int64_t logits_stride, const in
   return with_type(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     return launch(statistics_kernel<T>, rows, threads_for<T>(columns), 0, stream, static_cast<const T*>(logits),
-                  logits_stride, labels, statistics, planes > 3, rows, static_cast<int>(columns), vocabulary_start);
+                  logits_stride, labels, statistics, static_cast<int>(planes), rows, static_cast<int>(columns),
+                  vocabulary_start);
   });
 }
 

@@ -74,14 +74,15 @@ enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
 // Vocab-parallel cross-entropy, in three calls round one all-gather.
 //   logits [T, V] dtype, row stride given: this rank's columns [vocabulary_start, vocabulary_start + V) of the
 //   vocabulary_size columns of all ranks;  labels [T] int64, global ids
-// 1. statistics [planes, T] fp32, planes = 3 or 4, of this shard's row: 0 max m, 1 sum of exp(logit - m), 2 the label's
-//    logit where this rank owns it, else 0, 3 sum of the logits (needed only for label smoothing). A row of -inf gives
-//    m = -inf and sum 0; a NaN or +inf logit gives a NaN sum.
-// 2. all_statistics [ranks, planes, T]: the shards' statistics in rank order, merged in that order:
+// 1. statistics [planes * T + 1] fp32: planes = 3 or 4 of T numbers, of this shard's row: 0 max m, 1 sum of exp(logit -
+//    m), 2 the label's logit where this rank owns it, else 0, 3 sum of the logits (needed only for label smoothing); and
+//    last V, by which the ranks see that their shards are of one width (exact to 2^24; T > 0). A row of -inf gives m =
+//    -inf and sum 0; a NaN or +inf logit gives a NaN sum.
+// 2. all_statistics [ranks, planes * T + 1]: the shards' statistics in rank order, merged in that order:
 //      lse = log of the sum over all columns of exp(logit)   [T] fp32
 //      loss = lse - (1 - e) * target - e * mean(all logits) + z_loss * lse^2   [T] fp32, e = label_smoothing, which
 //        counts as 0 with 3 planes
-//    label == ignore_index: loss 0. Any other label outside [0, vocabulary_size): loss NaN.
+//    label == ignore_index: loss 0. Any other label outside [0, vocabulary_size), or shards of unequal widths: loss NaN.
 // 3. gradient [T, V] dtype, row stride given, may be the logits themselves:
 //      grad_loss * (softmax * (1 + 2 * z_loss * lse) - e / vocabulary_size - (1 - e) * [column == label])
 //    whole in fp32 before rounding. grad_loss fp32, row t at t * grad_loss_stride (0: one value for all). Rows whose

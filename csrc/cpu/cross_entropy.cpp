@@ -152,15 +152,20 @@ void cross_entropy_statistics(const void* logits, int64_t logits_stride, const i
     statistics_of_rows(static_cast<const T*>(logits), logits_stride, labels, statistics, planes == 4, rows, columns,
                        vocabulary_start, threads);
   });
+  if (rows > 0) statistics[planes * rows] = static_cast<float>(columns);
 }
 
 void cross_entropy_loss(const float* all_statistics, int64_t ranks, int64_t planes, const int64_t* labels, float* loss,
                         float* lse, int64_t rows, int64_t vocabulary_size, float label_smoothing, float z_loss,
                         int64_t ignore_index, int threads) {
   const Terms terms{vocabulary_size, ignore_index, planes == 4 ? label_smoothing : 0.0f, z_loss};
+  const int64_t of_rank = planes * rows + 1;
+  bool equal_widths = true;
+  for (int64_t rank = 1; rank < ranks; ++rank)
+    equal_widths = equal_widths && all_statistics[rank * of_rank + planes * rows] == all_statistics[planes * rows];
   parallel_ranges(rows, ranks * planes * rows * 4, threads, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
-      auto at = [&](int64_t rank, int64_t plane) { return all_statistics[(rank * planes + plane) * rows + row]; };
+      auto at = [&](int64_t rank, int64_t plane) { return all_statistics[rank * of_rank + plane * rows + row]; };
       float maximum = -kInfinity, exp_sum = 0.0f, target = 0.0f, sum_of_logits = 0.0f;
       for (int64_t rank = 0; rank < ranks; ++rank) maximum = at(rank, 0) > maximum ? at(rank, 0) : maximum;
       for (int64_t rank = 0; rank < ranks; ++rank) {
@@ -172,7 +177,7 @@ void cross_entropy_loss(const float* all_statistics, int64_t ranks, int64_t plan
       float value = log_sum - (1.0f - terms.label_smoothing) * target + terms.z_loss * log_sum * log_sum;
       if (terms.label_smoothing != 0.0f)
         value -= terms.label_smoothing * (sum_of_logits / static_cast<float>(vocabulary_size));
-      if (terms.out_of_range(labels[row])) value = __builtin_nanf("");
+      if (terms.out_of_range(labels[row]) || !equal_widths) value = __builtin_nanf("");
       loss[row] = labels[row] == ignore_index ? 0.0f : value;
       lse[row] = log_sum;
     }

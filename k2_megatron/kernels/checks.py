@@ -113,9 +113,10 @@ def require_no_overlap(op: str, written: Lists, read: Lists) -> None:
 
 
 def is_leafs_memory(tensor: torch.Tensor) -> bool:
-    """Whether writing into the tensor writes into a leaf that requires a gradient: it is one, or a view of one."""
-    if tensor.is_leaf or torch.compiler.is_compiling():  # a compiled graph cannot ask for a view's base
-        return tensor.is_leaf and tensor.requires_grad
+    """Whether writing into the tensor writes into a leaf that requires a gradient: it is one, or a view of one. For
+    eager mode: a compiled graph cannot ask for a view's base, and so the ops write nothing in place there."""
+    if tensor.is_leaf:
+        return tensor.requires_grad
     base = tensor._base
     return base is not None and base.is_leaf and base.requires_grad
 

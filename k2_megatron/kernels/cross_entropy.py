@@ -10,14 +10,15 @@ Gimelshein 2018 (arXiv 1805.02867).
 
 In:   logits [S, B, V/tp] fp32, bf16 or fp16, this rank's columns; labels [S, B] int64 global ids.   Out: loss [S, B]
 fp32. One pass over the shard gives 3 numbers a token (4 with smoothing); ONE all-gather of them; every rank merges
-them in rank order, so all ranks hold the same bits. The backward of the compiled backends writes the gradient into the
-logits' own storage: a bf16 logit costs 2 bytes forward and 4 backward, and no buffer besides. A world of one
-communicates nothing.
+them in rank order, so all ranks hold the same bits. In eager mode the backward of the compiled backends writes the
+gradient into the logits' own storage: a bf16 logit costs 2 bytes forward and 4 backward, and no buffer besides. In
+compiled graphs it goes to new memory. A world of one communicates nothing.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -45,9 +46,12 @@ from k2_megatron.kernels.cross_entropy_steps import (
     Settings,
     check_labels,
     check_rows,
+    require_equal_widths,
 )
 from k2_megatron.kernels.library import refuse_second_derivative
 
+# By group: the numbers of columns that the other ranks have confirmed.
+WIDTHS_LOOKED_AT: WeakKeyDictionary[dist.ProcessGroup, set[int]] = WeakKeyDictionary()
 STEPS = {"torch": ReferenceSteps, "cpu": CompiledSteps, "cuda": CompiledSteps}
 
 
@@ -64,8 +68,9 @@ def vocab_parallel_cross_entropy(
     """loss [S, B] fp32 (any leading shape serves). With backend "cpu" or "cuda" the logits are spent by the backward,
     which therefore runs once; a second one is refused. A label that is neither ignore_index nor in [0, V): ValueError
     on a CPU; on a GPU, where looking would wait for the device, a NaN loss and gradient (so does "torch" in compiled
-    graphs). Every rank's shard has the same number of columns (pad the last): the ranks do not ask each other, and
-    unequal ones would count their columns from wrong places."""
+    graphs). Every rank's shard has the same number of columns (pad the last): the widths travel with the statistics,
+    and unequal ones are a ValueError on every rank, on a GPU in the first loss of each group and width and NaN after
+    it and in compiled graphs."""
     require_backend(OP, backend, "transformer_engine")
     require_tensors(OP, logits=logits, labels=labels)
     require(logits.dim() >= 2, OP, "logits have shape {}; needed: [S, B, V/tp]", tuple(logits.shape))
@@ -82,7 +87,8 @@ def vocab_parallel_cross_entropy(
     require_backend_device(OP, backend, logits)
     if backend != "torch":
         check_rows(_flat(logits), labels.view(-1))
-        if torch.is_grad_enabled() and is_leafs_memory(logits):
+        overwritten = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if overwritten and is_leafs_memory(logits):
             raise ValueError(
                 f"{OP}: logits are a leaf that requires a gradient, which would overwrite them, or a view of one; pass "
                 "a projection's output, or use backend 'torch'"
@@ -114,14 +120,25 @@ def settings_for(columns, group, label_smoothing, z_loss, ignore_index) -> Setti
     return Settings(rank * columns, ranks * columns, float(label_smoothing), float(z_loss), ignore_index)
 
 
-def gather_statistics(statistics, group):
-    """[planes, T] of each rank -> [ranks, planes, T] on every rank: the one collective."""
+def gather_statistics(statistics, group, columns):
+    """[planes * T + 1] of each rank -> [ranks, planes * T + 1] on every rank: the one collective."""
     if group is None or group.size() == 1:
         return statistics.unsqueeze(0)
     # Gloo wants the gathered tensor as a concatenation along the first axis, not as a stack.
-    everyone = statistics.new_empty((group.size() * statistics.shape[0], *statistics.shape[1:]))
+    everyone = statistics.new_empty((group.size() * statistics.shape[0],))
     dist.all_gather_into_tensor(everyone, statistics, group=group)
-    return everyone.view(group.size(), *statistics.shape)
+    everyone = everyone.view(group.size(), -1)
+    if not torch.compiler.is_compiling() and everyone.shape[1] > 1:
+        _check_widths_once(everyone, group, columns)
+    return everyone
+
+
+def _check_widths_once(everyone, group, columns):
+    """On a GPU, where looking at the widths waits for the device: a rank whose width changes looks again."""
+    looked_at = WIDTHS_LOOKED_AT.setdefault(group, set())
+    if everyone.is_cuda and columns not in looked_at and not torch.cuda.is_current_stream_capturing():
+        require_equal_widths(everyone)
+        looked_at.add(columns)
 
 
 def spend(ctx):
@@ -150,7 +167,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, group, settings, steps):
         rows, flat_labels = _flat(logits) if steps is CompiledSteps else logits.flatten(0, -2), labels.view(-1)
-        statistics = gather_statistics(steps.statistics(rows, flat_labels, settings), group)
+        statistics = gather_statistics(steps.statistics(rows, flat_labels, settings), group, rows.shape[1])
         loss, lse = steps.loss(statistics, flat_labels, settings)
         ctx.save_for_backward(logits, flat_labels, lse)
         ctx.settings, ctx.steps = settings, steps

@@ -1,13 +1,14 @@
 """The three steps of vocab-parallel cross-entropy (equations in cross_entropy.py), as torch references and as compiled
 ops.
 
-    statistics: logits [T, V] of a shard, labels [T]  -> [planes, T]: max, sum of exp(z - max), the label's logit if it
-                is this shard's (else 0), and with label smoothing the sum of the logits
-    loss:       statistics of all shards [ranks, planes, T] -> loss [T], lse [T], merged in rank order
-    gradient:   logits, lse, grad_loss [T] -> gradient [T, V]; the compiled one overwrites the logits
+    statistics: logits [T, V] of a shard, labels [T]  -> [planes * T + 1]: max, sum of exp(z - max), the label's logit
+                if it is this shard's (else 0), with label smoothing the sum of the logits; last the number V
+    loss:       statistics of all shards [ranks, planes * T + 1] -> loss [T], lse [T], merged in rank order
+    gradient:   logits, lse, grad_loss [T] -> gradient [T, V]; the compiled one overwrites the logits in eager mode
 
 Rows may start at any multiple of the element size: K2's shard is 4004 columns wide. A label outside the vocabulary
-that is not ignore_index reads nothing and gives NaN, in the loss and in the gradient.
+that is not ignore_index reads nothing and gives NaN, in the loss and in the gradient. Shards of unequal widths give a
+NaN loss.
 """
 
 from __future__ import annotations
@@ -40,7 +41,11 @@ class Settings:
 
     @property
     def planes(self) -> int:
-        return 4 if self.label_smoothing else 3
+        return planes_for(self.label_smoothing)
+
+
+def planes_for(label_smoothing: float) -> int:
+    return 4 if label_smoothing else 3
 
 
 class ReferenceSteps:
@@ -56,18 +61,22 @@ class ReferenceSteps:
         owned = (local >= 0) & (local < wide.shape[1])
         target = wide.gather(1, torch.where(owned, local, 0)[:, None])[:, 0]
         planes = [maximum, total, torch.where(owned, target, 0)]
-        return torch.stack([*planes, wide.sum(-1)] if settings.planes == 4 else planes)
+        width = wide.new_full((1,), wide.shape[1])
+        return torch.cat([*planes, wide.sum(-1), width] if settings.planes == 4 else [*planes, width])
 
     @staticmethod
     def loss(all_statistics, labels, settings):
-        maximum = all_statistics[:, 0].amax(0)
+        if not torch.compiler.is_compiling():
+            check_widths(all_statistics)
+        planes, widths = all_statistics[:, :-1].unflatten(1, (settings.planes, len(labels))), all_statistics[:, -1]
+        maximum = planes[:, 0].amax(0)
         shift = torch.where(maximum == -torch.inf, 0, maximum)
-        lse = shift + (all_statistics[:, 1] * (all_statistics[:, 0] - shift).exp()).sum(0).log()
+        lse = shift + (planes[:, 1] * (planes[:, 0] - shift).exp()).sum(0).log()
         smoothing = settings.label_smoothing
-        loss = lse - (1 - smoothing) * all_statistics[:, 2].sum(0) + settings.z_loss * lse.square()
+        loss = lse - (1 - smoothing) * planes[:, 2].sum(0) + settings.z_loss * lse.square()
         if smoothing:
-            loss = loss - smoothing / settings.vocabulary_size * all_statistics[:, 3].sum(0)
-        known = (labels >= 0) & (labels < settings.vocabulary_size)
+            loss = loss - smoothing / settings.vocabulary_size * planes[:, 3].sum(0)
+        known = (labels >= 0) & (labels < settings.vocabulary_size) & (widths == widths[0]).all()
         return torch.where(labels == settings.ignore_index, 0, torch.where(known, loss, torch.nan)), lse
 
     @staticmethod
@@ -84,7 +93,8 @@ class ReferenceSteps:
 
 
 class CompiledSteps:
-    """The same by csrc/; the gradient is the logits' storage."""
+    """The same by csrc/; the gradient is the logits' storage, in compiled graphs a new tensor: there a view of a
+    parameter cannot be told from a computed tensor, and inductor would copy what is overwritten first."""
 
     @staticmethod
     def statistics(logits, labels, settings):
@@ -103,10 +113,13 @@ class CompiledSteps:
 
     @staticmethod
     def gradient(logits, labels, lse, grad_loss, settings):
-        GRADIENT(
+        arguments = (
             logits, labels, lse, grad_loss, settings.vocabulary_start, settings.vocabulary_size,
             settings.label_smoothing, settings.z_loss, settings.ignore_index,
         )  # fmt: skip
+        if torch.compiler.is_compiling():
+            return NEW_GRADIENT(*arguments)
+        GRADIENT(*arguments)
         return logits
 
 
@@ -120,6 +133,22 @@ def check_labels(labels, vocabulary_size, ignore_index):
         raise ValueError(
             f"{OP}: labels[{', '.join(map(str, place))}] is {int(labels[place])}; allowed: 0 to {vocabulary_size - 1} "
             f"(ids are global), and ignore_index {ignore_index}"
+        )
+
+
+def check_widths(all_statistics):
+    """Every rank finds the same and raises. Reads the widths, so on a CPU only; the kernels themselves give NaN."""
+    if all_statistics.device.type == "cpu" and all_statistics.shape[1] > 1:
+        require_equal_widths(all_statistics)
+
+
+def require_equal_widths(all_statistics):
+    widths = all_statistics[:, -1].tolist()
+    if len(set(widths)) > 1:
+        found = ", ".join(f"rank {rank} has {width:.0f}" for rank, width in enumerate(widths))
+        raise ValueError(
+            f"{OP}: the ranks' shards have unequal numbers of columns: {found}; a rank counts its columns from its "
+            "number times its own width, so all need the same (pad the last shard)"
         )
 
 
@@ -141,7 +170,7 @@ def check_rows(logits, labels):
 
 def _statistics_fake(logits, labels, vocabulary_start, planes):
     check_rows(logits, labels)
-    return logits.new_empty((planes, logits.shape[0]), dtype=torch.float32)
+    return logits.new_empty((planes * logits.shape[0] + 1,), dtype=torch.float32)
 
 
 def _statistics_op(logits, labels, vocabulary_start, planes):
@@ -153,11 +182,13 @@ def _statistics_op(logits, labels, vocabulary_start, planes):
 
 def _loss_fake(all_statistics, labels, vocabulary_size, label_smoothing, z_loss, ignore_index):
     require_dtype(OP, "all_statistics", all_statistics, (torch.float32,))
-    require(all_statistics.dim() == 3 and all_statistics.shape[1] in (3, 4), OP,
-            "all_statistics has shape {}; needed: [ranks, 3 or 4, T]", tuple(all_statistics.shape))  # fmt: skip
-    require_contiguous(OP, "all_statistics", all_statistics)
     require_dtype(OP, "labels", labels, (torch.int64,))
-    require_shape(OP, "labels", labels, all_statistics.shape[2:], "[T] of all_statistics")
+    require(labels.dim() == 1, OP, "labels have shape {}; needed: [T]", tuple(labels.shape))
+    planes, two_dimensional = planes_for(label_smoothing), all_statistics.dim() == 2
+    require(two_dimensional and all_statistics.shape[1] == planes * labels.shape[0] + 1, OP,
+            "all_statistics has shape {}; needed: [ranks, {} * T + 1], T = {} labels", tuple(all_statistics.shape),
+            planes, labels.shape[0])  # fmt: skip
+    require_contiguous(OP, "all_statistics", all_statistics)
     require_contiguous(OP, "labels", labels)
     require_one_device(OP, all_statistics=all_statistics, labels=labels)
     return torch.empty_like(labels, dtype=torch.float32), torch.empty_like(labels, dtype=torch.float32)
@@ -165,9 +196,11 @@ def _loss_fake(all_statistics, labels, vocabulary_size, label_smoothing, z_loss,
 
 def _loss_op(all_statistics, labels, vocabulary_size, label_smoothing, z_loss, ignore_index):
     loss, lse = _loss_fake(all_statistics, labels, vocabulary_size, label_smoothing, z_loss, ignore_index)
+    check_widths(all_statistics)
     check_labels(labels, vocabulary_size, ignore_index)  # compiled graphs come here unchecked
-    run(OP, "cross_entropy_loss", labels.device, pointer(all_statistics), *all_statistics.shape[:2], pointer(labels),
-        pointer(loss), pointer(lse), len(labels), vocabulary_size, label_smoothing, z_loss, ignore_index)  # fmt: skip
+    run(OP, "cross_entropy_loss", labels.device, pointer(all_statistics), len(all_statistics),
+        planes_for(label_smoothing), pointer(labels), pointer(loss), pointer(lse), len(labels), vocabulary_size,
+        label_smoothing, z_loss, ignore_index)  # fmt: skip
     return loss, lse
 
 
@@ -182,16 +215,27 @@ def _gradient_fake(
     require_one_device(OP, logits=logits, lse=lse, grad_loss=grad_loss)
 
 
-def _gradient_op(
-    logits, labels, lse, grad_loss, vocabulary_start, vocabulary_size, label_smoothing, z_loss, ignore_index
-):
-    _gradient_fake(
-        logits, labels, lse, grad_loss, vocabulary_start, vocabulary_size, label_smoothing, z_loss, ignore_index
-    )
+def _write_gradient(gradient, logits, labels, lse, grad_loss, *settings):
+    _gradient_fake(logits, labels, lse, grad_loss, *settings)
     run(OP, "cross_entropy_gradient", logits.device, pointer(logits), logits.stride(0), pointer(labels), pointer(lse),
-        pointer(grad_loss), grad_loss.stride(0), pointer(logits), logits.stride(0), *logits.shape, vocabulary_start,
-        vocabulary_size, label_smoothing, z_loss, ignore_index, DTYPE_CODES[logits.dtype])  # fmt: skip
+        pointer(grad_loss), grad_loss.stride(0), pointer(gradient), gradient.stride(0), *logits.shape, *settings,
+        DTYPE_CODES[logits.dtype])  # fmt: skip
+
+
+def _gradient_op(logits, labels, lse, grad_loss, *settings):
+    _write_gradient(logits, logits, labels, lse, grad_loss, *settings)
     torch.autograd.graph.increment_version(logits)
+
+
+def _new_gradient_op(logits, labels, lse, grad_loss, *settings):
+    gradient = logits.new_empty(logits.shape)
+    _write_gradient(gradient, logits, labels, lse, grad_loss, *settings)
+    return gradient
+
+
+def _new_gradient_fake(logits, labels, lse, grad_loss, *settings):
+    _gradient_fake(logits, labels, lse, grad_loss, *settings)
+    return logits.new_empty(logits.shape)
 
 
 STATISTICS = register(
@@ -205,9 +249,11 @@ LOSS = register(
     _loss_op,
     _loss_fake,
 )
-GRADIENT = register(
-    "cross_entropy_gradient_(Tensor(a!) logits, Tensor labels, Tensor lse, Tensor grad_loss, int vocabulary_start, "
-    "int vocabulary_size, float label_smoothing, float z_loss, int ignore_index) -> ()",
-    _gradient_op,
-    _gradient_fake,
+ARGUMENTS = (
+    "Tensor labels, Tensor lse, Tensor grad_loss, int vocabulary_start, int vocabulary_size, float label_smoothing, "
+    "float z_loss, int ignore_index"
+)
+GRADIENT = register(f"cross_entropy_gradient_(Tensor(a!) logits, {ARGUMENTS}) -> ()", _gradient_op, _gradient_fake)
+NEW_GRADIENT = register(
+    f"cross_entropy_gradient(Tensor logits, {ARGUMENTS}) -> Tensor", _new_gradient_op, _new_gradient_fake
 )

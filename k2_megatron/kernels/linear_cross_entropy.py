@@ -104,14 +104,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, group, chunk_tokens, settings, reduce_hidden_gradient, steps):
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        statistics = hidden.new_empty((settings.planes, len(hidden)), dtype=wide)
-        logits = None
+        statistics = hidden.new_empty((settings.planes * len(hidden) + 1,), dtype=wide)
+        statistics[-1] = len(weight)
+        planes, logits = statistics[:-1].view(settings.planes, len(hidden)), None
         for start in range(0, len(hidden), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             del logits  # before the next are made
             logits = hidden[chunk] @ weight.t()
-            statistics[:, chunk] = steps.statistics(logits, labels[chunk], settings)
-        loss, lse = steps.loss(gather_statistics(statistics, group), labels, settings)
+            planes[:, chunk] = steps.statistics(logits, labels[chunk], settings)[:-1].view(settings.planes, -1)
+        loss, lse = steps.loss(gather_statistics(statistics, group, len(weight)), labels, settings)
         ctx.save_for_backward(hidden, weight, labels, lse)
         ctx.group, ctx.chunk_tokens, ctx.settings = group, chunk_tokens, settings
         ctx.reduce_hidden_gradient, ctx.steps, ctx.last_logits = reduce_hidden_gradient, steps, logits

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from kernel_backends import on_cpu
 
+from k2_megatron.kernels import cross_entropy
 from k2_megatron.kernels.cross_entropy import vocab_parallel_cross_entropy
 from k2_megatron.kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -76,6 +78,32 @@ CASES = [
 ]  # fmt: skip
 
 
+def refusals_of_unequal_shards(group, rank):
+    """{path: the message} where rank 0's shard has 20 of the 44 columns and rank 1's the other 24."""
+    first, last = ((0, 20), (20, 44))[rank]
+    found = {}
+    for op, backend in (("logits", "cpu"), ("logits", "torch"), ("linear", "cpu"), ("linear", "torch")):
+        tensors, labels = RankCase(op, 2, backend).inputs()
+
+        def loss(op=op, tensors=tensors, labels=labels, backend=backend):
+            if op == "logits":
+                return vocab_parallel_cross_entropy(tensors[0][..., first:last], labels, group=group, backend=backend)
+            return linear_cross_entropy(tensors[0], tensors[1][first:last], labels, group=group, backend=backend)
+
+        try:
+            loss()
+        except ValueError as error:
+            found[f"{op} {backend}"] = str(error)
+    # In a compiled graph the op itself looks.
+    statistics = torch.zeros(2, 3 * 4 + 1)
+    statistics[:, -1] = torch.tensor([20.0, 24.0])
+    try:
+        torch.ops.k2_megatron.cross_entropy_loss(statistics, torch.zeros(4, dtype=torch.int64), 44, 0.0, 0.0, -100)
+    except ValueError as error:
+        found["op"] = str(error)
+    return found
+
+
 def _work(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS,
@@ -87,6 +115,7 @@ def _work(rank, folder):
         with mock.patch.object(dist, "all_gather_into_tensor", wraps=dist.all_gather_into_tensor) as gathers:
             loss, gradients = case.run(group, dist.get_rank(group), case.ranks)
         results[str(case)] = (loss, gradients, gathers.call_count, group._get_sequence_number_for_group())
+    results["unequal"] = refusals_of_unequal_shards(groups[2], dist.get_rank(groups[2]))
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -116,6 +145,27 @@ def test_ranks_equal_one_process(case, ranked):
     if case.op == "linear":
         for _, found, _, _ in results:
             torch.testing.assert_close(found[0], gradients[0], **tolerance)
+
+
+@on_cpu
+def test_unequal_shards_are_refused_on_every_rank_by_name_and_width(ranked):
+    for results in ranked:
+        assert len(results["unequal"]) == 5, results["unequal"]
+        for path, message in results["unequal"].items():
+            assert message.startswith("cross_entropy: the ranks' shards have unequal numbers of columns: "), path
+            assert "rank 0 has 20, rank 1 has 24" in message, path
+
+
+@on_cpu
+def test_on_a_gpu_widths_are_looked_at_once_a_width(monkeypatch):
+    """Looking waits for the device, here a stand-in: tensors that say they are on one."""
+    looks = []
+    monkeypatch.setattr(cross_entropy, "require_equal_widths", lambda _everyone: looks.append(True))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    everyone, group = SimpleNamespace(is_cuda=True), mock.Mock(spec=dist.ProcessGroup)
+    for capturing, columns, expected in ((True, 8, 0), (False, 8, 1), (False, 8, 1), (False, 9, 2), (False, 8, 2)):
+        cross_entropy._check_widths_once(everyone, group, columns)
+        assert len(looks) == expected, (capturing, columns)
 
 
 @on_cpu

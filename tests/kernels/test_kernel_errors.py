@@ -297,8 +297,8 @@ def test_ops_called_past_the_public_functions_check_too():
         ops.cross_entropy_statistics(torch.zeros(1, 5).expand(4, 5), TOKENS, 0, 3)
     with pytest.raises(ValueError, match=r"cross_entropy: lse has shape \(3,\)"):
         ops.cross_entropy_gradient_(torch.zeros(4, 5), TOKENS, torch.zeros(3), torch.zeros(4), 0, 5, 0.0, 0.0, -100)
-    with pytest.raises(ValueError, match=r"cross_entropy: all_statistics has shape \(1, 2, 4\)"):
-        ops.cross_entropy_loss(torch.zeros(1, 2, 4), TOKENS, 5, 0.0, 0.0, -100)
+    with pytest.raises(ValueError, match=r"cross_entropy: all_statistics has shape \(1, 12\); needed: \[ranks, 3 \* T"):
+        ops.cross_entropy_loss(torch.zeros(1, 12), TOKENS, 5, 0.0, 0.0, -100)
     with pytest.raises(ValueError, match=r"adamw: exp_avg\[0\] has shape \(3,\)"):
         ops.adamw_([W], [W], [torch.zeros(3)], [W], [], None, 0.1, 0.9, 0.99, 1e-8, 0.0, 1)
     with pytest.raises(ValueError, match=r"adamw: 2 gradients for 1 parameters"):

@@ -47,8 +47,9 @@ def op_samples(device):
             *rotation,
         ),
         "cross_entropy_statistics": (normal(3, 6), labels, 0, 4),
-        "cross_entropy_loss": (normal(2, 4, 3).abs(), labels, 12, 0.1, 1e-3, -100),
+        "cross_entropy_loss": (torch.ones(2, 4 * 3 + 1, device=device), labels, 12, 0.1, 1e-3, -100),
         "cross_entropy_gradient_": (normal(3, 6), labels, normal(3), normal(3), *smooth),
+        "cross_entropy_gradient": (normal(3, 6), labels, normal(3), normal(3), *smooth),
         "squared_norm": ([normal(3), normal(4)],),
         "scale_": ([normal(3), normal(4)], normal(1)),
         "adamw_": ([normal(5)], [normal(5)], [normal(5)], [normal(5).abs()], [], None, 0.1, 0.9, 0.99, 1e-8, 0.1, 1),
@@ -248,6 +249,23 @@ def test_the_gradient_lies_in_the_logits_storage_and_is_taken_once():
         RuntimeError, match="cross_entropy: the logits were overwritten by the gradient in an earlier back"
     ):
         loss.backward()
+
+
+@on_cpu
+@pytest.mark.parametrize("view", [lambda leaf: leaf, lambda leaf: leaf[:, None], lambda leaf: leaf.view(3, 1, 7)])
+def test_a_compiled_graph_leaves_parameters_and_their_views_as_they_are(view):
+    """It cannot tell a view of a parameter from a computed tensor: eager mode refuses the one and spends the other."""
+    leaf, labels = torch.nn.Parameter(torch.randn(3, 7)), torch.tensor([1, 2, 3])
+    before = leaf.detach().clone()
+
+    def loss(logits):
+        return vocab_parallel_cross_entropy(view(logits), labels.view(view(logits).shape[:-1]), backend="cpu")
+
+    torch._dynamo.reset()  # the other views would count as recompilations
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(leaf).sum().backward()
+    assert torch.equal(leaf.detach(), before)
+    expected = torch.autograd.grad(torch.nn.functional.cross_entropy(leaf, labels, reduction="sum"), leaf)
+    assert_all_close([leaf.grad], expected)
 
 
 @on_cpu

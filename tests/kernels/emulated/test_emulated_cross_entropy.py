@@ -30,21 +30,19 @@ class Shards:
             self.held[f"shard {rank}"] = Guarded(shard, offset)
 
     def statistics(self):
-        every = empty((len(self.held), self.planes, self.rows), torch.float32)
+        every = empty((len(self.held), self.planes * self.rows + 1), torch.float32)
         for rank, shard in enumerate(self.held.values()):
             self.kernels.cross_entropy_statistics(
                 shard.address, self.stride, self.labels.data_ptr(), every.tensor[rank].data_ptr(), self.planes,
                 self.rows, self.columns, rank * self.columns, DTYPES[self.dtype], 0,
             )  # fmt: skip
         every.check("statistics")
+        assert (every.tensor[:, -1] == self.columns).all(), "the width goes with the statistics"
         return every.tensor
 
-    def loss(self):
-        statistics, loss, lse = (
-            self.statistics(),
-            empty((self.rows,), torch.float32),
-            empty((self.rows,), torch.float32),
-        )
+    def loss(self, statistics=None):
+        statistics = self.statistics() if statistics is None else statistics
+        loss, lse = empty((self.rows,), torch.float32), empty((self.rows,), torch.float32)
         self.kernels.cross_entropy_loss(
             statistics.data_ptr(), len(self.held), self.planes, self.labels.data_ptr(), loss.address, lse.address,
             self.rows, self.vocabulary, self.smoothing, self.z_loss, IGNORED, 0,
@@ -142,6 +140,15 @@ def test_one_gradient_for_all_rows(kernels):
     _, lse = shards.loss()
     expanded = shards.gradient(lse, torch.tensor(0.25).expand(5), out_offset=0)
     assert torch.equal(expanded, shards.gradient(lse, torch.full((5,), 0.25), out_offset=0))
+
+
+def test_shards_of_unequal_widths_give_nan(kernels):
+    logits, labels, _ = inputs(5, 64, torch.float32)
+    shards = Shards(kernels, logits, labels, 2)
+    statistics = shards.statistics()
+    statistics[1, -1] += 1
+    loss, _ = shards.loss(statistics)
+    assert loss.isnan().tolist() == (labels != IGNORED).tolist()
 
 
 def test_large_logits_do_not_overflow_and_masked_columns_count_nothing(kernels):
