@@ -7,16 +7,17 @@
 // Bytes per bf16 logit: 2 for the statistics, 4 for the gradient, the least possible.
 // Rows need no alignment: K2's shard is 4004 columns wide, 8008 bytes, so every other row starts in the middle of 16
 // bytes. Each row is split into a few leading elements up to the first 16-byte boundary, vectors, and a few at the end;
-// at 4004 columns a thread of 128 has its four vectors of the row on their way at once.
-// One exponential a logit: a thread first takes the maximum of the vectors that it holds, and rescales its sum once for
-// all of them. The order of that sum follows the address of the row modulo 16: the same buffer gives the same bits, a
+// at 4004 columns a thread of 64 has its eight vectors of the row on their way at once.
+// One exponential a logit: a thread first takes the maximum of the vectors that it holds, two logits an instruction while
+// they are packed, and rescales its sum once for all of them. At two bytes a logit instructions could bound the pass: an
+// H200's bandwidth leaves time for about 15 a logit. The order of that sum follows the address of the row modulo 16: the same buffer gives the same bits, a
 // copy of it at another alignment may differ in the last.
 #include "primitives.cuh"
 
 namespace k2::cuda {
 namespace {
 
-constexpr int vectors_per_thread = 4;
+constexpr int statistics_vectors = 8, gradient_vectors = 4;  // 16-byte vectors that a thread holds at once
 constexpr int most_threads = 512;
 constexpr int loss_threads = 128;
 constexpr float infinity = __builtin_huge_valf();
@@ -60,69 +61,123 @@ __device__ __forceinline__ Exponentials<T> merge_in_warp(Exponentials<T> mine) {
   return mine;
 }
 
+// 32 bits of a row: two logits of bf16 or fp16, one of fp32. Kept whole: taken apart into elements and put together
+// again they would cost more instructions than the exponentials.
 template <class T>
+struct Word {
+  static constexpr int count = 4 / sizeof(T);
+  using Bits = uint32_t;
+  static constexpr Bits minus_infinity = std::is_same_v<T, float>    ? 0xFF800000u
+                                         : std::is_same_v<T, __half> ? 0xFC00FC00u
+                                                                     : 0xFF80FF80u;
+
+  template <class Value>
+  __device__ __forceinline__ static Value as(const Bits& bits) {
+    return reinterpret_cast<const Value&>(bits);
+  }
+  // The greater logit in each place; of a number and a NaN the number.
+  __device__ __forceinline__ static Bits greater(Bits one, Bits other) {
+    if constexpr (std::is_same_v<T, float>) {
+      const float result = fmaxf(as<float>(one), as<float>(other));
+      return reinterpret_cast<const Bits&>(result);
+    } else {
+      using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+      const Pair result = __hmax2(as<Pair>(one), as<Pair>(other));
+      return reinterpret_cast<const Bits&>(result);
+    }
+  }
+  __device__ __forceinline__ static void unpack(Bits bits, float (&logits)[count]) {
+    if constexpr (std::is_same_v<T, float>) {
+      logits[0] = as<float>(bits);
+    } else if constexpr (std::is_same_v<T, __half>) {
+      const float2 both = __half22float2(as<__half2>(bits));
+      logits[0] = both.x, logits[1] = both.y;
+    } else {
+      logits[0] = as<float>(bits << 16), logits[1] = as<float>(bits & 0xFFFF0000u);
+    }
+  }
+};
+
+template <class T, bool WITH_SUM>
 __global__ void __launch_bounds__(most_threads)
-    statistics_kernel(const T* logits, int64_t stride, const int64_t* labels, float* statistics, int planes,
-                      int64_t rows, int columns, int64_t vocabulary_start) {
-  constexpr int width = Packed<T>::count;
+    statistics_kernel(const T* logits, int64_t stride, const int64_t* labels, float* statistics, int64_t rows,
+                      int columns, int64_t vocabulary_start) {
+  using Logits = Word<T>;
   K2_SHARED(float, maxima, warp_threads);
   K2_SHARED(float, sums, warp_threads);
   K2_SHARED(float, logit_sums, warp_threads);
   const T* row = logits + blockIdx.x * stride;
   const RowParts<T> parts(row, columns);
+  // Asked for before the vectors, needed after them: a block has nothing to hide another wait for memory behind. Of
+  // edges there are at most 2 * (width - 1), fewer than threads.
+  const int64_t label = labels[blockIdx.x] - vocabulary_start;
+  const bool has_edge = static_cast<int>(threadIdx.x) < parts.edges;
+  const T edge = has_edge ? row[parts.edge_column(threadIdx.x)] : from_float<T>(0.0f);
   Exponentials<T> mine;
   float logit_sum = 0.0f;
-  for (int start = threadIdx.x; start < parts.vectors; start += vectors_per_thread * blockDim.x) {
-    Packed<T> held[vectors_per_thread];
+  for (int start = threadIdx.x; start < parts.vectors; start += statistics_vectors * blockDim.x) {
+    uint32_t held[statistics_vectors][4], greatest[4];
 #pragma unroll
-    for (int i = 0; i < vectors_per_thread; ++i) {
+    for (int i = 0; i < statistics_vectors; ++i) {
       const int vector = start + i * blockDim.x;
-      if (vector < parts.vectors) held[i] = load_packed(row + parts.vector_column(vector));
+      constexpr uint32_t none = Logits::minus_infinity;
+      const uint4 words =
+          vector < parts.vectors ? load_16_bytes(row + parts.vector_column(vector)) : uint4{none, none, none, none};
+      held[i][0] = words.x, held[i][1] = words.y, held[i][2] = words.z, held[i][3] = words.w;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) greatest[j] = i == 0 ? held[0][j] : Logits::greater(greatest[j], held[i][j]);
     }
-    float maximum = mine.maximum;
+    float maximum = mine.maximum, logits[Logits::count];
 #pragma unroll
-    for (int i = 0; i < vectors_per_thread; ++i) {
-      if (static_cast<int>(start + i * blockDim.x) >= parts.vectors) continue;
+    for (int j = 0; j < 4; ++j) {
+      Logits::unpack(greatest[j], logits);
 #pragma unroll
-      for (int j = 0; j < width; ++j) maximum = fmaxf(maximum, to_float(held[i].values[j]));
+      for (const float logit : logits) maximum = fmaxf(maximum, logit);
     }
     mine.raise(maximum);
     const float shift = Exponentials<T>::shift(maximum);
 #pragma unroll
-    for (int i = 0; i < vectors_per_thread; ++i) {
+    for (int i = 0; i < statistics_vectors; ++i) {
       if (static_cast<int>(start + i * blockDim.x) >= parts.vectors) continue;
 #pragma unroll
-      for (int j = 0; j < width; ++j) {
-        const float logit = to_float(held[i].values[j]);
-        mine.sum += exponential<T>(logit - shift);
-        logit_sum += logit;
+      for (int j = 0; j < 4; ++j) {
+        Logits::unpack(held[i][j], logits);
+#pragma unroll
+        for (const float logit : logits) {
+          mine.sum += exponential<T>(logit - shift);
+          if constexpr (WITH_SUM) logit_sum += logit;
+        }
       }
     }
   }
-  for (int edge = threadIdx.x; edge < parts.edges; edge += blockDim.x) {
-    const float logit = to_float(row[parts.edge_column(edge)]);
+  const bool is_owner = threadIdx.x == 0 && label >= 0 && label < columns;
+  const T target = is_owner ? row[label] : from_float<T>(0.0f);  // on its way during the merge
+  if (has_edge) {
+    const float logit = to_float(edge);
     mine.raise(fmaxf(mine.maximum, logit));
     mine.sum += exponential<T>(logit - Exponentials<T>::shift(mine.maximum));
-    logit_sum += logit;
+    if constexpr (WITH_SUM) logit_sum += logit;
   }
 
   mine = merge_in_warp(mine);
-  logit_sum = warp_reduce(logit_sum, Sum{});
+  if constexpr (WITH_SUM) logit_sum = warp_reduce(logit_sum, Sum{});
   const int warps = blockDim.x / warp_threads, warp = threadIdx.x / warp_threads, lane = threadIdx.x % warp_threads;
-  if (lane == 0) maxima[warp] = mine.maximum, sums[warp] = mine.sum, logit_sums[warp] = logit_sum;
+  if (lane == 0) {
+    maxima[warp] = mine.maximum, sums[warp] = mine.sum;
+    if constexpr (WITH_SUM) logit_sums[warp] = logit_sum;
+  }
   __syncthreads();
   if (warp != 0) return;
   mine = {lane < warps ? maxima[lane] : -infinity, lane < warps ? sums[lane] : 0.0f};
   mine = merge_in_warp(mine);
-  logit_sum = warp_reduce(lane < warps ? logit_sums[lane] : 0.0f, Sum{});
+  if constexpr (WITH_SUM) logit_sum = warp_reduce(lane < warps ? logit_sums[lane] : 0.0f, Sum{});
   if (lane != 0) return;
-  const int64_t label = labels[blockIdx.x] - vocabulary_start;
   float* out = statistics + blockIdx.x;
   out[0] = mine.maximum;
   out[rows] = mine.sum;
-  out[2 * rows] = label >= 0 && label < columns ? to_float(row[label]) : 0.0f;
-  if (planes > 3) out[3 * rows] = logit_sum;
-  if (blockIdx.x == 0) statistics[planes * rows] = static_cast<float>(columns);
+  out[2 * rows] = to_float(target);
+  if constexpr (WITH_SUM) out[3 * rows] = logit_sum;
+  if (blockIdx.x == 0) statistics[(WITH_SUM ? 4 : 3) * rows] = static_cast<float>(columns);
 }
 
 __global__ void __launch_bounds__(loss_threads)
@@ -133,12 +188,15 @@ __global__ void __launch_bounds__(loss_threads)
   if (row >= rows) return;
   const auto of_rank = [&](int64_t rank) { return all_statistics + rank * (planes * rows + 1); };
   const auto plane_of = [&](int64_t rank, int plane) { return of_rank(rank)[plane * rows + row]; };
-  bool equal_widths = true;
-  for (int64_t rank = 1; rank < ranks; ++rank)
-    equal_widths = equal_widths && of_rank(rank)[planes * rows] == of_rank(0)[planes * rows];
   float maximum = -infinity, sum = 0.0f, target = 0.0f, logit_sum = 0.0f;
-  for (int64_t rank = 0; rank < ranks; ++rank) maximum = fmaxf(maximum, plane_of(rank, 0));
+  bool equal_widths = true;
+#pragma unroll 8
+  for (int64_t rank = 0; rank < ranks; ++rank) {
+    maximum = fmaxf(maximum, plane_of(rank, 0));
+    equal_widths &= of_rank(rank)[planes * rows] == of_rank(0)[planes * rows];
+  }
   const float shift = Exponentials<float>::shift(maximum);
+#pragma unroll 8
   for (int64_t rank = 0; rank < ranks; ++rank) {
     sum += plane_of(rank, 1) * expf(plane_of(rank, 0) - shift);
     target += plane_of(rank, 2);
@@ -163,10 +221,10 @@ struct GradientArguments {
   const float *lse, *grad_loss;
   int64_t grad_loss_stride;
   T* gradient;
-  int64_t gradient_stride;
+  int64_t gradient_stride, rows;
   int columns;
   int64_t vocabulary_start, vocabulary_size;
-  float label_smoothing, z_loss;
+  float label_smoothing, smoothed_share, z_loss;  // smoothed_share = label_smoothing / vocabulary_size
   int64_t ignore_index;
 };
 
@@ -201,7 +259,8 @@ __device__ __forceinline__ Packed<T> gradient_of(const Packed<T>& logits, int fi
 
 template <class T>
 __global__ void __launch_bounds__(most_threads) gradient_kernel(GradientArguments<T> a) {
-  const int64_t row = blockIdx.x;
+  // The last rows first: they are what the statistics left in L2.
+  const int64_t row = a.rows - 1 - blockIdx.x;
   const T* logits = a.logits + row * a.logits_stride;
   T* gradient = a.gradient + row * a.gradient_stride;
   RowParts<T> parts(logits, a.columns);
@@ -212,20 +271,22 @@ __global__ void __launch_bounds__(most_threads) gradient_kernel(GradientArgument
   const bool is_zero = label == a.ignore_index || factor == 0.0f;
   if (label < 0 || label >= a.vocabulary_size) factor = nanf("");
   const float lse = a.lse[row];
+  T edge_logit = from_float<T>(0.0f);  // the first one's, on its way with the vectors
+  if (static_cast<int>(threadIdx.x) < parts.edges) edge_logit = logits[parts.edge_column(threadIdx.x)];
   const RowGradient<T> of_row{lse, factor * (1.0f + 2.0f * a.z_loss * lse),
-                           factor * (a.label_smoothing / static_cast<float>(a.vocabulary_size)),
+                           factor * a.smoothed_share,
                            factor * (1.0f - a.label_smoothing), label - a.vocabulary_start};
 
-  for (int start = threadIdx.x; start < parts.vectors; start += vectors_per_thread * blockDim.x) {
-    Packed<T> held[vectors_per_thread];
+  for (int start = threadIdx.x; start < parts.vectors; start += gradient_vectors * blockDim.x) {
+    Packed<T> held[gradient_vectors];
 #pragma unroll
-    for (int i = 0; i < vectors_per_thread; ++i) {
+    for (int i = 0; i < gradient_vectors; ++i) {
       const int vector = start + i * blockDim.x;
-      held[i] = vector < parts.vectors && !is_zero ? load_packed<Cache::streamed>(logits + parts.vector_column(vector))
-                                                   : Packed<T>{};
+      // Of rows that become zero too: not to read them would be to wait for the label first.
+      if (vector < parts.vectors) held[i] = load_packed<Cache::streamed>(logits + parts.vector_column(vector));
     }
 #pragma unroll
-    for (int i = 0; i < vectors_per_thread; ++i) {
+    for (int i = 0; i < gradient_vectors; ++i) {
       const int vector = start + i * blockDim.x, column = parts.vector_column(vector);
       if (vector < parts.vectors)
         store_packed(gradient + column, is_zero ? Packed<T>{} : gradient_of(held[i], column, of_row));
@@ -233,14 +294,15 @@ __global__ void __launch_bounds__(most_threads) gradient_kernel(GradientArgument
   }
   for (int edge = threadIdx.x; edge < parts.edges; edge += blockDim.x) {
     const int column = parts.edge_column(edge);
-    const float value = of_row.at(to_float(logits[column])) - (column == of_row.label ? of_row.at_label : 0.0f);
+    if (edge != static_cast<int>(threadIdx.x)) edge_logit = logits[column];
+    const float value = of_row.at(to_float(edge_logit)) - (column == of_row.label ? of_row.at_label : 0.0f);
     gradient[column] = from_float<T>(is_zero ? 0.0f : value);
   }
 }
 
 // Threads for a row of `columns`: all of it held at once where that is possible.
 template <class T>
-dim3 threads_for(int64_t columns) {
+dim3 threads_for(int64_t columns, int vectors_per_thread) {
   const int threads = whole_warps(divide_up<int64_t>(columns, Packed<T>::count * vectors_per_thread));
   return dim3(threads < most_threads ? threads : most_threads);
 }
@@ -253,9 +315,9 @@ int cross_entropy_statistics(const void* logits, int64_t logits_stride, const in
   if (rows == 0 || columns == 0) return cudaSuccess;
   return with_type(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    return launch(statistics_kernel<T>, rows, threads_for<T>(columns), 0, stream, static_cast<const T*>(logits),
-                  logits_stride, labels, statistics, static_cast<int>(planes), rows, static_cast<int>(columns),
-                  vocabulary_start);
+    const auto kernel = planes > 3 ? statistics_kernel<T, true> : statistics_kernel<T, false>;
+    return launch(kernel, rows, threads_for<T>(columns, statistics_vectors), 0, stream, static_cast<const T*>(logits),
+                  logits_stride, labels, statistics, rows, static_cast<int>(columns), vocabulary_start);
   });
 }
 
@@ -283,13 +345,15 @@ int cross_entropy_gradient(const void* logits, int64_t logits_stride, const int6
                                  grad_loss_stride,
                                  static_cast<T*>(gradient),
                                  gradient_stride,
+                                 rows,
                                  static_cast<int>(columns),
                                  vocabulary_start,
                                  vocabulary_size,
                                  label_smoothing,
+                                 label_smoothing / static_cast<float>(vocabulary_size),
                                  z_loss,
                                  ignore_index};
-    return launch(gradient_kernel<T>, rows, threads_for<T>(columns), 0, stream, a);
+    return launch(gradient_kernel<T>, rows, threads_for<T>(columns, gradient_vectors), 0, stream, a);
   });
 }
 

@@ -15,6 +15,9 @@ namespace k2::cuda {
 namespace {
 
 constexpr int ring_stages = 3;  // rows at hand: one in use, two on their way (96 KB at hidden size 8192)
+// Elements of a row whose xhat and g a thread keeps over the barrier: half the instructions of forming them again, which
+// at a few bytes an instruction is what would bound the kernel on an H200.
+constexpr int kept_elements = 16;
 
 template <class T>
 struct BackwardArguments {
@@ -28,20 +31,55 @@ struct BackwardArguments {
   float gamma_offset;
 };
 
-// dx of one vector. `mean` is mean(g * xhat) over the row; grad_h is zero where none is given.
-template <class T, class G>
-__device__ __forceinline__ Packed<T> input_gradient(const Packed<T>& x, const Packed<T>& grad_y,
-                                                    const Weight<T, G>& weight, float gamma_offset, float rstd,
-                                                    float mean, const Packed<T>& grad_h) {
-  Packed<T> result;
+// xhat and g of one vector, in fp32.
+template <class T>
+struct Normalised {
+  static constexpr int width = Packed<T>::count;
+  float xhat[width], g[width];
+
+  __device__ __forceinline__ Normalised() {}  // filled in later: an array of them is kept
+  __device__ __forceinline__ Normalised(const Packed<T>& x, const Packed<T>& grad_y, const float (&w)[width],
+                                        float rstd) {
 #pragma unroll
-  for (int j = 0; j < Packed<T>::count; ++j) {
-    const float normalised = to_float(x.values[j]) * rstd;
-    const float gradient = rstd * (to_float(grad_y.values[j]) * weight.at(j, gamma_offset) - normalised * mean);
-    result.values[j] = from_float<T>(gradient + to_float(grad_h.values[j]));
+    for (int j = 0; j < width; ++j) xhat[j] = to_float(x.values[j]) * rstd, g[j] = to_float(grad_y.values[j]) * w[j];
   }
-  return result;
-}
+  // dx. `mean` is mean(g * xhat) over the row; grad_h is zero where none is given.
+  __device__ __forceinline__ Packed<T> input_gradient(float rstd, float mean, const Packed<T>& grad_h) const {
+    Packed<T> result;
+#pragma unroll
+    for (int j = 0; j < width; ++j)
+      result.values[j] = from_float<T>(rstd * (g[j] - xhat[j] * mean) + to_float(grad_h.values[j]));
+    return result;
+  }
+};
+
+// w of a thread's vectors: ready in fp32 where registers are left for that, else packed as gamma is stored.
+template <class T, class G, int PER_THREAD, bool WIDE>
+struct Weights {
+  static constexpr int width = Packed<T>::count;
+  Weight<T, G> packed[WIDE ? 1 : PER_THREAD];
+  float wide[WIDE ? PER_THREAD : 1][width];
+
+  template <bool ALIGNED>
+  __device__ __forceinline__ void load(int i, const void* gamma, int index, int columns, float offset) {
+    packed[WIDE ? 0 : i].template load<ALIGNED>(gamma, index, columns);
+    if constexpr (WIDE) unpack(packed[0], offset, wide[i]);
+  }
+  __device__ __forceinline__ void get(int i, float offset, float (&w)[width]) const {
+    if constexpr (WIDE) {
+#pragma unroll
+      for (int j = 0; j < width; ++j) w[j] = wide[i][j];
+    } else {
+      unpack(packed[i], offset, w);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ static void unpack(const Weight<T, G>& packed, float offset, float (&w)[width]) {
+#pragma unroll
+    for (int j = 0; j < width; ++j) w[j] = packed.at(j, offset);
+  }
+};
 
 // The vectors of the rows to come, in shared memory: [stage][tensor][vector]. A thread touches only its own vectors.
 template <class T, bool ALIGNED>
@@ -51,6 +89,10 @@ struct Ring {
 
   __device__ __forceinline__ Packed<T>* at(int stage, int tensor, int index) const {
     return memory + (stage * tensors + tensor) * vectors + index;
+  }
+  // 16 bytes at once: of a struct in shared memory the compiler fetches each member by itself.
+  __device__ __forceinline__ Packed<T> read(int stage, int tensor, int index) const {
+    return load_packed(at(stage, tensor, index)->values);
   }
 
   template <int PER_THREAD>
@@ -79,36 +121,47 @@ struct Ring {
 template <class T, class G, bool ALIGNED, int PER_THREAD>
 __global__ void __launch_bounds__(rms_norm_threads) backward_kernel(BackwardArguments<T> a) {
   constexpr int width = Packed<T>::count;
+  constexpr bool keeps = PER_THREAD * width <= kept_elements;
   K2_SHARED(float, scratch, 2 * warp_threads);
   const int vectors = divide_up(a.hidden, width);
   const Ring<T, ALIGNED> ring{static_cast<Packed<T>*>(dynamic_shared_memory()), a.grad_h != nullptr ? 3 : 2, vectors};
-  Weight<T, G> weight[PER_THREAD];
+  Weights<T, G, PER_THREAD, keeps> weights;
   float grad_gamma[PER_THREAD][width] = {};
 #pragma unroll
   for (int i = 0; i < PER_THREAD; ++i)
     if (static_cast<int>(i * blockDim.x + threadIdx.x) < vectors)
-      weight[i].template load<ALIGNED>(a.gamma, i * blockDim.x + threadIdx.x, a.hidden);
+      weights.template load<ALIGNED>(i, a.gamma, i * blockDim.x + threadIdx.x, a.hidden, a.gamma_offset);
   for (int stage = 0; stage < ring_stages - 1; ++stage)
     ring.template fetch<PER_THREAD>(a, blockIdx.x + static_cast<int64_t>(stage) * gridDim.x, stage);
 
   int stage = 0, parity = 0;
+  float next_rstd = blockIdx.x < a.rows ? a.rstd[blockIdx.x] : 0.0f;
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
+    // Asked for a row ahead: the block's warps wait together, and nothing would hide that wait for memory.
+    const float rstd = next_rstd;
+    if (row + gridDim.x < a.rows) next_rstd = a.rstd[row + gridDim.x];
     const int free_stage = stage == 0 ? ring_stages - 1 : stage - 1;  // the one that the previous row used
     ring.template fetch<PER_THREAD>(a, row + (ring_stages - 1) * static_cast<int64_t>(gridDim.x), free_stage);
     wait_for_copies<ring_stages - 1>();
-    const float rstd = a.rstd[row];
+    const auto normalise = [&](int i, int index, const Packed<T>& grad_y) {
+      float w[width];
+      weights.get(i, a.gamma_offset, w);
+      return Normalised<T>(ring.read(stage, 0, index), grad_y, w, rstd);
+    };
+    Normalised<T> kept[keeps ? PER_THREAD : 1];
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < PER_THREAD; ++i) {
       const int index = i * blockDim.x + threadIdx.x;
       if (index >= vectors) continue;
-      const Packed<T> x = *ring.at(stage, 0, index), grad_y = *ring.at(stage, 1, index);
+      const Packed<T> grad_y = ring.read(stage, 1, index);
+      const Normalised<T> row_part = normalise(i, index, grad_y);
 #pragma unroll
       for (int j = 0; j < width; ++j) {
-        const float product = to_float(grad_y.values[j]) * (to_float(x.values[j]) * rstd);
-        grad_gamma[i][j] += product;
-        sum += product * weight[i].at(j, a.gamma_offset);
+        grad_gamma[i][j] += to_float(grad_y.values[j]) * row_part.xhat[j];
+        sum += row_part.g[j] * row_part.xhat[j];
       }
+      if constexpr (keeps) kept[i] = row_part;
     }
     const float mean = block_sum(sum, scratch + parity * warp_threads) / static_cast<float>(a.hidden);
 #pragma unroll
@@ -116,9 +169,10 @@ __global__ void __launch_bounds__(rms_norm_threads) backward_kernel(BackwardArgu
       const int index = i * blockDim.x + threadIdx.x;
       if (index >= vectors) continue;
       Packed<T> grad_h{};
-      if (a.grad_h != nullptr) grad_h = *ring.at(stage, 2, index);
-      const Packed<T> grad_x = input_gradient(*ring.at(stage, 0, index), *ring.at(stage, 1, index), weight[i],
-                                              a.gamma_offset, rstd, mean, grad_h);
+      if (a.grad_h != nullptr) grad_h = ring.read(stage, 2, index);
+      Packed<T> grad_x;
+      if constexpr (keeps) grad_x = kept[i].input_gradient(rstd, mean, grad_h);
+      else grad_x = normalise(i, index, ring.read(stage, 1, index)).input_gradient(rstd, mean, grad_h);
       store_to_row<ALIGNED>(a.grad_x + row * a.hidden, index, a.hidden, grad_x);
     }
     stage = stage == ring_stages - 1 ? 0 : stage + 1;
@@ -171,10 +225,10 @@ __global__ void __launch_bounds__(rms_norm_threads) backward_looped_kernel(Backw
                       grad_y = load_of_row<ALIGNED>(a.grad_y + start, index, a.hidden);
       Packed<T> grad_h{};
       if (a.grad_h != nullptr) grad_h = load_of_row<ALIGNED, Cache::streamed>(a.grad_h + start, index, a.hidden);
-      Weight<T, G> weight;
-      weight.template load<ALIGNED>(a.gamma, index, a.hidden);
+      Weights<T, G, 1, true> weight;
+      weight.template load<ALIGNED>(0, a.gamma, index, a.hidden, a.gamma_offset);
       store_to_row<ALIGNED>(a.grad_x + start, index, a.hidden,
-                            input_gradient(x, grad_y, weight, a.gamma_offset, rstd, mean, grad_h));
+                            Normalised<T>(x, grad_y, weight.wide[0], rstd).input_gradient(rstd, mean, grad_h));
       if (partial == nullptr) continue;
 #pragma unroll
       for (int j = 0; j < width; j += 4) {
