@@ -2,7 +2,7 @@
 //
 // A fiber runs until it reaches a barrier or a warp collective; the scheduler then takes the next one of the same warp,
 // and stays with a warp for as long as it can move: a warp runs as far ahead of the others as the barriers let it,
-// which is what brings a missing barrier to light. A seed permutes blocks, warps and lanes.
+// which is what brings a missing barrier to light. The order of blocks, warps and lanes can be chosen.
 //
 // Stricter than the hardware, on purpose: collectives name the full warp, no lane or thread of a block may have left
 // before a barrier or a collective, and all threads of a block wait at the same line. A violation ends the launch with
@@ -11,6 +11,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <map>
@@ -60,6 +61,31 @@ class Random {  // xorshift: an order that depends on the seed alone
   uint64_t state_;
 };
 
+// In which order blocks, warps and lanes take their turns: as they are numbered, the other way round, or shuffled anew
+// for every round. Two blocks of which one writes what the other reads meet in both orders in the first two.
+class Order {
+ public:
+  // "reverse", or a seed; nothing, "" and "0" are the natural order.
+  explicit Order(const char* text)
+      : reverse_(text != nullptr && std::string(text) == "reverse"),
+        seed_(text == nullptr ? 0 : std::strtoull(text, nullptr, 10)),
+        random_(seed_) {}
+  template <class T>
+  void begin(std::vector<T>& items) {
+    if (reverse_) std::reverse(items.begin(), items.end());
+    next_round(items);
+  }
+  template <class T>
+  void next_round(std::vector<T>& items) {
+    if (seed_ != 0) random_.shuffle(items);
+  }
+
+ private:
+  bool reverse_;
+  uint64_t seed_;
+  Random random_;
+};
+
 class Block {
  public:
   dim3 grid, size;
@@ -67,19 +93,20 @@ class Block {
   Thread* current = nullptr;
   SharedMemory shared;
 
-  void run(const std::function<void()>& kernel, size_t dynamic_bytes, Random* order) {
+  void run(const std::function<void()>& kernel, size_t dynamic_bytes, Order& order) {
     kernel_ = &kernel;
     shared.start_block(dynamic_bytes);
     create_threads();
     std::vector<unsigned> warps(warp_waiting_.size()), lanes(warp_lanes);
     for (unsigned i = 0; i < warps.size(); ++i) warps[i] = i;
     for (unsigned i = 0; i < warp_lanes; ++i) lanes[i] = i;
+    order.begin(warps), order.begin(lanes);
     while (finished_ < threads_.size()) {
-      if (order != nullptr) order->shuffle(warps), order->shuffle(lanes);
       bool moved = false;
       for (unsigned warp : warps)
         while (run_warp(warp, lanes)) moved = true;
       if (!moved) fail("deadlock: " + who_waits_where());
+      order.next_round(warps), order.next_round(lanes);
     }
   }
 

@@ -36,5 +36,5 @@ def kernels(
     emulated_module: ModuleType, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[ModuleType]:
     """The kernels, with blocks, warps and lanes in their natural order and in another."""
-    monkeypatch.setenv("K2_EMULATION_SEED", str(request.param))
+    monkeypatch.setenv("K2_EMULATION_ORDER", str(request.param))
     return emulated_module

@@ -61,6 +61,12 @@ __global__ void copies(const float* in, float* out, Mistake mistake) {
   out[threadIdx.x] = mine[0] + mine[4];
 }
 
+// A mistake that one order of the blocks hides: the first reads what the second overwrites.
+__global__ void neighbours(const float* in, float* out) {
+  if (blockIdx.x == 0) out[threadIdx.x] = out[threadIdx.x + 32];
+  else out[threadIdx.x + 32] = in[threadIdx.x];
+}
+
 }  // namespace
 }  // namespace k2::cuda
 
@@ -75,6 +81,7 @@ extern "C" const char* run_faulty(int kernel, int mistake, const float* in, floa
     if (kernel == 0) launch(exchange, 1, threads, 0, nullptr, out, chosen);
     if (kernel == 1) launch(collective, 1, threads, 0, nullptr, out, chosen);
     if (kernel == 2) launch(copies, 1, threads, 64 * 32, nullptr, in, out, chosen);
+    if (kernel == 3) launch(neighbours, 2, dim3(32), 0, nullptr, in, out);
   } catch (const std::exception& error) {
     message = error.what();
   }

@@ -17,7 +17,7 @@ MISTAKES = (
     "partial_mask", "early_exit", "copy_not_waited_for", "wrong_group_waited_for", "misaligned", "shared_beyond_end",
     "global_beyond_end", "partial_warp",
 )  # fmt: skip
-EXCHANGE, COLLECTIVE, COPIES = range(3)
+EXCHANGE, COLLECTIVE, COPIES, NEIGHBOURS = range(4)
 SELF = torch.arange(64.0)
 RIGHT = {EXCHANGE: (SELF + 33) % 64, COLLECTIVE: (SELF % 32 + 1 - 2 * (SELF % 2)), COPIES: 8 * SELF}
 
@@ -50,10 +50,10 @@ def run_faulty(build_folder):
     return load(build_faulty(build_folder))
 
 
-@pytest.mark.parametrize("seed", ["0", "1", "99"])
+@pytest.mark.parametrize("order", ["0", "reverse", "1", "99"])
 @pytest.mark.parametrize("kernel", [EXCHANGE, COLLECTIVE, COPIES])
-def test_right_kernels_give_right_results_in_any_order(run_faulty, monkeypatch, kernel, seed):
-    monkeypatch.setenv("K2_EMULATION_SEED", seed)
+def test_right_kernels_give_right_results_in_any_order(run_faulty, monkeypatch, kernel, order):
+    monkeypatch.setenv("K2_EMULATION_ORDER", order)
     message, out = run_faulty(kernel, "none")
     assert message == ""
     assert torch.equal(out, RIGHT[kernel])
@@ -87,6 +87,15 @@ def test_races_read_poison(run_faulty, kernel, mistake):
     message, out = run_faulty(kernel, mistake)
     assert message == ""
     assert out.isnan().any(), "what nobody had written yet must read as NaN"
+
+
+def test_the_reverse_order_shows_that_a_block_overwrites_what_another_reads(run_faulty, monkeypatch):
+    message, natural = run_faulty(NEIGHBOURS, "none")
+    monkeypatch.setenv("K2_EMULATION_ORDER", "reverse")
+    other_message, reverse = run_faulty(NEIGHBOURS, "none")
+    assert message == other_message == ""
+    assert torch.equal(natural[:32], torch.full((32,), -1.0))
+    assert torch.equal(reverse[:32], torch.arange(32.0))
 
 
 # A process of its own, because the sanitiser ends it; the output is exactly 64 floats of malloc's.
