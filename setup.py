@@ -5,6 +5,7 @@ k2_megatron._cuda  where nvcc is found: csrc/bindings_cuda.cpp and csrc/*.cu, fo
                    the CUDA runtime is linked statically, so that the module imports on a machine without a GPU
 
 K2_BUILD_CUDA=auto (default) builds _cuda where nvcc is on PATH or under CUDA_HOME; 1 insists on it; 0 leaves it out.
+K2_CUDA_ARCHITECTURES=90 (or "80 90") builds it for these compute capabilities alone: half of the time or less.
 Neither module includes a torch header: building needs a C++17 compiler and pybind11.
 """
 
@@ -33,7 +34,7 @@ INSTRUCTION_SETS = (
 # No contraction: a product and a sum become one fma only where the source says so, alike in every instruction set.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fopenmp", "-Wall", "-Wextra"]
 
-CUDA_ARCHITECTURES = {"compute_80": ["sm_80"], "compute_90": ["sm_90", "compute_90"]}
+LEAST_CAPABILITY = 80
 CUDA_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
@@ -45,6 +46,20 @@ def find_nvcc() -> str | None:
     """The nvcc to use: under CUDA_HOME if that is set, else on PATH."""
     home = os.environ.get("CUDA_HOME")
     return shutil.which(str(Path(home) / "bin" / "nvcc")) if home else shutil.which("nvcc")
+
+
+def cuda_architectures() -> dict[str, list[str]]:
+    """The codes to make from each virtual architecture, by K2_CUDA_ARCHITECTURES."""
+    asked = os.environ.get("K2_CUDA_ARCHITECTURES", "").replace(",", " ").split()
+    if not asked:
+        return {"compute_80": ["sm_80"], "compute_90": ["sm_90", "compute_90"]}
+    for capability in asked:
+        if not capability.isdigit() or int(capability) < LEAST_CAPABILITY:
+            raise SystemExit(
+                f"K2_CUDA_ARCHITECTURES names {capability!r}; use compute capabilities of two digits or more without a "
+                f"point, from {LEAST_CAPABILITY} on, such as 80 or 90"
+            )
+    return {f"compute_{capability}": [f"sm_{capability}"] for capability in asked}
 
 
 def wanted_extensions() -> list[Extension]:
@@ -132,13 +147,14 @@ class BuildKernels(build_ext):
     def cuda_commands(self, extension: Extension, objects: Path) -> tuple[list[list[str]], list[str]]:
         nvcc = find_nvcc()
         assert nvcc is not None, "nvcc was there when the extensions were listed"
-        codes = [f"arch={virtual},code=[{','.join(real)}]" for virtual, real in CUDA_ARCHITECTURES.items()]
+        architectures = cuda_architectures()
+        codes = [f"arch={virtual},code=[{','.join(real)}]" for virtual, real in architectures.items()]
         targets = [flag for code in codes for flag in ("-gencode", code)]
-        names = ",".join(code for codes in CUDA_ARCHITECTURES.values() for code in codes)
+        names = ",".join(code for codes in architectures.values() for code in codes)
         host = [*self.includes(), f'-DK2_CUDA_ARCHITECTURES="{names}"']
         commands = []
         for source in extension.sources:
-            target = objects / f"{Path(source).stem}.o"
+            target = objects / f"{Path(source).stem}_{names.replace(',', '_')}.o"
             flags = targets if source.endswith(".cu") else host
             commands.append([nvcc, *CUDA_FLAGS, *flags, "-c", source, "-o", str(target)])
         return commands, [nvcc, "-shared", "-cudart", "static", *targets]

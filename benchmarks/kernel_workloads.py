@@ -320,7 +320,8 @@ def cuda_workloads(quick: bool, device: str = "cuda") -> Iterator[Workload]:
     """One rank of K2's layout: TP 8 shards; rows whole and, under sequence parallelism, an eighth of them. A run that
     is stopped has measured what comes first."""
     yield from optimizer_workloads(64 << 20, device)
-    tokens = [(8192, 1)] if quick else [(8192, 1), (2048, 1), (2048, 2), (2048, 4), (8192, 4)]
+    others = [(2048, 1), (2048, 2), (2048, 4), (8192, 4), (8192, 2), (2048, 3), (8192, 3)]
+    tokens = [(8192, 1)] if quick else [(8192, 1), *others]
     for sequence, batch in tokens:
         rows = sequence * batch
         for norm_rows in (rows // TENSOR_PARALLEL, rows):

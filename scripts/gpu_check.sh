@@ -1,23 +1,29 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command and under eight minutes: builds the extension, runs `pytest -m gpu`
-# (compute-sanitizer is among its tests) and the benchmarks, and leaves a log of each part and a summary in one folder.
+# Everything that needs a GPU, in one command and under eight minutes: builds the extension for this GPU, runs
+# `pytest -m gpu` (compute-sanitizer's tests apart from the others) and the benchmarks, and leaves a log of each part
+# and a summary in one folder. OUT.tar.gz holds all of it after every part, for machines from which few files come back.
 #
 #   scripts/gpu_check.sh [WHEELS]
 #
-# The machine brings Python 3.10 to 3.12, torch with CUDA, and nvcc; it needs no network. What else is missing
-# (megatron-core, pybind11, pytest, ...) comes as wheels from the folder WHEELS (default: wheels/, if it exists); they
-# are unpacked into a temporary folder on PYTHONPATH, so that nothing is installed.
+# The machine brings Python 3.10 to 3.12, torch with CUDA, nvcc and g++; it needs no network. What else is missing comes
+# as wheels from the folder WHEELS (default: wheels/, if it exists), unpacked into a temporary folder on PYTHONPATH, so
+# that nothing is installed; `pip download --no-deps` on a machine with the same Python gets them:
+#   build and tests   pybind11 setuptools>=77 pytest rich numpy
+#   train_step        megatron-core==0.16.1 transformers and its needs, and pydantic pydantic-core annotated-types
+#                     typing-inspection orjson xxhash zstandard psutil tensorboard
+#   peers to measure  liger-kernel
 #
 #   OUT     folder of the results        (default benchmarks/results/<GPU>)
 #   PYTHON  interpreter that has torch   (default python3)
 #
-# Exit code: the number of parts that failed. A part that runs out of its time fails with 124.
+# Exit code: the number of parts that failed. A part that runs out of its time is interrupted and fails with 124.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
 wheels=${1:-wheels}
 python=${PYTHON:-python3}
 command -v nvcc >/dev/null || PATH=$PATH:/usr/local/cuda/bin
+[ -x "${CUDA_HOME:-}/bin/nvcc" ] || unset CUDA_HOME  # Python packages of CUDA set it to folders without a compiler
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | tr -cs 'A-Za-z0-9\n' '_')
 if [ -z "$gpu" ]; then
   echo "gpu_check: nvidia-smi names no GPU; this script is for a machine that has one" >&2
@@ -30,44 +36,67 @@ mkdir -p "$results"
 summary=$results/summary.txt
 failed=0
 
-# part NAME SECONDS COMMAND...: runs it within its time, its output to NAME.log, one line to the summary.
+# part NAME SECONDS COMMAND...: runs it within its time, its output to NAME.log, one line to the summary. At its end it
+# is interrupted, not terminated: pytest then still tells what had failed, and Python where it was.
 part() {
   local name=$1 limit=$2 started=$SECONDS code
   shift 2
   echo "== $name (at most $limit s)"
-  timeout --kill-after=5 "$limit" "$@" >"$results/$name.log" 2>&1
+  timeout --signal=INT --kill-after=5 "$limit" "$@" >"$results/$name.log" 2>&1
   code=$?
   tail -n 5 "$results/$name.log"
   printf '%-12s exit code %3d  %4d s\n' "$name" "$code" $((SECONDS - started)) | tee -a "$summary"
   [ "$code" -eq 0 ] || failed=$((failed + 1))
+  tar -C "$(dirname "$results")" -czf "$results.tar.gz" "$(basename "$results")"
 }
 
 {
-  nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem --format=csv,noheader
+  nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total,clocks.max.sm,clocks.max.mem --format=csv,noheader
   nvcc --version | tail -n 1
-  "$python" -c 'import sys, torch; print("Python", sys.version.split()[0], "torch", torch.__version__)'
   git rev-parse HEAD 2>/dev/null
 } >"$summary" 2>&1
 
 if [ -d "$wheels" ]; then
   # --no-deps: what the machine already has, torch above all, must stay what is imported.
-  part wheels 30 "$python" -m pip install --quiet --no-index --no-deps --target "$work/packages" "$wheels"/*.whl
+  part wheels 20 "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$work/packages" "$wheels"/*.whl
 fi
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}:$work/packages
 
-K2_BUILD_CUDA=1 part build 110 "$python" setup.py build_ext --inplace
+export PYTHONUNBUFFERED=1
+
+# What is missing, by name, before anything else is tried.
+part needs 20 "$python" - <<'END'
+import importlib.util, sys, torch
+print("Python", sys.version.split()[0], "torch", torch.__version__, "CUDA", torch.version.cuda)
+print("GPU", torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+missing = [name for name in ("pybind11", "setuptools", "pytest", "rich", "numpy") if not importlib.util.find_spec(name)]
+if missing:
+    sys.exit(f"missing: {', '.join(missing)}; add their wheels")
+import setuptools
+print("setuptools", setuptools.__version__)
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit("setuptools must be 77 or newer (it reads pyproject.toml); add its wheel")
+END
+grep -h "^Python\|^GPU\|missing" "$results/needs.log" >>"$summary"
+capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -cd '0-9')
+export K2_BUILD_CUDA=1 K2_CUDA_ARCHITECTURES=$capability
+part build 75 "$python" setup.py build_ext --inplace
 # Only the kernels' folder has tests for a GPU; the fixtures above it need packages that the machine may not have.
-part tests 180 "$python" -m pytest -rs -m gpu -p no:cacheprovider --confcutdir tests/kernels tests/kernels
+pytest=("$python" -m pytest -vv -rs --tb=short --durations=10 --continue-on-collection-errors -m gpu -p no:cacheprovider
+        --confcutdir tests/kernels)
+part tests 130 "${pytest[@]}" --ignore tests/kernels/test_sanitized_gpu.py --ignore tests/kernels/emulated tests/kernels
 # Where the extension or the GPU cannot be used every test is skipped, and pytest ends with 0.
-tail -n 1 "$results/tests.log" >>"$summary"
-if ! grep -q '[0-9] passed' "$results/tests.log"; then
-  echo "tests        none ran: see tests.log" | tee -a "$summary"
+grep -h "^FAILED\|^ERROR\| passed\| skipped" "$results/tests.log" | tail -n 40 >>"$summary"
+if ! grep -q ' PASSED' "$results/tests.log"; then
+  echo "tests        none passed: see tests.log" | tee -a "$summary"
   failed=$((failed + 1))
 fi
 # All of K2's shapes; then fewer beside torch.compile, each of whose graphs takes seconds to compile.
-part kernels 50 "$python" -m benchmarks.kernels --no-compile --results "$results"
-part compiled 70 "$python" -m benchmarks.kernels --quick --results "$results/beside_torch_compile"
-part train_step 30 "$python" benchmarks/train_step.py --output "$results/train_step.json"
+part kernels 70 "$python" -m benchmarks.kernels --no-compile --results "$results"
+part compiled 65 "$python" -m benchmarks.kernels --quick --results "$results/beside_torch_compile"
+part train_step 25 "$python" -m benchmarks.train_step --output "$results/train_step.json"
+# Last: under the sanitizer Python alone takes half of its time to start.
+part sanitizer 70 "${pytest[@]}" tests/kernels/test_sanitized_gpu.py
 
 echo "results in $results; $failed parts failed"
 exit "$failed"

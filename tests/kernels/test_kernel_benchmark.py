@@ -136,6 +136,28 @@ def test_all_shapes_fit_the_limit_of_the_check_on_a_gpu():
     assert waits + work <= 0.6 * limit, f"{waits:.1f} s of waits and {work:.1f} s of work, limit {limit} s"
 
 
+def test_the_parts_of_the_check_on_a_gpu_fit_eight_minutes():
+    script = (Path(__file__).parents[2] / "scripts/gpu_check.sh").read_text()
+    limits = dict(re.findall(r"^ *part (\w+) (\d+) ", script, re.MULTILINE))
+    assert {"wheels", "needs", "build", "tests", "kernels", "compiled", "train_step", "sanitizer"} == limits.keys()
+    assert sum(map(int, limits.values())) <= 480
+
+
+def test_k2s_shapes_are_all_there():
+    """Sequences of 2048 and 8192 in micro-batches of 1 to 4, whole rows and, under sequence parallelism, an eighth."""
+    shapes = {(workload.op, workload.shape) for workload in kernel_workloads.cuda_workloads(False, device="meta")}
+    for sequence in (2048, 8192):
+        for batch in (1, 2, 3, 4):
+            rows = sequence * batch
+            wanted = {("rotary", f"{sequence} x {batch} x 8 x 128, q and k"), ("swiglu", f"{rows} x 2752")}
+            wanted |= {
+                ("rotary_packed", f"{sequence} x {batch} x 8 x 128, q, k, v"),
+                ("cross_entropy", f"{rows} x 4004"),
+            }
+            wanted |= {(op, f"{count} x 8192") for op in ("rms_norm", "add_rms_norm") for count in (rows, rows // 8)}
+            assert wanted <= shapes, wanted - shapes
+
+
 def test_a_slow_copy_flatters_nobody():
     """The same 100 GB/s beside a copy of 100 and one of 200 GB/s: half of what the machine can do, in both rows."""
     workload = Workload("double", "4", torch.float32, 100_000_000, 0, lambda: (), lambda inputs: (), {})
