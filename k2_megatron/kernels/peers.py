@@ -2,9 +2,10 @@
 
 In:   arguments that the op's own checks have passed.      Out: the package's result.
 NOT YET RUN against the packages themselves, which need a GPU build: the tests use modules of the same signatures.
-Sources of those signatures: apex.normalization.fused_layer_norm.fused_rms_norm_affine, apex.multi_tensor_apply and
-amp_C.multi_tensor_adam; transformer_engine.pytorch: RMSNorm, attention.rope.apply_rotary_pos_emb,
-cross_entropy.parallel_cross_entropy (>= 2.3).
+Sources of those signatures: apex.normalization.fused_layer_norm.fused_rms_norm_affine (before and since it became a
+torch custom op), apex.multi_tensor_apply and amp_C.multi_tensor_adam; transformer_engine.pytorch: RMSNorm,
+attention.rope.apply_rotary_pos_emb, cross_entropy.parallel_cross_entropy (>= 2.3: before it there is neither ignore_idx
+nor interleaved, and rope lies elsewhere).
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ def _attribute(op, module, name):
 def rms_norm(backend, x, weight, epsilon, zero_centered):
     if backend == "apex":
         require(not zero_centered, "rms_norm", "apex has no zero-centered gamma; use backend 'cuda'")
+        require(weight.dtype == x.dtype, "rms_norm", "weight is {} and x {}; apex takes one dtype for both; use "
+                "backend 'cuda'", weight.dtype, x.dtype)  # fmt: skip
         function = _attribute("rms_norm", "apex.normalization.fused_layer_norm", "fused_rms_norm_affine")
         return function(x, weight, weight.shape, epsilon)
     # TE offers the norm as a module only: one without storage of its own lends its forward to our weight.

@@ -172,6 +172,8 @@ def test_apex_rms_norm(package):
     assert torch.equal(h, 2 * X)
     with pytest.raises(ValueError, match="apex has no zero-centered gamma"):
         rms_norm(X, WEIGHT, 1e-3, zero_centered=True, backend="apex")
+    with pytest.raises(ValueError, match=r"weight is torch\.float32 and x torch\.bfloat16; apex takes one dtype"):
+        rms_norm(X.bfloat16(), WEIGHT, 1e-3, backend="apex")
 
 
 @pytest.mark.parametrize("zero_centered", [False, True])
