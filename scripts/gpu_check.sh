@@ -16,7 +16,8 @@
 #   OUT     folder of the results        (default benchmarks/results/<GPU>)
 #   PYTHON  interpreter that has torch   (default python3)
 #
-# Exit code: the number of parts that failed. A part that runs out of its time is interrupted and fails with 124.
+# Exit code: the number of parts that failed. A part that runs out of its time fails with 124, or 137 if it had to be
+# killed.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
