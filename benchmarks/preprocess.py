@@ -95,11 +95,12 @@ def encode_share(tokenizer_path: str, path: Path, share: tuple[int, int], limit:
     """One process of the measures that only encode: everything ready, then wait for the others, then encode."""
     os.environ["RAYON_NUM_THREADS"] = "1"
     from k2_megatron.data import encoder as encoders
+    from k2_megatron.data import gigatoken_encoder
     from k2_megatron.data.preprocess import keep_freed_memory
     from k2_megatron.data.tokenizer import load_tokenizer
 
     keep_freed_memory()
-    encoders.LARGE_PROCESS_BYTES = 1 << 60  # the texts in memory are no reason to forget words
+    gigatoken_encoder.LARGE_PROCESS_BYTES = 1 << 60  # the texts in memory are no reason to forget words
     encoder = encoders.make_encoder(load_tokenizer(tokenizer_path))
     encode = encoder.reference if own else encoder.encode
     batches = batches_of(path, share, limit)

@@ -7,22 +7,15 @@ the tokenizer, and every worker compares it again on the first documents it sees
 
 from __future__ import annotations
 
-import ctypes
-import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import psutil
 
-from k2_megatron.data.texts import Texts
+from k2_megatron.data.gigatoken_encoder import FEW_BYTES, GigatokenEncode, gigatoken_settings, release_freed_memory
 from k2_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 
 ENCODERS = ("auto", "gigatoken", "tokenizers", "sentencepiece")
-LARGE_PROCESS_BYTES = 190 << 20  # of a worker that may take 300 MB: the table of words doubles when it is full
-IDS_BEFORE_FORGETTING = 4_000_000  # should the tokenizer alone be so large, words are not forgotten at every call
 Encode = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 PROBE = (
     "",
@@ -38,13 +31,6 @@ PROBE = (
 )
 
 
-def release_freed_memory() -> None:
-    """Have glibc give back what is free (preprocess.py has it keep that)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-    if trim is not None:
-        trim(0)
-
-
 @dataclass(frozen=True)
 class Encoder:
     """`encode(texts)` -> (ids [sum of lengths], lengths int64 [texts]); `name`, `reason`: which library and why."""
@@ -54,10 +40,14 @@ class Encoder:
     encode: Encode
     reference: Encode
     make_room: Callable[[], None] = release_freed_memory  # before something large is held in memory
+    bytes_at_once: int = FEW_BYTES  # of text that are best given to a call
 
 
-def make_encoder(tokenizer: HuggingFaceTokenizer | SentencePieceTokenizer, requested: str = "auto") -> Encoder:
-    """The fastest exact encoder for `tokenizer`, or the one asked for. ValueError where it cannot be had."""
+def make_encoder(
+    tokenizer: HuggingFaceTokenizer | SentencePieceTokenizer, requested: str = "auto", settings: str | None = None
+) -> Encoder:
+    """The fastest exact encoder for `tokenizer`, or the one asked for. ValueError where it cannot be had. `settings`:
+    gigatoken's, where they are at hand."""
     if isinstance(tokenizer, SentencePieceTokenizer):
         own, reference = "sentencepiece", _sentencepiece_encode(tokenizer)
     else:
@@ -67,15 +57,27 @@ def make_encoder(tokenizer: HuggingFaceTokenizer | SentencePieceTokenizer, reque
     if requested == own:
         return Encoder(own, "asked for", reference, reference)
     try:
-        fast = GigatokenEncode(tokenizer)
+        fast = GigatokenEncode(tokenizer, settings)
         problem = first_difference(fast, reference, (*PROBE, *_added_pieces(tokenizer)))
     except Exception as error:  # a Rust panic arrives as a bare exception type of its own
         problem = f"{type(error).__name__}: {error}".splitlines()[0]  # Rust's go on with where it is in its source
     if not problem:
-        return Encoder("gigatoken", f"gives the same ids as {own}", fast, reference, fast.forget)
+        return Encoder("gigatoken", f"gives the same ids as {own}", fast, reference, fast.forget, fast.bytes_at_once)
     if requested == "gigatoken":
         raise ValueError(f"--encoder gigatoken: it does not take {tokenizer.path} ({problem}); ask for auto or {own}")
     return Encoder(own, f"gigatoken does not take this tokenizer ({problem})", reference, reference)
+
+
+def settings_for_workers(
+    tokenizer: HuggingFaceTokenizer | SentencePieceTokenizer, requested: str = "auto"
+) -> str | None:
+    """gigatoken's settings, to be made once for all workers; None where make_encoder shall say what is wrong."""
+    if requested not in ("auto", "gigatoken"):
+        return None
+    try:
+        return gigatoken_settings(tokenizer)
+    except Exception:
+        return None
 
 
 def first_difference(one: Encode, other: Encode, texts: Sequence[str]) -> str:
@@ -101,65 +103,6 @@ def _added_pieces(tokenizer: HuggingFaceTokenizer | SentencePieceTokenizer) -> l
     else:
         pieces = [str(token.content) for token in tokenizer.backend.get_added_tokens_decoder().values()]
     return [f"before{piece}after {piece} {piece}{piece}" for piece in pieces]
-
-
-class GigatokenEncode:
-    """gigatoken, which keeps every word that it has met: on varied text without end. Made anew where the process has
-    grown too large; the ids are the same."""
-
-    def __init__(self, tokenizer: HuggingFaceTokenizer | SentencePieceTokenizer):
-        if isinstance(tokenizer, SentencePieceTokenizer):
-            from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
-
-            settings = json.loads(sentencepiece_to_tokenizer_json(tokenizer.path.read_bytes()))
-        else:
-            settings = json.loads(tokenizer.path.read_bytes())
-        if not tokenizer.special_pieces:  # gigatoken matches every added piece it knows of: tell it of no special one
-            settings["added_tokens"] = [t for t in settings.get("added_tokens") or [] if not t.get("special")]
-        self._settings = json.dumps(settings)
-        _import_awkward()
-        self.forget()
-
-    def forget(self) -> None:
-        """Start with no word known, and give back the memory of those that were."""
-        import gigatoken
-
-        self._backend: Any = None  # the old one's memory goes first
-        release_freed_memory()
-        self._backend = gigatoken.Tokenizer.from_json(self._settings)
-        self._ids_since = 0
-
-    def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        layout = self._backend.encode_batch(_as_strings(texts), parallel=False).layout
-        offsets = np.asarray(layout.offsets.data)
-        ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
-        self._ids_since += len(ids)
-        if self._ids_since > IDS_BEFORE_FORGETTING and psutil.Process().memory_info().rss > LARGE_PROCESS_BYTES:
-            self.forget()
-        return ids, np.diff(offsets)
-
-
-def _import_awkward() -> None:
-    """gigatoken's array type, without pyarrow, which it imports where it finds it: 27 MiB of every worker that only
-    parquet files need."""
-    if "pyarrow" in sys.modules:
-        return
-    sys.modules["pyarrow"] = None  # type: ignore[assignment]  # to an import: not installed
-    try:
-        import awkward  # noqa: F401
-    finally:
-        del sys.modules["pyarrow"]
-
-
-def _as_strings(texts: Sequence[str]):
-    """An awkward array of strings over the buffer of `Texts`, without a copy; a list of any other texts."""
-    if not isinstance(texts, Texts):
-        return list(texts)
-    import awkward  # gigatoken's own array type
-
-    characters = awkward.contents.NumpyArray(texts.content, parameters={"__array__": "char"})
-    offsets = awkward.index.Index64(texts.offsets)
-    return awkward.Array(awkward.contents.ListOffsetArray(offsets, characters, parameters={"__array__": "string"}))
 
 
 def _tokenizers_encode(tokenizer: HuggingFaceTokenizer) -> Encode:

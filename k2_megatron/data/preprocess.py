@@ -7,6 +7,7 @@ or parts, killed and started again or not.
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
+from k2_megatron.data.encoder import settings_for_workers
 from k2_megatron.data.manifest import manifest_path, read_manifest
 from k2_megatron.data.merge import merge, remove_leftovers
 from k2_megatron.data.shards import Job, Progress, ShardMaker, Unit, units_of
@@ -86,7 +88,7 @@ def preprocess(
             for unit in units:
                 maker.run(unit, counter)
         else:
-            _run_workers(job, units, min(workers, len(units)), counter, announce)
+            _run_workers(maker, units, min(workers, len(units)), counter, announce)
     if part[1] > 1 and not merge_only:
         return None
     return merge(job, maker.tokenizer, max_bad_fraction)
@@ -120,13 +122,18 @@ def _encoder_line(maker: ShardMaker) -> str:
 
 
 def _worker(job: Job, connection: Connection) -> None:
-    """A worker process: units in, first what encodes, then progress out, until None comes."""
+    """A worker process: gigatoken's settings and then units in, until None comes; out what encodes, then progress."""
     os.environ["RAYON_NUM_THREADS"] = "1"  # the encoders' own threads would fight the other workers for the cores
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     keep_freed_memory()
+    gc.disable()
     try:
         maker = ShardMaker(job)
+        maker.tokenizer  # noqa: B018  loaded while the parent makes the settings
+        maker.settings = connection.recv()
         connection.send(_encoder_line(maker))
+        gc.freeze()  # what is loaded stays: no collection need look at it
+        gc.enable()
         while (unit := connection.recv()) is not None:
             maker.run(unit, connection.send)
             connection.send(None)
@@ -164,8 +171,11 @@ class _Crew:
 
     def give(self, connection: Connection, unit: Unit | None) -> None:
         self.doing[connection] = unit
+        self.send(connection, unit)
+
+    def send(self, connection: Connection, message: Unit | str | None) -> None:
         try:
-            connection.send(unit)
+            connection.send(message)
         except (BrokenPipeError, ConnectionResetError):
             raise self.death(connection) from None
 
@@ -200,14 +210,20 @@ class _Crew:
                 process.kill()
 
 
-def _run_workers(job: Job, units: list[Unit], workers: int, counter: Counter, announce: Callable[[str], None]) -> None:
-    crew = _Crew(job, workers)
+def _run_workers(
+    maker: ShardMaker, units: list[Unit], workers: int, counter: Counter, announce: Callable[[str], None]
+) -> None:
+    crew = _Crew(maker.job, workers)
     waiting = list(reversed(units))
     left = len(units)
     encoders: set[str] = set()  # that were announced; the parent needs none, and saves the time to load one
     try:
+        settings = settings_for_workers(maker.tokenizer, maker.job.encoder)  # while they start
         for connection in crew.connections:
-            crew.give(connection, waiting.pop())
+            crew.doing[connection] = waiting.pop()
+            crew.send(connection, settings)
+        for connection, unit in crew.doing.items():
+            crew.send(connection, unit)
         while left:
             for ready in wait(list(crew.connections), timeout=WAIT_SECONDS):
                 connection = cast(Connection, ready)

@@ -119,14 +119,16 @@ def pieces(
     first_shard: int,
     last_shard: int | None,
     make_room: Callable[[], None] = lambda: None,
+    piece_bytes: int = 0,
 ) -> Iterator[Piece]:
     """The pieces of shards first_shard..last_shard (None: to the end) of one source, in order. `make_room` is called
-    before a long document is held in memory.
+    before a long document is held in memory. Lines come in pieces of `piece_bytes` (0:
+    `PIECE_BYTES`).
 
     ValueError where the file cannot be read to its end: cut short, damaged, or of another kind than its name says.
     """
     try:
-        yield from _pieces(source, keys, shard_bytes, first_shard, last_shard, make_room)
+        yield from _pieces(source, keys, shard_bytes, first_shard, last_shard, make_room, piece_bytes)
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:  # arrow's are ValueErrors
         if str(error).startswith(source.path):
             raise
@@ -143,9 +145,10 @@ def _pieces(
     first_shard: int,
     last_shard: int | None,
     make_room: Callable[[], None],
+    piece_bytes: int,
 ):
     if source.kind == "jsonl":
-        return _line_pieces(source, keys, shard_bytes, first_shard, last_shard, make_room)
+        return _line_pieces(source, keys, shard_bytes, first_shard, last_shard, make_room, piece_bytes)
     assert last_shard is None, f"{source.path} cannot be entered in the middle"
     if source.kind == "parquet":
         from k2_megatron.data.parquet_rows import parquet_pieces  # brings pyarrow
@@ -155,11 +158,18 @@ def _pieces(
 
 
 class LineReader:
-    """Whole lines of a stream in blocks of about `PIECE_BYTES`; `position` is the offset of the next line."""
+    """Whole lines of a stream in blocks of about `piece_bytes`; `position` is the offset of the next line."""
 
-    def __init__(self, file: IO[bytes], position: int, make_room: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        file: IO[bytes],
+        position: int,
+        make_room: Callable[[], None] = lambda: None,
+        piece_bytes: int = 0,
+    ):
         """`make_room` is called before a long line is held in memory."""
         self.file, self.position, self._make_room = file, position, make_room
+        self._piece_bytes = piece_bytes or PIECE_BYTES
         if position:  # the line that `position` cuts belongs to the shard before
             self._skip_to(position - 1)
             self.position += self._drop_line() - 1
@@ -188,7 +198,7 @@ class LineReader:
 
         (b"", False) where no more lines begin before `limit`.
         """
-        block = self.file.read(max(0, min(PIECE_BYTES, limit - self.position)))
+        block = self.file.read(max(0, min(self._piece_bytes, limit - self.position)))
         self.position += len(block)
         if not block or block.endswith(b"\n"):
             return block, False
@@ -212,10 +222,16 @@ class LineReader:
 
 
 def _line_pieces(
-    source: Source, keys, shard_bytes: int, first_shard: int, last_shard: int | None, make_room: Callable[[], None]
+    source: Source,
+    keys: Sequence[str],
+    shard_bytes: int,
+    first_shard: int,
+    last_shard: int | None,
+    make_room: Callable[[], None],
+    piece_bytes: int,
 ) -> Iterator[Piece]:
     with open(source.path, "rb") as raw:
-        reader = LineReader(decompressed(source, raw), first_shard * shard_bytes, make_room)
+        reader = LineReader(decompressed(source, raw), first_shard * shard_bytes, make_room, piece_bytes)
         shard = first_shard
         while last_shard is None or shard <= last_shard:
             block, dropped = reader.read_block((shard + 1) * shard_bytes)

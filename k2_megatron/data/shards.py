@@ -24,7 +24,7 @@ from k2_megatron.data.long_texts import Slicer, apart
 from k2_megatron.data.readers import Source, pieces
 from k2_megatron.data.store import TokenWriter, read_sealed, write_sealed
 from k2_megatron.data.texts import Texts, beginnings
-from k2_megatron.data.tokenizer import load_tokenizer
+from k2_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
 
 COMPARED_CHARACTERS = 1 << 16  # what each worker encodes twice, to trust the fast encoder
 
@@ -122,20 +122,28 @@ def _facts(source: Source) -> dict[str, Any]:
 
 
 class ShardMaker:
-    """A worker's state: the tokenizer, its encoder, and what is known of them."""
+    """A worker's state: the tokenizer, its encoder, and what is known of them; each is made when it is first needed."""
 
     def __init__(self, job: Job):
         self.job = job
-        self.tokenizer = load_tokenizer(
-            job.tokenizer_path, end_of_document=job.end_of_document_piece, special_pieces=job.special_pieces
-        )
-        self.fingerprint = job.fingerprint(self.tokenizer.fingerprint)
+        self.settings: str | None = None  # gigatoken's for the tokenizer, where another process has made them
         self._compared = False
 
     @cached_property
+    def tokenizer(self) -> HuggingFaceTokenizer | SentencePieceTokenizer:
+        return load_tokenizer(
+            self.job.tokenizer_path,
+            end_of_document=self.job.end_of_document_piece,
+            special_pieces=self.job.special_pieces,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        return self.job.fingerprint(self.tokenizer.fingerprint)
+
+    @cached_property
     def encoder(self) -> Encoder:
-        """Made when it is first needed: a merge needs none."""
-        return make_encoder(self.tokenizer, self.job.encoder)
+        return make_encoder(self.tokenizer, self.job.encoder, self.settings)
 
     def run(self, unit: Unit, report: Callable[[Progress], None]) -> None:
         """Make what is missing of a unit's shards; `report` is called for every piece."""
@@ -150,8 +158,8 @@ class ShardMaker:
                 return
             shard += 1
         open_shard = _OpenShard(self, unit.source, shard)
-        room = self.encoder.make_room
-        for piece in pieces(source, self.job.keys, self.job.shard_bytes, shard, unit.last_shard, make_room=room):
+        wanted = (source, self.job.keys, self.job.shard_bytes, shard, unit.last_shard)
+        for piece in pieces(*wanted, self.encoder.make_room, self.encoder.bytes_at_once):
             while open_shard.number < piece.shard:
                 open_shard.close(last=False)
                 open_shard = _OpenShard(self, unit.source, open_shard.number + 1)

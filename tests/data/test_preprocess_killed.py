@@ -52,8 +52,7 @@ def _kill_at(number: int | None) -> list[str]:
 
 def _kill_and_go_on(text: Path, tokenizer: str, scratch: Path) -> tuple[int, list[str]]:
     """(how many instants there are, what was wrong after a kill at which)."""
-    import awkward  # noqa: F401  what the encoder imports, once for all forks
-    import gigatoken  # noqa: F401
+    import gigatoken  # noqa: F401  what the encoder imports, once for all forks
 
     from k2_megatron.data import shards
     from k2_megatron.data.preprocess import preprocess

@@ -11,6 +11,7 @@ from token_corpora import TOY
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from k2_megatron.data import encoder as encoders
+from k2_megatron.data import gigatoken_encoder
 from k2_megatron.data.encoder import PROBE, first_difference, make_encoder
 from k2_megatron.data.readers import documents, find_sources
 from k2_megatron.data.tokenizer import load_tokenizer
@@ -68,8 +69,8 @@ def test_gigatoken_is_exact_for_both_llama_like_kinds(sentencepiece_model, huggi
 
 
 def test_an_encoder_that_forgets_gives_the_same_ids(toy_tokenizer, speeches, monkeypatch):
-    monkeypatch.setattr(encoders, "LARGE_PROCESS_BYTES", 0)
-    monkeypatch.setattr(encoders, "IDS_BEFORE_FORGETTING", 1000)
+    monkeypatch.setattr(gigatoken_encoder, "LARGE_PROCESS_BYTES", 0)
+    monkeypatch.setattr(gigatoken_encoder, "IDS_BEFORE_FORGETTING", 1000)
     encode = encoders.GigatokenEncode(load_tokenizer(toy_tokenizer))
     made = [encode._backend]
     reference = make_encoder(load_tokenizer(toy_tokenizer), "tokenizers").encode
@@ -102,7 +103,7 @@ def test_falls_back_and_says_why(tmp_path, speeches):
 
 
 def test_an_encoder_that_differs_is_not_used(toy_tokenizer, monkeypatch):
-    def off_by_one(tokenizer):
+    def off_by_one(tokenizer, settings):
         exact = encoders._tokenizers_encode(tokenizer)
 
         def encode(texts):
