@@ -1,24 +1,30 @@
 """Long documents to ids in slices, so that memory does not grow with a document: only where the ids are the same.
 
-In: an encoder and a text. Out: ids, slice after slice. A text may be cut at a single space or newline between other
-characters where no piece of the vocabulary holds the character before it and it (then no merge reaches over the cut:
-each merge's result is a piece) and where, at this very cut, the text around it gives the same ids in two parts as in
-one. A text without such places is encoded whole.
+In: an encoder, its tokenizer and a text. Out: ids, slice after slice. A text may be cut where no piece of the
+vocabulary stands in it across the cut (then no merge reaches over it: each merge's result is a piece) and where, at
+this very cut, the text around it gives the same ids in two parts as in one. Looked for are single spaces and newlines
+between other characters, then other places. What a pre-tokenizer splits at decides over more than the text around, so
+that with one those are only places between two letters without case (Chinese, Japanese, Thai): any that keeps runs of
+letters together goes on with such a run as it would begin it. A text without such places is encoded whole.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
 from k2_megatron.data.texts import Texts
+from k2_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 
 LONG_TEXT_BYTES = 2 << 20  # longer ones are sliced
 SLICE_BYTES = 1 << 20
 WINDOW_BYTES = 1 << 10  # on either side of a cut that are encoded twice
+TRIED_PLACES = 20  # of a kind, for one cut, before it is looked for a slice later
 Encode = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 
 
@@ -32,43 +38,22 @@ class Cut:
 
 
 CUTS = (Cut(1, 0), Cut(0, 0), Cut(0, 1))
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Places of one kind: which, how vocabularies write them, and a text to try them on."""
-
-    pattern: re.Pattern[bytes]
-    marks: str
-    probe: tuple[bytes, bytes]
-
-
-PLACES = (
-    _Place(re.compile(rb"(?<=[^\s]) (?=[^\s])"), " ▁Ġ", (b"the union", b" is")),
-    _Place(re.compile(rb"(?<=[^\s])\n(?=[^\s])"), "\nĊ", (b"the union", b"\nis")),
-)
+SPACES = (re.compile(rb"(?<=[^\s]) (?=[^\s])"), re.compile(rb"(?<=[^\s])\n(?=[^\s])"))
+BETWEEN = re.compile(rb"(?<=[^\s])(?=[^\s\x80-\xBF])")  # two characters: all but the first byte of one are \x80-\xBF
 
 
 class Slicer:
     """Where an encoder's texts may be cut."""
 
-    def __init__(self, encode: Encode, pieces: Iterable[str]):
+    def __init__(self, encode: Encode, tokenizer: HuggingFaceTokenizer | SentencePieceTokenizer):
         self._encode = encode
-        pieces = list(pieces)
-        self._ways: list[tuple[_Place, Cut, frozenset[str]]] = []
-        for place in PLACES:
-            cuts = [cut for cut in CUTS if self._same(b"".join(place.probe), len(place.probe[0]), cut)]
-            behind = re.compile(f"(.)[{place.marks}]", re.DOTALL)
-            joined = frozenset(character for piece in pieces for character in behind.findall(piece))
-            self._ways += [(place, cut, joined) for cut in cuts[:1]]
+        self._piece_at = tokenizer.piece_at
+        self._pieces = frozenset(tokenizer.pieces())
+        self._longest = max(map(len, self._pieces))
+        self._caseless_only = tokenizer.splits_words
 
-    def _ids(self, text: bytes | np.ndarray) -> np.ndarray:
-        content = np.frombuffer(text, dtype=np.uint8) if isinstance(text, bytes) else text
-        return self._encode(Texts(content, np.array([0, len(content)], dtype=np.int64)))[0]
-
-    def _same(self, text: bytes, place: int, cut: Cut) -> bool:
-        parts = [self._ids(text[:place]), self._ids(text[place + cut.skip :])[cut.drop :]]
-        return np.array_equal(self._ids(text), np.concatenate(parts))
+    def _ids(self, text: np.ndarray) -> np.ndarray:
+        return self._encode(Texts(text, np.array([0, len(text)], dtype=np.int64)))[0]
 
     def encode(self, text: np.ndarray) -> Iterator[np.ndarray]:
         """The ids of a text (its UTF-8 as uint8 [bytes]), in one or more arrays."""
@@ -85,23 +70,61 @@ class Slicer:
     def _find(self, text: np.ndarray, at_least: int) -> tuple[int, Cut] | None:
         """The first place from `at_least` on where a cut changes no id."""
         for first in range(at_least, len(text) - WINDOW_BYTES, SLICE_BYTES):
-            for place, cut, joined in self._ways:
-                for match in place.pattern.finditer(text[first : first + SLICE_BYTES + 2].data):
-                    if self._is_exact(text, first + match.start(), cut, joined):
-                        return first + match.start(), cut
+            for pattern in (*SPACES, BETWEEN):
+                matches = pattern.finditer(text[first : first + SLICE_BYTES + 2].data)
+                places = (first + match.start() for match in matches)
+                if pattern is BETWEEN:
+                    places = (place for place in islice(places, 20 * TRIED_PLACES) if self._may_part(text, place))
+                for place in islice(places, TRIED_PLACES):
+                    cut = self._cut_at(text, place, CUTS[1:] if pattern is BETWEEN else CUTS)
+                    if cut is not None:
+                        return place, cut
         return None
 
-    def _is_exact(self, text: np.ndarray, place: int, cut: Cut, joined: frozenset[str]) -> bool:
-        begin = _character_at(text, max(0, place - WINDOW_BYTES))
-        end = _character_at(text, min(len(text), place + WINDOW_BYTES))
-        character = text[_character_at(text, place - 1) : place].tobytes().decode("utf-8")
-        if character in joined or (not character.isascii() and not joined.isdisjoint(BYTE_MARKS)):
+    def _may_part(self, text: np.ndarray, place: int) -> bool:
+        """Whether trying a place between two characters is worth the time: by the text as it is written, which a
+        normalizer may change."""
+        begin, end = _window(text, place)
+        before, behind = text[begin:place].tobytes().decode("utf-8"), text[place:end].tobytes().decode("utf-8")
+        if self._caseless_only and not unicodedata.category(before[-1]) == unicodedata.category(behind[0]) == "Lo":
             return False
-        return self._same(text[begin:end].tobytes(), place - begin, cut)
+        return not self._reached_over(before, behind)
+
+    def _cut_at(self, text: np.ndarray, place: int, cuts: Sequence[Cut]) -> Cut | None:
+        """How to go on behind a cut at `place` where it changes no id."""
+        begin, end = _window(text, place)
+        parts = [(begin, end), (begin, place), (place, end), (min(place + 1, end), end)]
+        offsets = np.cumsum([0, *(last - first for first, last in parts)], dtype=np.int64)
+        ids, lengths = self._encode(Texts(np.concatenate([text[first:last] for first, last in parts]), offsets))
+        whole, left, *rights = np.split(ids, np.cumsum(lengths)[:-1])
+        for cut in cuts:
+            right = rights[cut.skip]
+            if not np.array_equal(whole, np.concatenate([left, right[cut.drop :]])):
+                continue
+            before, dropped, behind = map(self._written, (left, right[: cut.drop], right[cut.drop :]))
+            if (begin and len(before) < self._longest) or len(behind) < self._longest:
+                continue  # a piece may reach out of what is looked at
+            if not self._reached_over(before, behind) and not self._reached_over(dropped, behind):
+                return cut
+        return None
+
+    def _written(self, ids: np.ndarray) -> str:
+        """The text of ids as the vocabulary writes it."""
+        return "".join(map(self._piece_at, ids.tolist()))
+
+    def _reached_over(self, before: str, behind: str) -> bool:
+        """Whether a piece of the vocabulary stands in the text across the place between `before` and `behind`."""
+        for count in range(1, min(self._longest, len(before) + 1)):
+            start = before[-count:]
+            for more in range(1, min(self._longest - count, len(behind)) + 1):
+                if start + behind[:more] in self._pieces:
+                    return True
+        return False
 
 
-# How byte-level vocabularies write the bytes that characters beyond ASCII end with (0x80 to 0xBF).
-BYTE_MARKS = frozenset(map(chr, [*range(0xA1, 0xAD), *range(0xAE, 0xC0), *range(0x122, 0x144)]))
+def _window(text: np.ndarray, place: int) -> tuple[int, int]:
+    begin = _character_at(text, max(0, place - WINDOW_BYTES))
+    return begin, _character_at(text, min(len(text), place + WINDOW_BYTES))
 
 
 def _character_at(text: np.ndarray, place: int) -> int:

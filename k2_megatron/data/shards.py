@@ -183,7 +183,7 @@ class ShardMaker:
     @cached_property
     def slicer(self) -> Slicer:
         """Made when the first long text comes: it looks through the whole vocabulary."""
-        return Slicer(self.encoder.encode, self.tokenizer.pieces())
+        return Slicer(self.encoder.encode, self.tokenizer)
 
     def _compare(self, texts: Sequence[str], where: str) -> None:
         """ValueError where the fast encoder gives the first texts that this worker sees other ids than the tokenizer's

@@ -66,6 +66,16 @@ class HuggingFaceTokenizer:
     def pieces(self) -> Iterable[str]:
         return self.backend.get_vocab(with_added_tokens=True)
 
+    def piece_at(self, token: int) -> str:
+        piece = self.backend.id_to_token(token)
+        assert piece is not None, f"{self.path} has no piece {token}, which it gave itself"
+        return piece
+
+    @property
+    def splits_words(self) -> bool:
+        """Whether text is split before the pieces of each part are looked for."""
+        return self.backend.pre_tokenizer is not None
+
 
 class SentencePieceTokenizer:
     """A sentencepiece `.model`."""
@@ -101,6 +111,11 @@ class SentencePieceTokenizer:
 
     def pieces(self) -> Iterable[str]:
         return map(self.backend.id_to_piece, range(self.vocab_size))
+
+    def piece_at(self, token: int) -> str:
+        return self.backend.id_to_piece(token)
+
+    splits_words = False
 
 
 def load_tokenizer(

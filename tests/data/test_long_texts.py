@@ -11,6 +11,7 @@ from k2_megatron.data.encoder import make_encoder
 from k2_megatron.data.long_texts import Slicer, apart
 from k2_megatron.data.texts import Texts
 from k2_megatron.data.tokenizer import load_tokenizer
+from k2_megatron.data.training import train_byte_level_bpe
 
 WORDS = [
     "union",
@@ -31,6 +32,36 @@ WORDS = [
     "ſ",
 ]
 
+# The first article of the Universal Declaration of Human Rights in scripts that put no space between words, and more.
+UNSPACED = [
+    "人人生而自由,在尊严和权利上一律平等。他们赋有理性和良心,并应以兄弟关系的精神相对待。",
+    "すべての人間は、生まれながらにして自由であり、かつ、尊厳と権利とについて平等である。",
+    "มนุษย์ทั้งหลายเกิดมามีอิสระและเสมอภาคกันในเกียรติศักดิ์และสิทธิ",
+    "🙂👍🏽👩‍🚀🇫🇷ﬁ½x=1;don'te\u0301",
+]
+
+
+@pytest.fixture(scope="module")
+def unspaced_sentencepiece(tmp_path_factory):
+    """LLaMA-like, with pieces of several Chinese, Japanese and Thai letters."""
+    from sentencepiece import SentencePieceTrainer
+
+    prefix = tmp_path_factory.mktemp("unspaced") / "model"
+    settings = {"model_type": "bpe", "vocab_size": 600, "byte_fallback": True, "hard_vocab_limit": False}
+    settings |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "minloglevel": 2}
+    texts = [text[start:] for text in UNSPACED[:3] for start in range(0, len(text) - 8, 2)]
+    SentencePieceTrainer.train(sentence_iterator=iter(texts), model_prefix=str(prefix), **settings)
+    return f"{prefix}.model"
+
+
+@pytest.fixture(scope="module")
+def unspaced_byte_level(tmp_path_factory):
+    path = tmp_path_factory.mktemp("unspaced") / "tokenizer.json"
+    train_byte_level_bpe([text[start:] for text in UNSPACED for start in range(0, len(text), 3)], 500, ["</s>"]).save(
+        str(path)
+    )
+    return str(path)
+
 
 @pytest.fixture(params=["toy_tokenizer", "sentencepiece_model", "hugging_face_twin"])
 def tokenizer(request):
@@ -50,7 +81,7 @@ def utf8(text: str) -> np.ndarray:
 
 def slices(tokenizer, text: str) -> tuple[list[list[int]], list[int]]:
     encode = make_encoder(tokenizer).encode
-    found = [ids.tolist() for ids in Slicer(encode, tokenizer.pieces()).encode(utf8(text))]
+    found = [ids.tolist() for ids in Slicer(encode, tokenizer).encode(utf8(text))]
     return found, encode([text])[0].tolist()
 
 
@@ -63,7 +94,18 @@ def test_slices_have_the_ids_of_the_whole(tokenizer, seed):
     assert len(found) > 5
 
 
-@pytest.mark.parametrize("text", ["日本語" * 300, "a" * 1000, " " * 1000, "\n" * 1000, "a  \n\n" * 300])
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("kind", ["toy_tokenizer", "unspaced_sentencepiece", "unspaced_byte_level"])
+def test_text_without_spaces_is_sliced_with_the_ids_of_the_whole(request, kind, seed):
+    draw = random.Random(seed)
+    lines = [text[draw.randrange(len(text)) :] for text in draw.choices(UNSPACED, k=100)]
+    tokenizer = load_tokenizer(request.getfixturevalue(kind))
+    found, whole = slices(tokenizer, "".join(lines))
+    assert [token for part in found for token in part] == whole
+    assert len(found) > 2
+
+
+@pytest.mark.parametrize("text", ["a" * 1000, " " * 1000, "\n" * 1000, "a  \n\n" * 300])
 def test_a_text_without_a_place_to_cut_is_encoded_whole(tokenizer, text):
     found, whole = slices(tokenizer, text)
     assert found == [whole]
@@ -78,7 +120,7 @@ def test_no_cut_where_a_piece_of_the_vocabulary_reaches_over_it(tmp_path):
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
     encode = make_encoder(tokenizer, "tokenizers").encode
     text = ("a" * 301 + " ") * 20
-    found = [token for ids in Slicer(encode, tokenizer.pieces()).encode(utf8(text)) for token in ids.tolist()]
+    found = [token for ids in Slicer(encode, tokenizer).encode(utf8(text)) for token in ids.tolist()]
     assert found == encode([text])[0].tolist() == ([2] * 150 + [3]) * 20
 
 
