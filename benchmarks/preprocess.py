@@ -8,7 +8,8 @@ cache sees the same document twice). --varied takes text that nobody repeated: e
 many languages, licences, pages) below the folders named, by default Python's own and /usr/share's, each content once,
 in a fixed shuffled order. With --varied or --text and no --tokenizer one of 32,000 pieces is trained on a part of the
 text: byte-level, or with --sentencepiece as LLaMA's is (BPE with byte fallback).
-All measures read the same .jsonl file with the same number of processes or threads, in turn, fresh processes each time:
+All measures read the same .jsonl file with the same number of processes or threads, in turn, fresh processes each time
+(ours and encode_files change places from round to round):
 
     ours          tools/preprocess_data.py: read, parse, encode, append the end, hash, write
     encode_files  gigatoken's own file reader, one process of as many threads: read, parse, encode into memory; nothing
@@ -206,8 +207,12 @@ def measure(tokenizer: str, path: Path, workers: int, rounds: int) -> None:
     for number in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
             start = start_of_ours(tokenizer, workers, Path(folder))
+        if number % 2:  # the first of a round finds pages that the system has not handed out before
+            files = encode_files(tokenizer, path, workers)
         whole = ours(tokenizer, path, workers, shard)
-        inside, files = whole.without(start), encode_files(tokenizer, path, workers)
+        if not number % 2:
+            files = encode_files(tokenizer, path, workers)
+        inside = whole.without(start)
         alone = encoder_only(tokenizer, path, workers, size)
         own = encoder_only(tokenizer, path, workers, min(size, SLICE_FOR_OWN_LIBRARY), own=True)
         by_cpu = [inside.by_cpu / other.by_cpu for other in (files, alone, own)]

@@ -124,6 +124,7 @@ def _encoder_line(maker: ShardMaker) -> str:
 def _worker(job: Job, connection: Connection) -> None:
     """A worker process: gigatoken's settings and then units in, until None comes; out what encodes, then progress."""
     os.environ["RAYON_NUM_THREADS"] = "1"  # the encoders' own threads would fight the other workers for the cores
+    os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # its own allocators copy a long row where it grows
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     keep_freed_memory()
     gc.disable()

@@ -1,4 +1,5 @@
-"""A worker stays below 300 MB: endless new words, and a document of many times a piece's size among others."""
+"""A worker stays below 300 MB: endless new words, and among others documents of many times a piece's size, one of them
+without a space."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from token_corpora import ROOT
 BOUND_BYTES = 300_000_000
 NEW_WORDS = 3_000_000  # the encoder keeps each one that it has met
 LONG_DOCUMENT_BYTES = 24_000_000
+UNSPACED_LETTERS = 4_000_000  # of three bytes
 
 # What a worker does to one unit, in a process of its own; VmHWM is the most it ever had resident.
 WORKER = """
@@ -45,6 +47,9 @@ def test_a_worker_stays_below_its_bound(tmp_path, toy_tokenizer, tool_environmen
             file.write(json.dumps({"text": text[start : start + 90_000]}) + "\n")
             if start == 13_500_000:
                 file.write(json.dumps({"text": text[:LONG_DOCUMENT_BYTES]}) + "\n")
+                letters = np.random.default_rng(1).integers(0x4E00, 0x9FA6, UNSPACED_LETTERS, dtype=np.uint32)
+                unspaced = letters.tobytes().decode("utf-32-le")
+                file.write(json.dumps({"text": unspaced}, ensure_ascii=False) + "\n")
     command = [sys.executable, "-c", WORKER, str(tmp_path / "in.jsonl"), toy_tokenizer, str(tmp_path / "x")]
     done = subprocess.run(command, cwd=ROOT, env=tool_environment, capture_output=True, text=True, check=True)
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]) << 10
