@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -66,6 +68,15 @@ def test_gigatoken_is_exact_for_both_llama_like_kinds(sentencepiece_model, huggi
         assert first_difference(encoder.encode, encoder.reference, [*speeches, LITERALS]) == ""
         ids.append(encoder.encode([*speeches, LITERALS])[0])
     assert np.array_equal(*ids)
+
+
+@pytest.mark.parametrize(("kind", "mebibytes"), [("toy_tokenizer", 2), ("sentencepiece_model", 8)])
+def test_gigatoken_needs_no_awkward_and_gets_much_text_where_it_keeps_no_words(request, monkeypatch, kind, mebibytes):
+    other = ModuleType("awkward")
+    monkeypatch.setitem(sys.modules, "awkward", other)
+    encoder = make_encoder(load_tokenizer(request.getfixturevalue(kind)))
+    assert (encoder.name, encoder.bytes_at_once) == ("gigatoken", mebibytes << 20)
+    assert sys.modules["awkward"] is other
 
 
 def test_an_encoder_that_forgets_gives_the_same_ids(toy_tokenizer, speeches, monkeypatch):
