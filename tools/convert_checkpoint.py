@@ -200,7 +200,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    from k2_megatron.convert.work import keep_memory_of_blocks
+    from k2_megatron.convert.workers import keep_memory_of_blocks
 
     keep_memory_of_blocks()
     sys.exit(main())

@@ -11,7 +11,8 @@ from k2_megatron.convert.numbers import BITS, change_dtype
 from k2_megatron.convert.source import Kind
 from k2_megatron.convert.to_torch_dist import TorchDistJob, blocks
 from k2_megatron.convert.torch_dist import TorchDistSource
-from k2_megatron.convert.work import Unit, resident_bytes
+from k2_megatron.convert.work import Unit
+from k2_megatron.convert.workers import resident_bytes
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from k2_megatron.convert.to_hugging_face import HuggingFaceJob, tied_rows_equal
 from k2_megatron.convert.torch_dist import TorchDistSource, checkpoint_folder, read_manifest
 from k2_megatron.convert.transformers_model import TransformersModel
 from k2_megatron.convert.work import require_space, run_units
+from k2_megatron.convert.workers import Workers
 from k2_megatron.runtime.durable import sync, write_file
 from k2_megatron.train.checkpoint_manifest import hash_file
 
@@ -95,7 +96,8 @@ def _write_shards(options: ExportOptions, job: HuggingFaceJob, manifest: dict) -
     plan = {"source": str(job.source.folder.resolve()), "weights": manifest["weights"], "kind": job.kind,
             "dtype": job.dtype, "shape": job.shape.__dict__, "tied": job.tied,
             "shard_bytes": options.shard_bytes}  # fmt: skip
-    results, totals = run_units(job, units, plan, options.workers)
+    with Workers(options.workers) as workers:
+        results, totals = run_units(job, units, plan, workers)
     print(totals.text())
     found = as_text(sum(result["fingerprint"] for result in results))
     if found != manifest["weights"]:

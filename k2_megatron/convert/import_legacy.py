@@ -1,18 +1,16 @@
 """from-k2-legacy: an iteration of the old K2 training code becomes a checkpoint that goes on, Adam state included."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from k2_megatron.config import Config
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.estimate import CHECK_ADAM, Phase, announce, proof_phase
 from k2_megatron.convert.import_model import ImportOptions, training_config
 from k2_megatron.convert.journal import sole_writer
+from k2_megatron.convert.legacy_check import LegacyCheck
 from k2_megatron.convert.legacy_k2 import LegacyK2Source
 from k2_megatron.convert.legacy_model import LegacyModel
 from k2_megatron.convert.logits import Bound, prove
-from k2_megatron.convert.names import places
 from k2_megatron.convert.record import versions
 from k2_megatron.convert.to_torch_dist import TorchDistJob, empty_extra_state
 from k2_megatron.convert.training_side import (
@@ -24,29 +22,8 @@ from k2_megatron.convert.training_side import (
     write_checkpoint,
     writing_phases,
 )
-from k2_megatron.convert.work import Unit, resident_bytes, run_checks
-
-
-@dataclass(frozen=True)
-class LegacyCheck:
-    """Requires that replicated weights agree between ranks, and that Adam's numbers mean the names given to them."""
-
-    source: LegacyK2Source
-
-    def units(self) -> list[Unit]:
-        ranks = [(tensor, stage) for tensor in range(self.source.tensor_parallel)
-                 for stage in range(self.source.pipeline_parallel)]  # fmt: skip
-        size = self.source.read_bytes_total(tuple(self.source.dtypes)) // len(ranks)
-        return [Unit(f"mp_rank_{tensor:02d}_{stage:03d}", (tensor, stage), size) for tensor, stage in ranks]
-
-    def run(self, unit: Unit) -> dict[str, Any]:
-        if "main" in self.source.dtypes:
-            self.source.check_optimizer(*unit.content)
-        if unit.content == (0, 0):
-            for place in places(self.source.shape):
-                if place.entry.cut == "whole":
-                    self.source.check_replicas(place)
-        return {"resident_bytes": resident_bytes()}
+from k2_megatron.convert.work import run_checks
+from k2_megatron.convert.workers import Workers
 
 
 def import_legacy(options: ImportOptions, *, optimizer: bool) -> Path:
@@ -88,8 +65,6 @@ def _phases(options: ImportOptions, job: TorchDistJob) -> list[Phase]:
 
 def _write_proved(options: ImportOptions, job: TorchDistJob, source: LegacyK2Source, config: Config) -> Path:
     step = source.iteration
-    check = LegacyCheck(source)
-    run_checks(check, check.units(), options.workers)
     consumed = getattr(source.arguments, "consumed_train_samples", None)
     if options.config is not None and consumed not in (None, config.consumed_samples_at(step)):
         print(
@@ -110,9 +85,11 @@ def _write_proved(options: ImportOptions, job: TorchDistJob, source: LegacyK2Sou
     }
     plan = {"source": files_as_they_are(options.load, source.files), "iteration": step, "kinds": sorted(source.dtypes),
             "precision": job.precision, "tensor": options.tensor, "pipeline": options.pipeline}  # fmt: skip
-    product = write_checkpoint(job, config, beginning, plan, options.workers)
-    print(product.totals.text())
-    written = seal(product, job, options.workers)
+    check = LegacyCheck(source)
+    with Workers(options.workers) as workers:
+        run_checks(check, check.units(), workers, "check the ranks")
+        product = write_checkpoint(job, config, beginning, plan, workers)
+        written = seal(product, job, workers)
     if options.proof:
         equal = job.source_kind("weights") == "weights" and not product.rounding.values
         bound = Bound.for_weights(equal=equal)

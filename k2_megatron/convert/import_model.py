@@ -25,6 +25,7 @@ from k2_megatron.convert.training_side import (
     writing_phases,
 )
 from k2_megatron.convert.transformers_model import TransformersModel
+from k2_megatron.convert.workers import Workers
 from k2_megatron.runtime.durable import write_file
 
 
@@ -92,10 +93,10 @@ def _write_proved(
     files = {tensor.file for tensor in source.tensors.values()} | {"config.json"}
     plan = {"source": files_as_they_are(options.load, files), "precision": job.precision,
             "vocabulary": facts.shape.vocab_size, "tensor": options.tensor, "pipeline": options.pipeline}  # fmt: skip
-    product = write_checkpoint(job, config, beginning, plan, options.workers)
-    print(product.totals.text())
-    _tell_rounding(product, source)
-    written = seal(product, job, options.workers)
+    with Workers(options.workers) as workers:
+        product = write_checkpoint(job, config, beginning, plan, workers)
+        _tell_rounding(product, source)
+        written = seal(product, job, workers)
     if options.proof:
         bound = Bound.for_weights(equal=not product.rounding.values)
         product.record_proof(prove(TransformersModel(options.load), written, facts, bound))

@@ -18,7 +18,7 @@ from k2_megatron.convert.names import EMBEDDING, OUTPUT, TABLE, Entry, Place
 from k2_megatron.convert.numbers import to_float32
 from k2_megatron.convert.source import Kind
 from k2_megatron.convert.torch_dist import TorchDistSource
-from k2_megatron.convert.work import process_pool, resident_bytes
+from k2_megatron.convert.workers import process_pool, resident_bytes
 
 if TYPE_CHECKING:
     import torch

@@ -22,7 +22,8 @@ from k2_megatron.convert.training_side import (
     write_checkpoint,
     writing_phases,
 )
-from k2_megatron.convert.verify import verify_phases, verify_training
+from k2_megatron.convert.verify import training_problems, verify_phases
+from k2_megatron.convert.workers import Workers
 
 _KEPT_OUT = ("files", "weights", "precision", "config", "format")
 
@@ -45,13 +46,14 @@ def reshard(load: Path, save: Path, tensor: int, pipeline: int, workers: int) ->
     announce([*verify_phases(manifest, workers), *writing_phases(job, workers)], folder, save)
     with sole_writer(job.folder):
         require_new(save, manifest["step"])  # again: another may have finished before the lock was ours
-        return _reshard(manifest, save, job, source, workers)
+        with Workers(workers) as processes:
+            return _reshard(manifest, save, job, source, processes)
 
 
-def _reshard(manifest: dict, save: Path, job: TorchDistJob, source: TorchDistSource, workers: int) -> Path:
+def _reshard(manifest: dict, save: Path, job: TorchDistJob, source: TorchDistSource, workers: Workers) -> Path:
     folder = source.folder
     require_own_record(folder, manifest, save)
-    problems = verify_training(folder, workers)
+    problems = training_problems(folder, manifest, workers)
     if problems:
         raise ConversionError(f"{folder} is not sound: {'; '.join(problems)}; use another checkpoint")
     try:
@@ -65,7 +67,6 @@ def _reshard(manifest: dict, save: Path, job: TorchDistJob, source: TorchDistSou
     facts["resharded"] = {"source": str(folder.resolve()), "versions": versions()}
     plan = {"source": str(folder.resolve()), "weights": manifest["weights"], "tensor": tensor, "pipeline": pipeline}
     product = write_checkpoint(job, config, facts, plan, workers)
-    print(product.totals.text())
     if product.manifest["weights"] != manifest["weights"]:
         raise ConversionError(
             f"the weights written have fingerprint {product.manifest['weights']}, those read had "

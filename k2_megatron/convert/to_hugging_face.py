@@ -15,7 +15,8 @@ from k2_megatron.convert.numbers import BITS, Rounding, change_dtype, require_fi
 from k2_megatron.convert.safetensors_file import SINGLE, header_bytes
 from k2_megatron.convert.source import Kind
 from k2_megatron.convert.torch_dist import TorchDistSource
-from k2_megatron.convert.work import HashedFile, Unit, resident_bytes
+from k2_megatron.convert.work import HashedFile, Unit
+from k2_megatron.convert.workers import resident_bytes
 
 BLOCK_BYTES = 32 << 20
 

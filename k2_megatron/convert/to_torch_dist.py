@@ -19,7 +19,8 @@ from k2_megatron.convert.numbers import BITS, Rounding, change_dtype, require_fi
 from k2_megatron.convert.source import KEY_PREFIX, Kind, Source
 from k2_megatron.convert.torch_blob import object_blob, tensor_blob
 from k2_megatron.convert.torch_metadata import Chunk, Stored, Tensor
-from k2_megatron.convert.work import HashedFile, Unit, resident_bytes
+from k2_megatron.convert.work import HashedFile, Unit
+from k2_megatron.convert.workers import resident_bytes
 
 KINDS: tuple[Kind, ...] = ("weights", "main", "exp_avg", "exp_avg_sq")
 SHARED = "__0_0.distcp"

@@ -18,12 +18,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from k2_megatron.convert import pickle_opcodes as ops
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.numbers import BITS
 
 _STORAGES = {"float32": "FloatStorage", "bfloat16": "BFloat16Storage", "float16": "HalfStorage"}
 _DTYPES = {name: dtype for dtype, name in _STORAGES.items()}
 _ALIGNMENT = 64
+_PERSISTENT = b"Q"  # the opcode of an object outside of the pickle, named by what is on the stack
 _MAX_BYTES = 1 << 31  # beyond 4 GB a zip needs other headers; chunks are far smaller
 
 
@@ -77,37 +79,16 @@ def find_payload(descriptor: int, offset: int, length: int, what: str) -> Payloa
 
 
 def _tensor_pickle(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """_rebuild_tensor_v2(storage, 0, shape, stride, False, OrderedDict()), in protocol 2's few opcodes."""
+    """_rebuild_tensor_v2(storage, 0, shape, stride, False, OrderedDict()), as torch pickles it."""
     strides = tuple(int(np.prod(shape[axis + 1 :], dtype=np.int64)) for axis in range(len(shape)))
     elements = int(np.prod(shape, dtype=np.int64))
-    return b"".join(
-        [
-            b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((",
-            _text("storage"),
-            f"ctorch\n{_STORAGES[dtype]}\n".encode(),
-            _text("0"),
-            _text("cpu"),
-            _integer(elements),
-            b"tQ",
-            _integer(0),
-            _integers(shape),
-            _integers(strides),
-            b"\x89ccollections\nOrderedDict\n)RtR.",
-        ]
+    storage = ops.group(
+        ops.text("storage"), ops.name("torch", _STORAGES[dtype]), ops.text("0"), ops.text("cpu"), ops.integer(elements)
     )
-
-
-def _text(text: str) -> bytes:
-    return b"X" + struct.pack("<I", len(text)) + text.encode()
-
-
-def _integer(value: int) -> bytes:
-    data = pickle.encode_long(value)
-    return b"\x8a" + bytes([len(data)]) + data  # LONG1
-
-
-def _integers(values: tuple[int, ...]) -> bytes:
-    return b"(" + b"".join(map(_integer, values)) + b"t"
+    hooks = ops.name("collections", "OrderedDict") + ops.group() + ops.CALL
+    arguments = (storage + _PERSISTENT, ops.integer(0), ops.integers(shape), ops.integers(strides), ops.FALSE, hooks)
+    rebuild = ops.name("torch._utils", "_rebuild_tensor_v2")
+    return ops.BEGIN + rebuild + ops.group(*arguments) + ops.CALL + ops.END
 
 
 class _Entry(NamedTuple):

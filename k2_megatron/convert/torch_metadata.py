@@ -5,9 +5,11 @@ plain record; any other name is refused, so a file from anywhere can be opened.
 """
 
 import pickle
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from k2_megatron.convert import pickle_opcodes as ops
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.runtime.collector import collector_paused
 
@@ -123,28 +125,79 @@ def _all_chunks(tensors: dict[str, Tensor], objects: dict[str, Chunk]):
 
 
 def write_metadata(folder: Path, stored: Stored) -> None:
-    """Write the tables as torch's reader expects them."""
+    """Write the tables as torch's reader expects them, in the opcodes that pickle emits for torch's records.
+
+    With torch itself, whose import takes seconds of a core, it would be the dearest part of a small conversion.
+    """
     with collector_paused():
-        _write_metadata(folder, stored)
+        (folder / METADATA).write_bytes(_pickled(stored))
 
 
-def _write_metadata(folder: Path, stored: Stored) -> None:
-    import torch
-    from torch.distributed.checkpoint import metadata as records
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
+_KEPT = (*sorted(_RECORDS), ("torch", "Size"))  # names that each tensor or chunk needs again
 
-    state: dict = {}
-    places: dict = {}
+
+def _pickled(stored: Stored) -> bytes:
+    entries, places = [], []
     for key, tensor in stored.tensors.items():
-        chunks = [records.ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in tensor.chunks]
-        properties = records.TensorProperties(dtype=getattr(torch, tensor.dtype))
-        state[key] = records.TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
-        for number, chunk in enumerate(tensor.chunks):
-            index = records.MetadataIndex(key, torch.Size(chunk.offsets), number)
-            places[index] = _StorageInfo(chunk.file, chunk.position, chunk.length)
+        entries.append((ops.text(key), _tensor(tensor)))
+        places += [_place(key, chunk, number) for number, chunk in enumerate(tensor.chunks)]
     for key, chunk in stored.objects.items():
-        state[key] = records.BytesStorageMetadata()
-        places[records.MetadataIndex(key)] = _StorageInfo(chunk.file, chunk.position, chunk.length)
-    whole = records.Metadata(state_dict_metadata=state, planner_data=None, storage_data=places)
-    with (folder / METADATA).open("wb") as stream:
-        pickle.dump(whole, stream)
+        entries.append((ops.text(key), _record("metadata", "BytesStorageMetadata")))
+        places.append(_place(key, chunk, None))
+    whole = _record(
+        "metadata",
+        "Metadata",
+        state_dict_metadata=ops.pairs(*entries),
+        planner_data=ops.NONE,
+        storage_data=ops.pairs(*places),
+        storage_meta=ops.NONE,
+    )
+    names = b"".join(ops.keep(ops.name(*name), number) for number, name in enumerate(_KEPT))
+    return ops.BEGIN + names + whole + ops.END
+
+
+def _tensor(tensor: Tensor) -> bytes:
+    layout = ops.name("torch.serialization", "_get_layout") + ops.group(ops.text("torch.strided")) + ops.CALL
+    contiguous = ops.name(_DISTRIBUTED + "metadata", "_MEM_FORMAT_ENCODING") + ops.integers((0,)) + ops.CALL
+    properties = ops.group(ops.name("torch", tensor.dtype), layout, ops.FALSE, contiguous, ops.FALSE)
+    chunks = (
+        _record("metadata", "ChunkStorageMetadata", offsets=_size(chunk.offsets), sizes=_size(chunk.sizes))
+        for chunk in tensor.chunks
+    )
+    return _record(
+        "metadata",
+        "TensorStorageMetadata",
+        properties=ops.instance(_kept(_DISTRIBUTED + "metadata", "TensorProperties"), properties),
+        size=_size(tensor.shape),
+        chunks=ops.items(*chunks),
+    )
+
+
+def _place(key: str, chunk: Chunk, number: int | None) -> tuple[bytes, bytes]:
+    """Where a chunk (of a byte object: number None) lies, under its place in the tensor."""
+    index = {} if number is None else {"index": ops.integer(number)}
+    offset = ops.NONE if number is None else _size(chunk.offsets)
+    return (
+        _record("metadata", "MetadataIndex", fqn=ops.text(key), **index, offset=offset),
+        _record(
+            "filesystem",
+            "_StorageInfo",
+            relative_path=ops.text(chunk.file),
+            offset=ops.integer(chunk.position),
+            length=ops.integer(chunk.length),
+        ),
+    )
+
+
+def _record(module: str, name: str, **fields: bytes) -> bytes:
+    state = ops.pairs(*((ops.text(field), value) for field, value in fields.items()))
+    return ops.instance(_kept(_DISTRIBUTED + module, name), state if fields else b"")
+
+
+def _size(sizes: tuple[int, ...]) -> bytes:
+    return _kept("torch", "Size") + ops.group(ops.integers(sizes)) + ops.CALL
+
+
+@cache
+def _kept(module: str, name: str) -> bytes:
+    return ops.kept(_KEPT.index((module, name)))

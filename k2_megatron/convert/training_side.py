@@ -5,6 +5,7 @@ source -> units -> files aside -> tables and manifest -> read back and compared 
 
 import json
 import math
+import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,11 @@ from k2_megatron.convert.logits import Proof
 from k2_megatron.convert.names import Shape
 from k2_megatron.convert.numbers import Rounding
 from k2_megatron.convert.to_torch_dist import TorchDistJob
+from k2_megatron.convert.torch_blob import object_blob
 from k2_megatron.convert.torch_dist import TorchDistSource
 from k2_megatron.convert.torch_metadata import write_metadata
 from k2_megatron.convert.work import Totals, require_space, run_checks, run_units
+from k2_megatron.convert.workers import Workers
 from k2_megatron.train.checkpoint_files import publish
 from k2_megatron.train.checkpoint_manifest import folder_name
 
@@ -56,7 +59,7 @@ class Product:
 
 
 def write_checkpoint(
-    job: TorchDistJob, config: Config, facts: dict[str, Any], plan: dict[str, Any], workers: int
+    job: TorchDistJob, config: Config, facts: dict[str, Any], plan: dict[str, Any], workers: Workers
 ) -> Product:
     """Write every file of a checkpoint into job.folder, whose `sole_writer` the caller is until it is published.
 
@@ -67,6 +70,7 @@ def write_checkpoint(
     units = job.units()
     require_space(job.folder, sum(unit.bytes for unit in units))
     results, totals = run_units(job, units, plan, workers)
+    print(totals.text())
     write_metadata(job.folder, job.tables(results))
     _write_common(job.folder)
     rounding = Rounding()
@@ -84,19 +88,17 @@ def write_checkpoint(
 
 def _write_common(folder: Path) -> None:
     """The two small files by which megatron-core knows a torch_dist checkpoint."""
-    import torch
-
-    torch.save({}, folder / "common.pt")
+    (folder / "common.pt").write_bytes(object_blob(pickle.dumps({}, 2)))
     backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
                 "common_backend": "torch", "common_backend_version": 1}  # fmt: skip
     (folder / "metadata.json").write_text(json.dumps(backends))
 
 
-def seal(product: Product, job: TorchDistJob, workers: int) -> TorchDistSource:
+def seal(product: Product, job: TorchDistJob, workers: Workers) -> TorchDistSource:
     """Read the result back and compare it with the source, to the bit; the result as a source."""
     written = TorchDistSource(product.folder, product.manifest)
     check = CompareCheck(job, written)
-    _results, totals = run_checks(check, check.units(), workers)
+    _results, totals = run_checks(check, check.units(), workers, "read back and compare")
     print(f"read back and equal to the bit: {totals.bytes / 1e9:.2f} GB in {totals.seconds:.1f} s")
     return written
 

@@ -18,7 +18,8 @@ from k2_megatron.convert.names import TABLE, Place, places
 from k2_megatron.convert.numbers import BITS
 from k2_megatron.convert.to_torch_dist import blocks
 from k2_megatron.convert.torch_dist import MANIFEST, TorchDistSource, read_manifest
-from k2_megatron.convert.work import Unit, resident_bytes, run_checks
+from k2_megatron.convert.work import Unit, run_checks
+from k2_megatron.convert.workers import Workers, resident_bytes
 from k2_megatron.train.checkpoint_manifest import hash_file
 from k2_megatron.train.checkpoint_pickles import pickle_problems
 
@@ -93,6 +94,15 @@ def verify_training(folder: Path, workers: int, *, announced: bool = False) -> l
         manifest = read_manifest(folder)
         if announced:
             announce(verify_phases(manifest, workers), folder)
+    except ConversionError as error:
+        return [str(error)]
+    with Workers(workers) as processes:
+        return training_problems(folder, manifest, processes)
+
+
+def training_problems(folder: Path, manifest: dict, workers: Workers) -> list[str]:
+    """Problems of the checkpoint in `folder` that has this manifest."""
+    try:
         problems = _verify_hashes(folder, manifest["files"], {MANIFEST}, workers)
         if problems:
             return problems
@@ -101,7 +111,7 @@ def verify_training(folder: Path, workers: int, *, announced: bool = False) -> l
         if problems:
             return problems
         check = FingerprintCheck(source)
-        results, _totals = run_checks(check, check.units(), workers)
+        results, _totals = run_checks(check, check.units(), workers, "take the fingerprint")
     except ConversionError as error:
         return [str(error)]
     except OSError as error:
@@ -121,7 +131,9 @@ def verify_export(folder: Path, workers: int) -> list[str]:
         problems = []
         path = folder / EXPORT_MANIFEST
         if path.is_file():
-            problems = _verify_hashes(folder, json.loads(path.read_text())["files"], {path.name}, workers)
+            files = json.loads(path.read_text())["files"]
+            with Workers(workers) as processes:
+                problems = _verify_hashes(folder, files, {path.name}, processes)
         else:
             print(f"{folder} has no {EXPORT_MANIFEST}: its tensors are checked against config.json, hashes cannot be")
         if not problems:
@@ -135,9 +147,9 @@ def verify_export(folder: Path, workers: int) -> list[str]:
         return [f"{folder / EXPORT_MANIFEST} is damaged ({error})"]
 
 
-def _verify_hashes(folder: Path, expected: dict[str, dict], allowed: set[str], workers: int) -> list[str]:
+def _verify_hashes(folder: Path, expected: dict[str, dict], allowed: set[str], workers: Workers) -> list[str]:
     check = HashCheck(folder, expected)
-    results, _totals = run_checks(check, check.units(), workers)
+    results, _totals = run_checks(check, check.units(), workers, "hash")
     problems = [result["problem"] for result in results if result["problem"]]
     strange = sorted(path.name for path in folder.iterdir() if path.name not in expected and path.name not in allowed)
     return problems + [f"{folder / name} is not in the manifest" for name in strange]

@@ -5,21 +5,12 @@ journal beside the files (journal.py); a second start with the same plan does wh
 own until it is whole.
 """
 
-import ctypes
 import json
-import multiprocessing
 import os
-import pickle
-import resource
 import shutil
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -29,10 +20,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.journal import JOURNAL, begin_or_continue, is_there
+from k2_megatron.convert.workers import Workers
 from k2_megatron.runtime.durable import make_folder
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 class Unit(NamedTuple):
@@ -119,7 +108,7 @@ def require_space(folder: Path, needed: int) -> None:
         )
 
 
-def run_units(job: Job, units: Sequence[Unit], plan: dict[str, Any], workers: int) -> tuple[list[dict], Totals]:
+def run_units(job: Job, units: Sequence[Unit], plan: dict[str, Any], workers: Workers) -> tuple[list[dict], Totals]:
     """Do every unit that the journal in job.folder does not have; returns all facts, in the order of `units`.
 
     `plan` is what the result depends on (JSON): a folder begun with another plan is refused. The caller is the
@@ -147,92 +136,26 @@ def run_units(job: Job, units: Sequence[Unit], plan: dict[str, Any], workers: in
     return [{**kept, **made}[unit.file] for unit in units], totals
 
 
-def run_checks(check: Check, units: Sequence[Unit], workers: int) -> tuple[list[dict], Totals]:
-    """Run units that only read; facts in the order of `units`."""
-    return _run(check, units, workers, "check", lambda _unit, _facts: None)
+def run_checks(check: Check, units: Sequence[Unit], workers: Workers, verb: str) -> tuple[list[dict], Totals]:
+    """Run units that only read; facts in the order of `units`. `verb` says beside the bar what is done."""
+    return _run(check, units, workers, verb, lambda _unit, _facts: None)
 
 
 def _run(
-    job: Check, units: Sequence[Unit], workers: int, verb: str, note: Callable[[Unit, dict], None]
+    job: Check, units: Sequence[Unit], workers: Workers, verb: str, note: Callable[[Unit, dict], None]
 ) -> tuple[list[dict], Totals]:
     began = time.monotonic()
     totals = Totals(bytes=sum(unit.bytes for unit in units), units=len(units))
     facts: dict[Unit, dict] = {}
     with _progress() as progress:
         task = progress.add_task(verb, total=totals.bytes)
-        for unit, result in _each(job, units, workers):
+        for unit, result in workers.each(job.run, units):
             note(unit, result)
             facts[unit] = result
             totals.resident_bytes = max(totals.resident_bytes, result["resident_bytes"])
             progress.advance(task, unit.bytes)
     totals.seconds = time.monotonic() - began
     return [facts[unit] for unit in units], totals
-
-
-def resident_bytes() -> int:
-    """The largest resident set of this process; getrusage would count that of its parent, whose copy it began as."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _each(job: Check, units: Sequence[Unit], workers: int) -> Iterator[tuple[Unit, dict]]:
-    if workers == 1 or len(units) < 2:
-        for unit in units:
-            yield unit, job.run(unit)
-        return
-    pickled = pickle.dumps(job)  # once: of a large checkpoint its tables are megabytes
-    with process_pool(min(workers, len(units))) as pool:
-        pending = {pool.submit(_run_pickled, pickled, unit): unit for unit in units}
-        try:
-            for done in as_completed(pending):
-                yield pending[done], done.result()
-        except BrokenProcessPool:
-            raise ConversionError(
-                "a worker process died (out of memory, or killed); start the same command again to go on, with fewer "
-                "--workers if memory was short"
-            ) from None
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _run_pickled(job: bytes, unit: Unit) -> dict[str, Any]:
-    return _unpickled(job).run(unit)
-
-
-@lru_cache(maxsize=1)
-def _unpickled(job: bytes) -> Check:
-    """A worker's job, the same for all its units: unpickled once."""
-    return pickle.loads(job)
-
-
-def process_pool(workers: int, *, keep_memory: bool = True) -> ProcessPoolExecutor:
-    """Processes that import what they need anew, and that die with the one that started them, however it dies."""
-    context = multiprocessing.get_context("spawn")
-    how = (os.getpid(), keep_memory)
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=how)
-
-
-def _begin_worker(parent: int, keep_memory: bool) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the command speaks, and ends the others
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if keep_memory:
-        keep_memory_of_blocks()
-    if os.getppid() != parent:  # it died before the kernel was asked
-        os._exit(1)
-
-
-def keep_memory_of_blocks() -> None:
-    """Have glibc keep the memory of a block for the next: fresh pages, which the kernel clears, cost more than the
-    work. For processes that do nothing else: it cannot be undone."""
-    if sys.platform == "linux" and hasattr(system := ctypes.CDLL(None), "mallopt"):
-        system.mallopt(_M_MMAP_MAX, 0)
-        system.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 def _progress() -> Progress:

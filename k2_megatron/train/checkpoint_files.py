@@ -13,8 +13,6 @@ import os
 import shutil
 from pathlib import Path
 
-from torch.distributed.checkpoint.api import CheckpointException
-
 from k2_megatron.runtime.durable import ASIDE, make_folder, sync, write_file
 from k2_megatron.train.checkpoint_manifest import (
     FOLDER,
@@ -29,6 +27,8 @@ from k2_megatron.train.checkpoint_manifest import (
 
 def first_cause(error: BaseException) -> str:
     """An error of saving or loading in one line; torch's CheckpointException carries the first cause of each rank."""
+    from torch.distributed.checkpoint.api import CheckpointException  # conversions publish, and do without torch
+
     if isinstance(error, CheckpointException):
         rank, (cause, _trace) = next(iter(error.failures.items()))
         if isinstance(cause, CheckpointError):

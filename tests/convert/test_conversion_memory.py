@@ -22,7 +22,7 @@ from k2_megatron.convert.reshard import reshard
 from k2_megatron.convert.safetensors_file import SINGLE, header_bytes
 from k2_megatron.convert.transformers_model import TransformersModel
 from k2_megatron.convert.verify import verify_training
-from k2_megatron.convert.work import process_pool, resident_bytes
+from k2_megatron.convert.workers import process_pool, resident_bytes
 
 SHAPE = Shape(
     layers=16, hidden_size=512, ffn_hidden_size=1376, heads=4, kv_heads=4, vocab_size=4096, used_vocabulary=4096
