@@ -167,22 +167,28 @@ def _tokenizer_of(options: ExportOptions, manifest: dict) -> Path | None:
 
 
 def _special_ids(tokenizer: Path | None, aside: Path, kept: dict[str, Any]) -> dict[str, Any]:
-    """The end of a document as eos_token_id, and a tokenizer_config.json, where only a tokenizer.json is given."""
-    if tokenizer is None or not (aside / "tokenizer.json").is_file() or "eos_token_id" in kept:
+    """The end of a document as eos_token_id, unless the model came with one of its own.
+
+    A tokenizer.json that came alone gets a tokenizer_config.json: without it transformers 4 takes the class of Llama's
+    own tokenizer, which adds tokens beyond the vocabulary.
+    """
+    if tokenizer is None or not (aside / "tokenizer.json").is_file():
+        return {}
+    alone = not (aside / "tokenizer_config.json").exists()
+    if not alone and "eos_token_id" in kept:
         return {}
     from k2_megatron.data.tokenizer import load_tokenizer
 
     found = load_tokenizer(str(aside / "tokenizer.json"))
-    if not (aside / "tokenizer_config.json").exists():
-        text = found.decode([found.end_of_document])
+    if alone:
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": text,
+            "eos_token": found.decode([found.end_of_document]),
             "clean_up_tokenization_spaces": False,
         }
         (aside / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     # K2 begins no sequence with a special token, so there is no bos_token_id to speak of.
-    return {"bos_token_id": None, "eos_token_id": found.end_of_document}
+    return {} if "eos_token_id" in kept else {"bos_token_id": None, "eos_token_id": found.end_of_document}
 
 
 def _manifest(

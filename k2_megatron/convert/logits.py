@@ -100,6 +100,11 @@ def prove(
             "more memory free, or with --no-proof"
         ) from None
     print(f"both models ran in {memory / 1e6:.0f} MB, libraries included")
+    if not math.isfinite(proof.difference):
+        raise ConversionError(
+            f"logits by {proof.reference} or by ours are infinite or no numbers, so nothing can be compared and "
+            "nothing was published: the weights overflow float32; use another checkpoint, or --no-proof"
+        )
     if not proof.holds:
         raise ConversionError(f"the two models disagree, so nothing was published: {proof}")
     return proof

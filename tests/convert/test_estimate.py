@@ -1,5 +1,6 @@
 """The estimate that a conversion prints before any work: all phases, the slower of core and disk."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -7,14 +8,14 @@ from conversions import import_model, write_llama
 from legacy_checkpoint import known_model, write_legacy
 
 from k2_megatron.convert import estimate, work
-from k2_megatron.convert.estimate import Disks, Phase, estimate_text, sample_disks
+from k2_megatron.convert.estimate import Phase, Speeds, estimate_text, sample
 from k2_megatron.convert.import_legacy import import_legacy
 from k2_megatron.convert.import_model import ImportOptions
 from k2_megatron.convert.reshard import reshard
 
 PHASES = [
-    Phase("convert", 1e9, read_bytes=2_000_000_000, written_bytes=6_000_000_000, workers=2, start_seconds=1.0),
-    Phase("proof", 0.5e9, read_bytes=4_000_000_000, start_seconds=5.0),
+    Phase("convert", 2.0, read_bytes=2_000_000_000, written_bytes=6_000_000_000, workers=2, start_seconds=1.0),
+    Phase("proof", 4.0, read_bytes=4_000_000_000, start_seconds=5.0),
 ]
 
 
@@ -24,24 +25,40 @@ def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_phase_takes_what_its_cores_or_its_disk_need() -> None:
-    text = estimate_text(PHASES, Disks())
-    assert "convert 6.00 GB 4 s, proof 4.00 GB 13 s: about 17 s with 2 workers" in text
-    assert "disk not sampled" in text
-    slow = estimate_text(PHASES, Disks(read=4e9, write=0.5e9))
+    text = estimate_text(PHASES, Speeds(core=2e9))
+    assert "convert 6.00 GB 4 s, proof 4.00 GB 13 s: about 17 s with 2 workers (sampled: core 2.00 GB/s;" in text
+    slow = estimate_text(PHASES, Speeds(core=2e9, read=4e9, write=0.5e9))
     assert "convert 6.00 GB 13 s, proof 4.00 GB 13 s: about 26 s" in slow
-    assert "disk reads 4.00 GB/s, writes 0.50 GB/s" in slow
+    assert "disk reads 4.00 GB/s, disk writes 0.50 GB/s" in slow
+    assert "convert 6.00 GB 7 s, proof 4.00 GB 21 s" in estimate_text(PHASES, Speeds(core=1e9))
+    assert "nothing sampled" in estimate_text(PHASES, Speeds())
 
 
 def test_more_workers_than_cores_are_no_faster() -> None:
-    assert "about 4 s with 8" in estimate_text([PHASES[0]._replace(workers=8)], Disks())
+    assert "about 4 s with 8" in estimate_text([PHASES[0]._replace(workers=8)], Speeds(core=2e9))
 
 
-def test_a_sample_leaves_nothing_and_a_folder_that_cannot_be_written_gives_none(tmp_path: Path) -> None:
+def test_a_sample_leaves_nothing_and_a_folder_that_cannot_be_written_gives_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "_CORE_SAMPLE_SECONDS", 0.0)
     (tmp_path / "file").write_bytes(b"1" * 1000)
-    disks = sample_disks(PHASES, tmp_path, tmp_path / "not" / "yet")
-    assert disks.read and disks.write
+    speeds = sample(PHASES, tmp_path, tmp_path / "not" / "yet")
+    assert speeds.read and speeds.write
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    assert sample_disks(PHASES, tmp_path / "nothing", Path("/proc/nowhere")) == Disks()
+    assert sample(PHASES, tmp_path / "nothing", Path("/proc/nowhere"))[1:] == (None, None)
+    assert sample([PHASES[0]._replace(read_bytes=1, written_bytes=1)], tmp_path, tmp_path) == Speeds()
+
+
+def test_a_core_under_twice_the_work_is_half_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on with each block: sixteen blocks of 4 MiB in the time of the sample, then eight."""
+    rates = []
+    for blocks in (16, 8):
+        now = itertools.count(1.0, 1 / blocks)
+        monkeypatch.setattr(estimate.time, "monotonic", now.__next__)
+        monkeypatch.setattr(estimate, "_CORE_SAMPLE_SECONDS", 1.0)
+        rates.append(estimate._core_rate())
+    assert rates[0] / rates[1] == pytest.approx(2, rel=0.2)
 
 
 def test_it_is_printed_before_any_unit_of_work(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -120,6 +121,18 @@ def test_the_proof_sees_two_exchanged_rows(tmp_path: Path) -> None:
     proof = compare_logits(TransformersModel(tmp_path / "hf"), source_of(tmp_path / "run"), facts, bound)
     assert proof.difference > bound.logits * max(1.0, proof.largest_logit), proof
     assert proof.divergence > bound.divergence, proof
+
+
+def test_logits_that_are_no_numbers_prove_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every weight is finite and both models agree: they overflow alike, and inf - inf is below no bound."""
+    monkeypatch.setattr(logits, "process_pool", lambda count, **_how: ThreadPoolExecutor(count))
+    model = write_llama(tmp_path / "hf")
+    model.model.norm.weight.data.fill_(3e38)
+    shutil.rmtree(tmp_path / "hf")
+    model.save_pretrained(tmp_path / "hf")
+    with pytest.raises(ConversionError, match="infinite or no numbers, so nothing can be compared"):
+        import_model(tmp_path / "hf", tmp_path / "run", proof=True)
+    assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,9 @@ def test_transformers_continues_a_text_as_we_do(tmp_path: Path, tied: bool) -> N
     export_model(tmp_path / "run", tmp_path / "out", tokenizer=TOKENIZER, shard_bytes=400_000)
 
     theirs_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (
+        theirs_tokenizer.eos_token_id == tokenizer.end_of_document
+    )  # transformers 4 adds a token of its own without it
     model, loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(loaded[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     prompt = theirs_tokenizer(PROMPT, return_tensors="pt")
