@@ -4,6 +4,7 @@ numpy has no bfloat16, and a conversion that must be exact is best said in bits:
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,19 @@ def change_dtype(bits: np.ndarray, dtype: str, wanted: str, rounding: Rounding |
     return rounded
 
 
+def _cached_parts(array: np.ndarray) -> Iterator[np.ndarray]:
+    flat = array.reshape(-1)
+    return (flat[first : first + _CACHED] for first in range(0, len(flat), _CACHED))
+
+
 def _bfloat16(exact: np.ndarray) -> np.ndarray:
+    rounded = np.empty(exact.shape, np.uint16)
+    for into, part in zip(_cached_parts(rounded), _cached_parts(exact), strict=True):
+        into[...] = _rounded_part(part)
+    return rounded
+
+
+def _rounded_part(exact: np.ndarray) -> np.ndarray:
     bits = exact.view(np.uint32)
     upper = bits >> 16
     upper &= 1
@@ -87,8 +100,6 @@ def _float16(exact: np.ndarray) -> np.ndarray:
 def require_finite(bits: np.ndarray, dtype: str, what: str) -> None:
     """ConversionError when an element is infinite or not a number: all its exponent bits are set."""
     exponent = bits.dtype.type({"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}[dtype])
-    flat = bits.reshape(-1)
-    parts = (flat[first : first + _CACHED] for first in range(0, len(flat), _CACHED))
-    count = sum(int(np.count_nonzero((part & exponent) == exponent)) for part in parts)
+    count = sum(int(np.count_nonzero((part & exponent) == exponent)) for part in _cached_parts(bits))
     if count:
         raise ConversionError(f"{what} holds {count} infinite values or NaNs; use another checkpoint")
