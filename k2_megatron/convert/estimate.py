@@ -21,7 +21,7 @@ from k2_megatron.convert.torch_blob import tensor_blob
 
 # What a byte (read or written, whichever are more) costs a core, as a multiple of a byte of `_core_rate`'s sample:
 # measured phase by phase, in turn with the sample, on a loaded 2-core Xeon (Sapphire Rapids)
-HASH, FINGERPRINT, CONVERT, COMPARE, CHECK_ADAM, PROOF = 0.2, 0.5, 1.5, 0.5, 0.9, 2.9
+HASH, FINGERPRINT, CONVERT, COMPARE, CHECK_ADAM, PROOF = 0.2, 0.6, 1.5, 0.5, 0.9, 2.9
 START_SECONDS, PROOF_START_SECONDS = 0.3, 6.0  # of a phase; of the proof, which imports torch and transformers
 _CORE_RATE = 0.8e9  # where nothing is sampled: that Xeon, idle
 _CORE_SAMPLE_SECONDS = 0.25

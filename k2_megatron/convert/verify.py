@@ -94,28 +94,25 @@ def verify_training(folder: Path, workers: int, *, announced: bool = False) -> l
         manifest = read_manifest(folder)
         if announced:
             announce(verify_phases(manifest, workers), folder)
-    except ConversionError as error:
-        return [str(error)]
-    with Workers(workers) as processes:
-        return training_problems(folder, manifest, processes)
-
-
-def training_problems(folder: Path, manifest: dict, workers: Workers) -> list[str]:
-    """Problems of the checkpoint in `folder` that has this manifest."""
-    try:
-        problems = _verify_hashes(folder, manifest["files"], {MANIFEST}, workers)
-        if problems:
-            return problems
-        source = TorchDistSource(folder, manifest)
-        problems = pickle_problems(folder)
-        if problems:
-            return problems
-        check = FingerprintCheck(source)
-        results, _totals = run_checks(check, check.units(), workers, "take the fingerprint")
+        with Workers(workers) as processes:
+            return training_problems(folder, manifest, processes)
     except ConversionError as error:
         return [str(error)]
     except OSError as error:
         return [f"{error.filename or folder} cannot be read ({error.strerror}); restore access to it"]
+
+
+def training_problems(folder: Path, manifest: dict, workers: Workers) -> list[str]:
+    """Problems of the checkpoint in `folder` that has this manifest. ConversionError when its tables cannot be used."""
+    problems = _verify_hashes(folder, manifest["files"], {MANIFEST}, workers)
+    if problems:
+        return problems
+    source = TorchDistSource(folder, manifest)
+    problems = pickle_problems(folder)
+    if problems:
+        return problems
+    check = FingerprintCheck(source)
+    results, _totals = run_checks(check, check.units(), workers, "take the fingerprint")
     found = as_text(sum(result["fingerprint"] for result in results))
     if found != manifest["weights"]:
         return [
