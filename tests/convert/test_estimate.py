@@ -41,10 +41,10 @@ def test_more_workers_than_cores_are_no_faster() -> None:
 def test_a_sample_leaves_nothing_and_a_folder_that_cannot_be_written_gives_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(estimate, "_CORE_SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr(estimate, "_CORE_SAMPLE_SECONDS", 1e-3)
     (tmp_path / "file").write_bytes(b"1" * 1000)
     speeds = sample(PHASES, tmp_path, tmp_path / "not" / "yet")
-    assert speeds.read and speeds.write
+    assert speeds.core and speeds.read and speeds.write
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert sample(PHASES, tmp_path / "nothing", Path("/proc/nowhere"))[1:] == (None, None)
     assert sample([PHASES[0]._replace(read_bytes=1, written_bytes=1)], tmp_path, tmp_path) == Speeds()
