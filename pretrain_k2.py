@@ -40,6 +40,7 @@ from k2_megatron.runtime.launch import (
 from k2_megatron.runtime.mistakes import StopNotFinite, run_program
 from k2_megatron.runtime.seeds import require_determinism, seed_everything
 from k2_megatron.runtime.signals import StopSignals, end_at_once
+from k2_megatron.train.attempts import MOST, Attempts, settle, tell_of_doubts
 from k2_megatron.train.checkpoint import find_checkpoint, load_checkpoint
 from k2_megatron.train.checkpoint_files import apply_retention, remove_unfinished
 from k2_megatron.train.checkpoint_manifest import CheckpointError, read_manifest
@@ -47,7 +48,7 @@ from k2_megatron.train.checkpoint_save import CheckpointWriter, SaveResult
 from k2_megatron.train.checkpoint_state import layout_name
 from k2_megatron.train.journal import Journal
 from k2_megatron.train.layer_norms import ActivationSquares
-from k2_megatron.train.not_finite import count_as_update, in_words, made_again, where_not_finite
+from k2_megatron.train.not_finite import computed_in_vain, count_as_update, in_words, where_not_finite
 from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
 from k2_megatron.train.phases import StepPhases, StragglerReports
 from k2_megatron.train.replicas import compare_replicas, stop_when_different
@@ -115,6 +116,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
         remove_unfinished(checkpoints)
     distributed.barrier()
     journal = Journal(folder, writer=is_writer)
+    step_in_vain, times_in_vain = computed_in_vain(journal)
     spikes = SpikeWatch(config.spikes, folder, writer=is_writer)
     watchdog = Watchdog(config.watchdog, folder, groups.rank, groups.world_size, config.global_batch_at)
     views = Views(config, folder, enabled=is_writer)
@@ -187,7 +189,9 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
         first_sample = config.consumed_samples_at(step)
         place = partial(where_not_finite, first_sample=first_sample, chunks=chunks, groups=groups, feed=data.train)
         tell = partial(tell_of_rerun, step, place, journal, views, watchdog)
-        result, seconds = made_again(attempt, config.spikes.not_finite_reruns, tell)
+        reruns = min(config.spikes.not_finite_reruns, MOST - 1 - (times_in_vain if step + 1 == step_in_vain else 0))
+        attempts = Attempts(spikes.ceiling(), reruns)
+        result, seconds = settle(attempts, attempt, chunks, tell)
         step += 1
         consumed = config.consumed_samples_at(step)
         tokens_per_second = (consumed - first_sample) * config.model.sequence_length / seconds
@@ -209,6 +213,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
         if result.layers:
             event["layers"] = result.layers.rounded()
         stop_when_different(result.difference, step, saved_step, journal)
+        tell_of_doubts(attempts, result, step, first_sample, chunks, groups, journal, views.say)
         if result.updated:
             passed_over = 0
             journal.write("step", **event, ledger=data.ledger.mark())
@@ -220,7 +225,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
             if passed_over > config.spikes.not_finite_steps:
                 raise StopNotFinite(
                     f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, "
-                    f"{config.spikes.not_finite_reruns + 1} times; {in_words(told)}. The update was not applied; its "
+                    f"{len(attempts.earlier) + 1} times; {in_words(told)}. The update was not applied; its "
                     f"batch is samples {first_sample} to {consumed - 1}. The last save was step {saved_step}"
                 )
             count_as_update(optimizer)
@@ -307,11 +312,16 @@ def tell_of_rerun(
     watchdog: Watchdog,
     result: StepResult,
 ) -> None:
-    """Write where the step after `step` was not finite, before it is made again with a limit of its own."""
-    told = place(result)
+    """Write why the step after `step` is in doubt, before it is made again with a limit of its own."""
     values = {"step": step + 1, "loss": result.loss, "grad_norm": result.grad_norm}
-    journal.write("incident", kind="not finite", made_again=True, **values, **told)
-    views.say(f"step {step + 1}: not finite: {in_words(told)}; the step is made again")
+    if result.finite:
+        journal.write("incident", kind="in doubt", made_again=True, **values)
+        why = f"in doubt: loss {result.loss:.6g}, gradient norm {result.grad_norm:.6g}"
+    else:
+        told = place(result)
+        journal.write("incident", kind="not finite", made_again=True, **values, **told)
+        why = f"not finite: {in_words(told)}"
+    views.say(f"step {step + 1}: {why}; the step is made again")
     watchdog.at(STEP, step)
 
 

@@ -61,6 +61,7 @@ HARMLESS = {
     "spikes.window_steps": _SPIKES,
     "spikes.threshold": _SPIKES,
     "spikes.benign_steps": _SPIKES,
+    "spikes.suspect_factor": _SPIKES,
     "spikes.not_finite_reruns": _SPIKES,
     "spikes.not_finite_steps": _SPIKES,
     "watchdog.step_factor": _HUNG,

@@ -236,9 +236,11 @@ class Spikes(Section):
     """Sum of deviations (in robust standard deviations, each at most 8, less 3 a step) that makes a spike."""
     benign_steps: PositiveInt = 100
     """A spike that is over within so many steps is benign, a longer one malignant."""
-    not_finite_reruns: CountInt = 1
-    """How often a step whose loss or gradient is not finite is made again, at once and from the same weights: what a
-    machine did wrong in passing leaves no trace."""
+    suspect_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 10.0
+    """A step whose loss or gradient norm is more than this many times the median of the window is computed again before
+    it is applied, at most twice: what a machine did wrong in passing leaves no trace. With 1e30 none ever is."""
+    not_finite_reruns: Annotated[int, Field(ge=0, le=2)] = 1
+    """How often a step whose loss or gradient is not finite is computed again, in the same way."""
     not_finite_steps: CountInt = 0
     """Steps in a row that stay not finite which are passed over (no update); one more stops."""
 

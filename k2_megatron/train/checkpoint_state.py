@@ -8,7 +8,7 @@ meet in one naming: `optimizer.state.{exp_avg, exp_avg_sq, param}.<parameter>`. 
 main parameter and "param" repeats it, so that a run can go on with or without the distributed optimizer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -48,10 +48,21 @@ _MAIN_FLOAT16 = "optimizer.state.fp32_param."
 
 
 def unwrapped(chunk: MegatronModule) -> GPTModel:
-    """The GPTModel inside DistributedDataParallel and Float16Module, whose parameter names are the global ones."""
+    """The GPTModel inside DistributedDataParallel and Float16Module."""
     while not isinstance(chunk, GPTModel):
         chunk = chunk.module
     return chunk
+
+
+def named_parameters(chunks: Sequence) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(name, parameter) of all that a rank holds; layers are counted over the whole model, from 0."""
+    for chunk in map(unwrapped, chunks):
+        layers = {
+            f"decoder.layers.{index}.": layer.layer_number - 1 for index, layer in enumerate(chunk.decoder.layers)
+        }
+        for name, parameter in chunk.named_parameters():
+            within = next((local for local in layers if name.startswith(local)), None)
+            yield (f"decoder.layers.{layers[within]}.{name.removeprefix(within)}" if within else name), parameter
 
 
 def model_state(chunks: Sequence) -> dict:

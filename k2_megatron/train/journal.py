@@ -10,7 +10,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import BinaryIO
@@ -104,15 +104,26 @@ def _end_last_line(path: Path) -> None:
 def read_events(path: Path) -> Iterator[dict]:
     """All whole events of a journal, in order; a line that a kill cut, or a power cut tore, is passed over."""
     with path.open(errors="replace") as lines:
-        for line in lines:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(event, dict) and "event" in event:
-                if any(f'"{name}"' in line for name in _NOT_FINITE):
-                    event = {key: _numbers(value) for key, value in event.items()}
-                yield event
+        yield from _events(lines)
+
+
+def _events(lines: Iterable[str]) -> Iterator[dict]:
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and "event" in event:
+            if any(f'"{name}"' in line for name in _NOT_FINITE):
+                event = {key: _numbers(value) for key, value in event.items()}
+            yield event
+
+
+def last_events(path: Path, most_bytes: int = 1 << 18) -> list[dict]:
+    """The events that the last `most_bytes` of a journal hold, in order; cheap where it is long."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - most_bytes))
+        return list(_events(line.decode(errors="replace") for line in file))
 
 
 def read_steps(path: Path) -> dict[int, dict]:

@@ -1,13 +1,9 @@
-"""A loss or gradient that is not finite: the step is made again, and it is said where; a passed-over update is counted.
-
-Nothing of such a step has been applied: weights, moments and rows are what they were, so that it can be computed again
-at once. A machine's passing error then leaves no trace, and the run is to the bit what it would have been.
-"""
+"""A loss or gradient that is not finite: it is said where; a passed-over update is counted."""
 
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.distributed as distributed
@@ -15,27 +11,11 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from k2_megatron.data.feed import Feed
 from k2_megatron.runtime.groups import Groups
-from k2_megatron.runtime.seeds import random_states, restore_random_states
-from k2_megatron.train.checkpoint_state import unwrapped
+from k2_megatron.train.checkpoint_state import named_parameters
+from k2_megatron.train.journal import Journal, last_events
 from k2_megatron.train.step import StepResult
 
 NAMED = 4  # parameters of a rank, and samples, that are named; usually it is one, or all
-
-
-def made_again(
-    attempt: Callable[[], StepResult], reruns: int, tell: Callable[[StepResult], None]
-) -> tuple[StepResult, float]:
-    """(the result of `attempt`, the seconds it took); while that is not finite, of the same step made again, at most
-    `reruns` times. Each result that is not kept is told of while its gradients are still there."""
-    generators = random_states()
-    began, result = time.monotonic(), attempt()
-    for _ in range(reruns):
-        if result.finite:
-            break
-        tell(result)
-        restore_random_states(generators)
-        began, result = time.monotonic(), attempt()
-    return result, time.monotonic() - began
 
 
 def where_not_finite(
@@ -48,7 +28,7 @@ def where_not_finite(
     }
 
 
-def in_words(told: Mapping[str, dict]) -> str:
+def in_words(told: Mapping[str, Any]) -> str:
     """The place in a line: "gradients of decoder.layers.1... on rank 3 (...); losses of samples: 17, 18"."""
     ranks = [f"{', '.join(parameters)} on {rank}" for rank, parameters in told["ranks"].items()]
     more = f" and {len(ranks) - NAMED} more ranks" if len(ranks) > NAMED else ""
@@ -61,12 +41,7 @@ def ranks_not_finite(chunks: Sequence, groups: Groups) -> dict[str, list[str]]:
 
     Gradients are summed over data-parallel ranks before, so ranks that hold the same parameters are named together.
     """
-    mine = [
-        name
-        for chunk in chunks
-        for name, parameter in unwrapped(chunk).named_parameters()
-        if not gradient_of(parameter).isfinite().all()
-    ]
+    mine = [name for name, parameter in named_parameters(chunks) if not gradient_of(parameter).isfinite().all()]
     everywhere: list = [None] * groups.world_size
     distributed.all_gather_object(everywhere, (groups.name, mine[:NAMED]))
     return {name: parameters for name, parameters in everywhere if parameters}
@@ -76,6 +51,22 @@ def samples_not_finite(first_sample: int, sample_losses: Sequence[float], feed: 
     """{sample: its documents} of the first samples with a loss that is not finite; none when it is the gradient."""
     found = [sample for sample, loss in enumerate(sample_losses, start=first_sample) if not math.isfinite(loss)]
     return {sample: [asdict(span) for span in feed.describe(sample)] for sample in found[:NAMED]}
+
+
+def computed_in_vain(journal: Journal) -> tuple[int, int]:
+    """(step, how often it was not finite) of the step that an earlier start ended at, (0, 0) if at none; the same on
+    every rank. By the end of the journal alone, which a restart finds in a moment."""
+    told: list = [None]
+    if journal.is_writer:
+        step, times = 0, 0
+        for event in last_events(journal.path):
+            if event["event"] == "incident" and event["kind"] == "not finite":
+                step, times = event["step"], times + 1 if event["step"] == step else 1
+            elif event["event"] == "step" and event["step"] >= step:
+                step, times = 0, 0
+        told = [(step, times)]
+    distributed.broadcast_object_list(told)
+    return told[0]
 
 
 def gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:

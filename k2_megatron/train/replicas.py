@@ -18,7 +18,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from k2_megatron.runtime.groups import Groups
 from k2_megatron.runtime.mistakes import StopRun
-from k2_megatron.train.checkpoint_state import unwrapped
+from k2_megatron.train.checkpoint_state import named_parameters
 from k2_megatron.train.journal import Journal
 
 NAMED = 4  # tensors named a rank
@@ -94,12 +94,10 @@ def replicated_tensors(chunks: Sequence, optimizer: MegatronOptimizer) -> Iterat
     """(name, tensor) of all that is equal on the ranks that differ in their data alone, in the same order on each."""
     names: dict[torch.Tensor, str] = {}
     told: set[torch.Tensor] = set()
-    for number, chunk in enumerate(chunks):
-        for name, parameter in unwrapped(chunk).named_parameters():
-            name = name if len(chunks) == 1 else f"chunk {number}: {name}"
-            names[getattr(parameter, "main_param", parameter)] = name
-            told.add(parameter)
-            yield name, parameter.detach()
+    for name, parameter in named_parameters(chunks):
+        names[getattr(parameter, "main_param", parameter)] = name
+        told.add(parameter)
+        yield name, parameter.detach()
     for part in optimizer.chained_optimizers:
         if part.is_stub_optimizer or isinstance(part, DistributedOptimizer):
             continue

@@ -5,7 +5,7 @@ Out: a `StepResult` that is equal on every rank, but for the wait for rows.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +31,7 @@ from k2_megatron.train.replicas import Difference, compare_replicas
 @dataclass(frozen=True)
 class StepResult:
     """`loss` is the mean over the global batch in nats a token; `grad_norm` is before clipping; `updated` is False
-    when loss or gradient was not finite, or replicas differed, and the update was therefore not applied;
+    when loss or gradient was not finite or in doubt, or replicas differed, and the update was therefore not applied;
     `data_seconds` is what this rank waited for rows; `sample_losses` are the means over each sequence, in the order of
     the samples; `layers` is what was asked for of the layers; `difference` is what comparing the replicas found."""
 
@@ -138,9 +138,12 @@ def train_step(
     device: torch.device,
     activations: ActivationSquares | None = None,
     phases: StepPhases | None = None,
+    accept: Callable[[float, float], bool] | None = None,
+    compare: bool = False,
 ) -> StepResult:
     """Gradients over the step's global batch, clipped; then the update, unless something was not finite or replicas
-    differed. Before the update, because a sharded optimizer's writes all replicas anew and hides a flipped bit.
+    differed, or `accept` says of loss and gradient norm that they are in doubt. Replicas are compared (with `compare`
+    in any step) before the update, because a sharded optimizer's writes all replicas anew and hides a flipped bit.
 
     With `activations` the result tells of the layers; with `phases` it is measured what this rank spends the step on.
     """
@@ -160,11 +163,13 @@ def train_step(
 
     squares = gradient_squares(optimizer, config.model.layers, device)
     norm = squares.sum().sqrt()
-    finite = math.isfinite(loss) and math.isfinite(norm.item())
+    grad_norm = norm.item()
     every, difference = config.train.compare_replicas_every_steps, None
-    if every and (step + 1) % every == 0:
+    if compare or (every and (step + 1) % every == 0):
         difference = compare_replicas(chunks, optimizer, groups)
-    updated = finite and difference is None
+    updated = math.isfinite(loss) and math.isfinite(grad_norm) and difference is None
+    if updated and accept:
+        updated = accept(loss, grad_norm)
     if updated:
         with phases.updating(optimizer) if phases else nullcontext():
             update(optimizer, norm, config.optimizer.clip_grad_norm)
@@ -175,7 +180,7 @@ def train_step(
         distributed.all_reduce(of_outputs)
         layers = layer_norms(squares.tolist(), of_outputs.tolist(), elements)
     waited = feed.seconds_waited - waited
-    return StepResult(loss, norm.item(), updated, waited, sample_losses, layers, difference)
+    return StepResult(loss, grad_norm, updated, waited, sample_losses, layers, difference)
 
 
 def evaluate(config: Config, groups: Groups, chunks: Sequence, feed: Feed, device: torch.device) -> float:

@@ -79,8 +79,14 @@ def test_gradient_that_is_not_finite_stops_the_run_with_its_place(small_config, 
     incidents = events_of(folder, "incident")
     assert [(incident["step"], incident["made_again"]) for incident in incidents] == [(5, True), (5, False)]
     assert [incident["ranks"] for incident in incidents] == [{RANK: [BAD]}] * 2
+    # The third computation, in the next start, is the last.
+    fault = partial(_gradient_not_finite_at_step_5, (2, 3, 4))
+    ended = pretrain(1, small_config, settings(folder), tmp_path / "second", fault=fault)[0]
+    assert ended.exit_code == 5
+    assert f"not finite, 1 times; gradients of {BAD} on {RANK}" in ended.stderr
+    assert [incident["step"] for incident in events_of(folder, "incident")] == [5, 5, 5]
     # It came from the machine, not from the data: started again, the run is as if it had not happened.
-    results_of(pretrain(1, small_config, settings(folder), tmp_path / "second"))
+    results_of(pretrain(1, small_config, settings(folder), tmp_path / "third"))
     assert_same(folder, whole)
 
 

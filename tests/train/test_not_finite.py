@@ -19,7 +19,6 @@ from k2_megatron.runtime.devices import find_device
 from k2_megatron.runtime.groups import build_groups, connect, disconnect
 from k2_megatron.runtime.launch import read_environment
 from k2_megatron.runtime.seeds import seed_everything
-from k2_megatron.train import not_finite
 from k2_megatron.train.checkpoint_state import weight_fingerprint
 from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
 from k2_megatron.train.run_data import open_run_data
@@ -88,25 +87,6 @@ def test_gradient_that_goes_bad_in_one_replica_alone_is_judged_alike_by_all(smal
     assert [result.grad_norm for result in first] == [result.grad_norm for result in second]
     assert first[1].updated == math.isfinite(value)
     assert first[1].grad_norm > 1e9
-
-
-def test_seconds_of_a_step_made_again_are_those_of_the_attempt_that_is_kept(monkeypatch):
-    clock, told = [0.0], []
-    monkeypatch.setattr(not_finite.time, "monotonic", lambda: clock[0])
-    results = [StepResult(loss, 1.0, math.isfinite(loss), 0.0, ()) for loss in (math.inf, math.nan, 2.0)]
-    attempts = zip(results, (30.0, 20.0, 5.0), strict=True)
-
-    def attempt() -> StepResult:
-        result, seconds = next(attempts)
-        clock[0] += seconds
-        return result
-
-    def tell(result: StepResult) -> None:
-        told.append(result)
-        clock[0] += 100.0
-
-    assert not_finite.made_again(attempt, 3, tell) == (results[2], 5.0)
-    assert told == results[:2]
 
 
 def _spoil(calls_spoiled: tuple[int, ...]) -> None:

@@ -17,6 +17,7 @@ from k2_megatron.data.feed import Feed
 from k2_megatron.runtime.durable import write_file
 from k2_megatron.train.checkpoint_files import complete_checkpoints
 from k2_megatron.train.checkpoint_manifest import step_of
+from k2_megatron.train.spikes.ceiling import Ceiling, ceiling
 from k2_megatron.train.spikes.detector import Finding, State, observe, restore
 from k2_megatron.train.spikes.layer_signals import signals
 
@@ -75,6 +76,10 @@ class SpikeWatch:
         kept = {key: event[key] for key in _OF_A_STEP if key in event}
         self._steps.append(Watched(kept, sample_losses, disturbed))
         return finding
+
+    def ceiling(self) -> Ceiling:
+        """Above what the next step is in doubt."""
+        return ceiling(self.state, self.settings.suspect_factor)
 
     def pinned(self, checkpoints: Path) -> set[int]:
         """The checkpoints to go back to, which retention must leave alone: from before what is going on now, as it may
