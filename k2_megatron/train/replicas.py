@@ -1,9 +1,10 @@
-"""Data-parallel replicas hold the same bits: compared, so that a bit which flipped in one of them does not pass unseen.
+"""Ranks that hold the same hold the same bits: compared, so that a bit which flipped in one does not pass unseen.
 
 In:  the model, the optimizer and the groups of a rank. Out: None, or a `Difference`, the same on every rank.
 
+Data-parallel replicas hold everything alike; tensor-parallel ranks the weights that they do not share out, the norms'.
 Each tensor is reduced to the wrapping int64 sum of its bits seen as integers: one read of it, and a flipped bit always
-changes the sum. The sums are gathered over the ranks that hold replicas; with three or more the majority says which
+changes the sum. The sums are gathered over the ranks that hold copies; with three or more the majority says which
 rank is wrong. A sharded optimizer has no replicas of its state, and each update writes the weights of every replica
 anew: there a flip lives no longer than a step, and only comparing in that step finds it.
 """
@@ -38,30 +39,48 @@ class Difference:
         return named if self.told_apart else f"{named} (which of them is right cannot be told)"
 
 
+@dataclass(frozen=True)
+class Replicated:
+    """A tensor that other ranks hold as well: data-parallel ones, and with `everywhere` tensor-parallel ones too."""
+
+    name: str
+    tensor: torch.Tensor
+    everywhere: bool
+
+
 def compare_replicas(chunks: Sequence, optimizer: MegatronOptimizer, groups: Groups) -> Difference | None:
     """Compare weights, and main parameters and moments where they are not sharded, to the bit; None when all agree."""
-    group = groups.collection.dp_cp
-    replicas = group.size()
-    if replicas == 1:
+    collection, replicated = groups.collection, list(replicated_tensors(chunks, optimizer))
+    if collection.tp_dp_cp.size() == 1:
         return None
-    named = list(replicated_tensors(chunks, optimizer))
-    mine = torch.stack([_sum_of_bits(tensor) for _, tensor in named])
-    gathered = [torch.empty_like(mine) for _ in range(replicas)]
-    distributed.all_gather(gathered, mine, group=group)
-    sums = torch.stack(gathered)  # [replicas, tensors]
-    found = (sums != sums[0]).any().to(torch.int32).reshape(1)
+    sums = torch.stack([_sum_of_bits(one.tensor) for one in replicated])
+    everywhere = torch.tensor([one.everywhere for one in replicated], device=sums.device)
+    wrong, told_apart = torch.zeros_like(everywhere), True
+    for group, held in ((collection.dp_cp, ~everywhere), (collection.tp_dp_cp, everywhere)):
+        if group.size() > 1:
+            wrong[held], told = _unlike(sums[held], group)
+            told_apart = told_apart and told
+    found = wrong.any().to(torch.int32).reshape(1)
     distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
     if not found.item():
         return None
-    majority, told_apart = majority_of(sums)
-    wrong = (mine != majority) if told_apart else (sums != sums[0]).any(dim=0)
-    names = [name for (name, _), differs in zip(named, wrong.tolist(), strict=True) if differs]
-    everywhere: list = [None] * groups.world_size
-    distributed.all_gather_object(everywhere, (groups.name, names[:NAMED], told_apart))
+    names = [one.name for one, differs in zip(replicated, wrong.tolist(), strict=True) if differs]
+    by_rank: list = [None] * groups.world_size
+    distributed.all_gather_object(by_rank, (groups.name, names[:NAMED], told_apart))
     return Difference(
-        ranks={rank: tensors for rank, tensors, _ in everywhere if tensors},
-        told_apart=all(told for _, _, told in everywhere),
+        ranks={rank: tensors for rank, tensors, _ in by_rank if tensors},
+        told_apart=all(told for _, _, told in by_rank),
     )
+
+
+def _unlike(mine: torch.Tensor, group: distributed.ProcessGroup) -> tuple[torch.Tensor, bool]:
+    """(which of this rank's sums [tensors] are wrong, whether a majority says so) among the copies of a group; without
+    one, which of them differ."""
+    gathered = [torch.empty_like(mine) for _ in range(group.size())]
+    distributed.all_gather(gathered, mine, group=group)
+    copies = torch.stack(gathered)  # [ranks, tensors]
+    majority, told_apart = majority_of(copies)
+    return (mine != majority if told_apart else (copies != copies[0]).any(dim=0)), told_apart
 
 
 def stop_when_different(difference: Difference | None, step: int, saved_step: int, journal: Journal) -> None:
@@ -77,7 +96,7 @@ def stop_when_different(difference: Difference | None, step: int, saved_step: in
         saved_step=saved_step,
     )
     raise StopRun(
-        f"step {step}: data-parallel replicas differ, which no computation of ours does: {difference}. Nothing of this "
+        f"step {step}: replicas differ, which no computation of ours does: {difference}. Nothing of this "
         f"was saved; the last save was step {saved_step}. Exclude the host of the rank that is wrong, and start again"
     )
 
@@ -90,23 +109,25 @@ def majority_of(sums: torch.Tensor) -> tuple[torch.Tensor, bool]:
     return majority, bool((2 * holders > len(sums)).all())
 
 
-def replicated_tensors(chunks: Sequence, optimizer: MegatronOptimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of all that is equal on the ranks that differ in their data alone, in the same order on each."""
-    names: dict[torch.Tensor, str] = {}
+def replicated_tensors(chunks: Sequence, optimizer: MegatronOptimizer) -> Iterator[Replicated]:
+    """All that other ranks hold as well, in the same order on each."""
+    weights: dict[torch.Tensor, Replicated] = {}  # by main parameter
     told: set[torch.Tensor] = set()
     for name, parameter in named_parameters(chunks):
-        names[getattr(parameter, "main_param", parameter)] = name
+        weight = Replicated(name, parameter.detach(), not getattr(parameter, "tensor_model_parallel", False))
+        weights[getattr(parameter, "main_param", parameter)] = weight
         told.add(parameter)
-        yield name, parameter.detach()
+        yield weight
     for part in optimizer.chained_optimizers:
         if part.is_stub_optimizer or isinstance(part, DistributedOptimizer):
             continue
         for group in part.optimizer.param_groups:
             for main in group["params"]:
+                weight = weights[main]
                 if main not in told:  # a float32 parameter is its own main parameter
-                    yield f"main parameter of {names[main]}", main.detach()
+                    yield Replicated(f"main parameter of {weight.name}", main.detach(), weight.everywhere)
                 for moment, value in sorted(part.optimizer.state[main].items()):
-                    yield f"{moment} of {names[main]}", value
+                    yield Replicated(f"{moment} of {weight.name}", value, weight.everywhere)
 
 
 def _sum_of_bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,7 @@ def _flip_and_compare(config_path: Path, settings: list[str]) -> list[tuple[str,
         data = open_run_data(config)
         set_learning_rate(optimizer, 1e-3, 0.1)
         train_step(config, groups, chunks, optimizer, data.train, 0, device.torch)
-        tensors = list(replicated_tensors(chunks, optimizer))
+        tensors = [(one.name, one.tensor) for one in replicated_tensors(chunks, optimizer)]
         chance, said = random.Random(5), [("none", "none", str(compare_replicas(chunks, optimizer, groups)))]
         for _ in range(CASES):
             victim, (name, tensor) = chance.randrange(groups.world_size), chance.choice(tensors)
@@ -64,6 +64,56 @@ def test_every_flipped_bit_is_found_and_its_rank_and_tensor_named(small_config, 
     assert [case for case in cases if not case[2].endswith(f"{case[0]} in {case[1]}")] == []
     kinds = {name.split(" of ")[0] for _, name, _ in cases if " of " in name}
     assert kinds == {"exp_avg", "exp_avg_sq", *(["main parameter"] if precision == "bfloat16" else [])}
+
+
+def _flip_norms_and_compare(config_path: Path, settings: list[str]) -> list[tuple[str, str, str]]:
+    """Flip a bit of each weight and moment that tensor ranks hold alike, and of one that they share out, each time on
+    another rank: (rank, tensor, what comparing said)."""
+    with training_rank(config_path, settings, TORCH_KERNELS) as (config, device, groups, _, chunks, optimizer):
+        data = open_run_data(config)
+        set_learning_rate(optimizer, 1e-3, 0.1)
+        for step in range(2):
+            train_step(config, groups, chunks, optimizer, data.train, step, device.torch)
+        said = [("none", "none", str(compare_replicas(chunks, optimizer, groups)))]
+        tensors = [(one.name, one.tensor) for one in replicated_tensors(chunks, optimizer)]
+        alike = [(name, tensor) for name, tensor in tensors if name.endswith("norm.weight")]
+        for number, (name, tensor) in enumerate([*alike, tensors[0]]):
+            victim = number % groups.world_size
+            if groups.rank == victim:
+                flip_bit(tensor, number % tensor.numel(), number)
+            said.append((f"rank {victim} ", name, str(compare_replicas(chunks, optimizer, groups))))
+            if groups.rank == victim:
+                flip_bit(tensor, number % tensor.numel(), number)
+    return said
+
+
+UNTOLD = "(which of them is right cannot be told)"
+
+
+def test_copies_of_two_tensor_ranks_are_compared(small_config, tmp_path):
+    """Both are named; what they share out has no copy."""
+    settings = ["parallel.tensor=2", "train.global_batch=2", *NO_EVALUATION, *TINY]
+    first, second = results_of(run_ranks(_flip_norms_and_compare, 2, (small_config, settings), tmp_path))
+    assert first == second
+    clean, *norms, shared_out = first
+    assert clean[2] == shared_out[2] == "None"
+    assert len(norms) == 9, "weight and both moments of three norms"
+    for _, name, told in norms:
+        ranks = [f"rank {rank} (tensor {rank}, pipeline 0, context 0, data 0) in {name}" for rank in range(2)]
+        assert told == f"{'; '.join(ranks)} {UNTOLD}"
+
+
+def test_copies_of_tensor_ranks_and_replicas_name_the_rank_together(small_config, tmp_path):
+    """Four copies have a majority where two replicas have none."""
+    layout = ["parallel.tensor=2", "parallel.data=2", "parallel.sequence=true", "parallel.distributed_optimizer=true"]
+    settings = [*layout, "train.global_batch=4", "train.precision=bfloat16", *NO_EVALUATION, *TINY]
+    said = results_of(run_ranks(_flip_norms_and_compare, 4, (small_config, settings), tmp_path))
+    assert all(other == said[0] for other in said)
+    clean, *norms, shared_out = said[0]
+    assert clean[2] == "None" and len(norms) == 3
+    for rank, name, told in norms:
+        assert told.startswith(rank) and told.endswith(f") in {name}"), told
+    assert shared_out[2].count(f"in {shared_out[1]}") == 2 and shared_out[2].endswith(UNTOLD), "two replicas"
 
 
 IN_EACH_STEP = [
@@ -156,7 +206,7 @@ def test_flipped_bit_stops_the_run_before_it_is_saved(small_config, tmp_path):
     said = "".join(outcome.stderr for outcome in outcomes)
     place = "rank 1 (tensor 0, pipeline 0, context 0, data 1) in decoder.layers.2.mlp.linear_fc1.weight"
     # Unasked it is compared before a save; by then the moments have followed the weights.
-    assert said.startswith("step 4: data-parallel replicas differ") and place.split(" in ")[0] in said
+    assert said.startswith("step 4: replicas differ") and place.split(" in ")[0] in said
     (incident,) = events_of(folder, "incident")
     assert (incident["kind"], incident["step"], incident["saved_step"]) == ("replicas differ", 4, 2)
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["latest", "step_00000002"]
@@ -166,7 +216,7 @@ def test_flipped_bit_stops_the_run_before_it_is_saved(small_config, tmp_path):
     every, asked = "train.compare_replicas_every_steps=1", tmp_path / "asked"
     outcomes = ends(small_config, asked, _flip_on_rank_1_in_step_3, every, "parallel.distributed_optimizer=true")
     said = "".join(outcome.stderr for outcome in outcomes)
-    assert f"step 3: data-parallel replicas differ, which no computation of ours does: {place}." in said
+    assert f"step 3: replicas differ, which no computation of ours does: {place}." in said
     assert max(steps_of(asked)) == 2
 
     # Started again on a sound machine it is the run in which nothing happened.
