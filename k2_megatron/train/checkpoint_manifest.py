@@ -121,9 +121,13 @@ def hash_file(path: Path) -> dict:
 
 
 def verify_files(folder: Path, manifest: dict, part: int = 0, parts: int = 1) -> list[str]:
-    """Problems of the `part`-th of `parts` shares of the checkpoint's files: missing, truncated, altered."""
+    """Problems of the `part`-th of `parts` shares of the checkpoint's files: missing, truncated, altered.
+
+    A rank's share is what it wrote, or would have written: in the same layout that is what it loads afterwards, from
+    memory that holds it now.
+    """
     problems = []
-    for name in sorted(manifest["files"])[part::parts]:
+    for name in [name for name in sorted(manifest["files"]) if _writer_of(name) % parts == part]:
         try:
             problem = _problem_of_file(folder / name, manifest["files"][name])
         except OSError as error:
@@ -131,6 +135,12 @@ def verify_files(folder: Path, manifest: dict, part: int = 0, parts: int = 1) ->
         if problem:
             problems.append(problem)
     return problems
+
+
+def _writer_of(name: str) -> int:
+    """The rank that wrote a file of tensors, "__RANK_NUMBER.distcp"; rank 0 writes all others."""
+    found = re.fullmatch(r"__(\d+)_\d+\.distcp", name)
+    return int(found.group(1)) if found else 0
 
 
 def _problem_of_file(path: Path, expected: dict) -> str | None:

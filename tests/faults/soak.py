@@ -1,18 +1,20 @@
 """A long run under faults: one every twenty steps on average, started again each time, as a batch script would.
 
-    python tests/faults/soak.py --folder /tmp/soak                      `make soak`; 2,000 steps, some 15 minutes
+    python tests/faults/soak.py --folder /tmp/soak                      `make soak`; 2,000 steps, some 25 minutes
     python tests/faults/soak.py --folder /tmp/soak --steps 200 --step-seconds 0.1
 
 In:  how many steps, how far apart the faults are, a seed. A step is drawn out to `--step-seconds`, as one that a device
-computes while the processor waits: what starting again costs then weighs about what it weighs in a real run.
-Out: where the wall time went, goodput (the share that went into steps that were kept), each fault with how often, and
-what was lost against an uninterrupted run, to the bit: steps, weights, moments, generators, journal, ledger; and
+computes while the processor waits: a step of the small model itself lasts a tenth of what starting again does.
+Out: where the wall time went; goodput, the wall time of the run without faults (its start, saves and evaluations
+included) as a share of the wall time under faults less the steps that were repeated; each fault with how often, and
+what was lost against the run without faults, to the bit: steps, weights, moments, generators, journal, ledger; and
 processes, shared memory and temporary files that were left behind. Exit code 0 when that is nothing.
 """
 
 import argparse
 import contextlib
 import itertools
+import math
 import os
 import random
 import sys
@@ -32,6 +34,7 @@ import psutil  # noqa: E402
 from aimed_kills import PLACES, SAVE_PLACES  # noqa: E402
 from drill import LAYOUTS, compare, last_step  # noqa: E402
 from drill_faults import KILLS, OTHERS, Fault, Life, aimed_kill  # noqa: E402
+from rank_processes import Rank  # noqa: E402
 from run_results import events_of  # noqa: E402
 from small_run import write_small_config, write_text  # noqa: E402
 
@@ -47,6 +50,8 @@ SETTINGS = [
     *("log.layers_every_steps=10", "watchdog.minimum_seconds=5.0", "watchdog.pause_seconds=30.0"),
 ]
 PASSING_SHARE = 0.25  # of the lives: a gradient is not finite once, which ends nothing
+HUGE, FEWEST_BEFORE_HUGE = 1e30, 24  # a gradient that is finite, and after how many steps that is noticed
+TIMED_STEPS = 200  # of the run without faults; the others are not drawn out
 LIFE_SECONDS, WHOLE_SECONDS = 300.0, 3600.0  # by then they must be over; some ten times what they take
 
 
@@ -59,7 +64,13 @@ class Soak:
     wall_seconds: float = 0.0
 
 
-def in_rank(step_seconds: float, scratch: Path, not_finite_call: int | None, arm: Callable[[], None] | None) -> None:
+def in_rank(
+    step_seconds: float,
+    scratch: Path,
+    passing: tuple[int, float] | None,
+    arm: Callable[[], None] | None,
+    drawn_out_steps: int = sys.maxsize,
+) -> None:
     """Before a rank trains: its steps last so long, its temporary files lie in `scratch`, its faults are set."""
     import tempfile
 
@@ -71,17 +82,18 @@ def in_rank(step_seconds: float, scratch: Path, not_finite_call: int | None, arm
     def drawn_out(*arguments):
         began = time.monotonic()
         result = train_step(*arguments)
-        time.sleep(max(0.0, began + step_seconds - time.monotonic()))
+        if arguments[5] < drawn_out_steps:
+            time.sleep(max(0.0, began + step_seconds - time.monotonic()))
         return result
 
     pretrain_k2.train_step = drawn_out
-    if not_finite_call is not None:
-        _not_finite_once(not_finite_call)
+    if passing is not None:
+        _gradient_wrong_once(*passing)
     if arm is not None:
         arm()
 
 
-def _not_finite_once(call: int) -> None:
+def _gradient_wrong_once(call: int, value: float) -> None:
     """One gradient of rank 0, before the sum over replicas."""
     import k2_megatron.train.step as step
 
@@ -90,7 +102,7 @@ def _not_finite_once(call: int) -> None:
     def spoiled(model, *arguments, **keywords):
         calls.append(1)
         if len(calls) == call and os.environ["RANK"] == "0":
-            next(model[0].parameters()).main_grad.view(-1)[3] = float("nan")
+            next(model[0].parameters()).main_grad.view(-1)[3] = value
         finalize(model, *arguments, **keywords)
 
     step.finalize_model_grads = spoiled
@@ -160,6 +172,7 @@ def soak(config: Path, folder: Path, steps: int, apart: float, step_seconds: flo
     """Train `steps` steps in `folder`/run under faults `apart` steps apart; start again until the run is finished."""
     run, scratch, found = folder / "run", folder / "scratch", Soak()
     scratch.mkdir()
+    Rank(print, (), {}, folder / "imports").finish()  # the server's imports are no part of a run
     chance, began, deck = random.Random(seed), time.monotonic(), []
     told = Told(run / "journal.jsonl", "step")
     for number in itertools.count():
@@ -168,7 +181,10 @@ def soak(config: Path, folder: Path, steps: int, apart: float, step_seconds: flo
         fault = fault_at(deck.pop(), reach, chance)
         background = number % 2 == 1 if fault.background is None else fault.background
         output, known = folder / "lives" / f"{number}", told.now()
-        passing = chance.randrange(1, int(apart)) if not fault.arm and chance.random() < PASSING_SHARE else None
+        passing = None
+        if not fault.arm and chance.random() < PASSING_SHARE:
+            wrong = HUGE if last_step(run) >= FEWEST_BEFORE_HUGE and chance.random() < 0.5 else math.nan
+            passing = (chance.randrange(1, int(apart)), wrong)
         arm = partial(in_rank, step_seconds, scratch, passing, fault.arm(chance, output) if fault.arm else None)
         settings = [*SETTINGS, f"train.steps={steps}", f"run.folder={run}"]
         life = Life(config, [*settings, f"checkpoint.asynchronous={str(background).lower()}"], RANKS, output, arm)
@@ -186,13 +202,25 @@ def soak(config: Path, folder: Path, steps: int, apart: float, step_seconds: flo
         if number % 10 == 9:
             print(f"{number + 1} faults, step {last_step(run)}, {time.monotonic() - began:.0f} s", flush=True)
     found.wall_seconds = time.monotonic() - began
-    again = sum(event.get("made_again", False) for event in events_of(run, "incident"))
-    found.faults["gradient not finite on one rank, once"] = again - found.faults[NOT_FINITE_TWICE]
+    again = Counter(event["kind"] for event in events_of(run, "incident") if event.get("made_again"))
+    found.faults["gradient not finite on one rank, once"] = again["not finite"] - found.faults[NOT_FINITE_TWICE]
+    found.faults["gradient huge on one rank, once"] = again["in doubt"]
     return found
 
 
-def where_time_went(found: Soak, run: Path) -> list[str]:
-    """The wall time in parts, and goodput."""
+def seconds_without_faults(whole: Path, began: float, steps: int) -> float:
+    """What `steps` steps take that are drawn out like the first TIMED_STEPS of the run in `whole`, from its start at
+    `began` (seconds since 1970), saves and evaluations included."""
+    timed = min(steps - 1, TIMED_STEPS)
+    at = [
+        datetime.fromisoformat(event["time"]).timestamp() - event["step_seconds"]
+        for event in events_of(whole, "step")[: timed + 1]
+    ]
+    return at[0] - began + (at[timed] - at[0]) / timed * steps
+
+
+def where_time_went(found: Soak, run: Path, without_faults: float) -> list[str]:
+    """The wall time in parts, and goodput, given what the run takes without faults."""
     kept: dict[int, float] = {}
     repeated = down = 0.0
     tellings, last_told, new_life = 0, None, False
@@ -217,7 +245,9 @@ def where_time_went(found: Soak, run: Path) -> list[str]:
     lines += [f"{'wall time':46} {wall:8.1f} s", f"{tellings - len(kept)} steps repeated, {len(kept)} kept"]
     return [
         *lines,
-        f"goodput {100 * useful / wall:.1f} %; less repeated steps {100 * useful / (wall - repeated):.1f} %",
+        f"{'wall time without faults':46} {without_faults:8.1f} s",
+        f"goodput {100 * without_faults / (wall - repeated):.1f} %: the wall time without faults, of that with faults "
+        f"less repeated steps; with them {100 * without_faults / wall:.1f} %",
     ]
 
 
@@ -248,7 +278,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--apart", type=float, default=20.0, help="steps between two faults, on average")
-    parser.add_argument("--step-seconds", type=float, default=0.25, help="what a step lasts at least")
+    parser.add_argument("--step-seconds", type=float, default=0.5, help="what a step lasts at least")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folder", type=Path, required=True, help="an empty folder for the runs")
     arguments = parser.parse_args()
@@ -260,14 +290,17 @@ def main() -> int:
     shared_memory = {path.name for path in SHARED_MEMORY.iterdir()}
     found = soak(config, folder, arguments.steps, arguments.apart, arguments.step_seconds, arguments.seed)
     print("the same run without faults, to compare with", flush=True)
-    life = Life(config, whole, RANKS, folder / "whole_output")
+    began = time.time()
+    arm = partial(in_rank, arguments.step_seconds, folder / "scratch", None, None, TIMED_STEPS + 1)
+    life = Life(config, whole, RANKS, folder / "whole_output", arm)
     life.wait(lambda: life.ended, WHOLE_SECONDS)
     assert set(life.codes) == {0}, [rank.finish() for rank in life.ranks]
     lost = compare(folder / "whole", folder / "run", arguments.steps) + left_behind(folder, shared_memory)
     print(*(f"{count:5}  {name}" for name, count in sorted(found.faults.items()) if count), sep="\n")
     print(f"{sum(found.faults.values()):5}  faults in {arguments.steps} steps")
     print(f"ended otherwise than they should: {'; '.join(found.complaints) or 'none'}")
-    print(*where_time_went(found, folder / "run"), sep="\n")
+    without_faults = seconds_without_faults(folder / "whole", began, arguments.steps)
+    print(*where_time_went(found, folder / "run", without_faults), sep="\n")
     print(f"lost: {'; '.join(lost) or 'nothing'}")
     return 1 if lost or found.complaints else 0
 

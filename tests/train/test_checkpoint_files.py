@@ -183,6 +183,17 @@ def test_shares_of_the_files_cover_each_file_once(saved):
         assert len(problems) == 3, parts
 
 
+def test_share_of_a_rank_is_what_it_wrote(tmp_path):
+    """And what it loads in the same layout, so that it is read from the storage once."""
+    written = [f"__{rank}_{number}.distcp" for rank in range(12) for number in range(2)]
+    manifest = {"files": dict.fromkeys([*written, ".metadata", "common.pt"], {})}
+    missing = [verify_files(tmp_path, manifest, rank, 12) for rank in range(12)]
+    for rank, problems in enumerate(missing):
+        others = [".metadata", "common.pt"] if rank == 0 else []
+        expected = [f"{tmp_path / name} is missing" for name in [*written[2 * rank : 2 * rank + 2], *others]]
+        assert sorted(problems) == sorted(expected)
+
+
 def test_manifest_of_another_format_is_refused(saved):
     folder = complete_checkpoints(saved(5))[0]
     manifest = json.loads((folder / "k2.json").read_text())
