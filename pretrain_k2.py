@@ -22,7 +22,7 @@ import torch.distributed as distributed
 
 from k2_megatron.config import Config, load_config
 from k2_megatron.config.changes import keys_given
-from k2_megatron.config.flops import flops_per_token
+from k2_megatron.config.flops import flops_per_token, output_share
 from k2_megatron.kernels.dispatch import OPS, choose_backend
 from k2_megatron.model import build_model
 from k2_megatron.plan import plan_text
@@ -170,7 +170,8 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
     leaving = "--until"
     how = {"asynchronous": config.checkpoint.asynchronous, "retry_seconds": config.checkpoint.retry_seconds}
     saver = CheckpointWriter(checkpoints, groups, **how)
-    peak, reports, checkpoint_seconds = peak_bf16_flops(device), StragglerReports(groups), 0.0
+    reports = StragglerReports(groups, output_share(config.model, config.parallel.pipeline))
+    peak, checkpoint_seconds = peak_bf16_flops(device), 0.0
 
     # The loop: one step, what is told of it, then the rare events
     while step < min(until, config.train.steps):

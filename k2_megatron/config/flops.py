@@ -36,6 +36,12 @@ def forward_flops_per_token(model: Model, attention: Attention) -> float:
     return model.layers * layer + 2.0 * model.vocab_size * model.hidden_size
 
 
+def output_share(model: Model, stages: int) -> float:
+    """Work of the output matrix as a share of what a pipeline stage's layers do."""
+    layer = 2.0 * layer_matrix_parameters(model) + attention_forward_flops(model, "causal")
+    return 2.0 * model.vocab_size * model.hidden_size / (layer * model.layers / stages)
+
+
 def flops_per_token(model: Model, attention: Attention) -> float:
     """Model FLOPs of one trained token: three forward passes' worth, recomputation not counted."""
     return 3.0 * forward_flops_per_token(model, attention)

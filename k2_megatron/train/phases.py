@@ -9,13 +9,15 @@ the distributed optimizer; messages between stages and the reduction of gradient
 of forward and backward.
 
 Compared are ranks of one pipeline stage, whose work is the same; a rank alone in its stage with the other stages, but
-for the last, which has the output layer. Beside this each rank is compared with itself: with what it took in earlier
+for the last. That has the output layer and the loss, whose work is known by formula alone: alone in it a rank is
+compared with the others' time and a generous share for these, and the first of two stages with the last; they must be
+slow in several reports in a row. Beside this each rank is compared with itself: with what it took in earlier
 reports, while the others take what they took. So a stage is found that is slow as a whole.
 """
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -33,6 +35,7 @@ OPTIMIZER = "optimizer"
 WAITS = {"params-all-gather": OPTIMIZER}  # megatron-core's timers of what is waiting, and the phase that they lie in
 REPORTS_KEPT, FEWEST_REPORTS = 16, 4  # of each rank, to be compared with; before that it is not compared with itself
 SLOW_RATIO = 1.5  # times the median of the others; clocks of equal machines differ by some per cent
+OUTPUT_MARGIN = 3.0  # times its share of FLOPs: what the output layer and the loss may take, which read much memory
 SMALLEST_SHARE = 0.05  # of the work of a step: a phase that is slower by less holds nobody up
 # Every name by which a collective of a forward or backward pass is called; two modules bind theirs when imported.
 _COLLECTIVES = (
@@ -190,10 +193,11 @@ class _Handle:
 
 
 class StragglerReports:
-    """The reports of a run, the same on every rank."""
+    """The reports of a run, the same on every rank. `output_share`: the output layer's work, in the work of a stage's
+    layers."""
 
-    def __init__(self, groups: Groups) -> None:
-        self._groups = groups
+    def __init__(self, groups: Groups, output_share: float) -> None:
+        self._groups, self._output_share = groups, output_share
         self._earlier: deque[Sequence[Mapping[str, float]]] = deque(maxlen=REPORTS_KEPT)
 
     def gather(self, seconds: Mapping[str, float]) -> tuple[dict[str, list[float]], Straggler | None]:
@@ -202,7 +206,7 @@ class StragglerReports:
         own = (dict(seconds), self._groups.pipeline_rank, self._groups.name)
         distributed.all_gather_object(everywhere, own)
         by_rank, stages, places = zip(*everywhere, strict=True)
-        slow = slowest(by_rank, stages, places, tuple(self._earlier))
+        slow = slowest(by_rank, stages, places, tuple(self._earlier), self._output_share)
         self._earlier.append(by_rank)
         return {phase: [round(of_rank[phase], 6) for of_rank in by_rank] for phase in seconds}, slow
 
@@ -212,18 +216,27 @@ def slowest(
     stages: Sequence[int],
     places: Sequence[str],
     earlier: Sequence[Sequence[Mapping[str, float]]] = (),
+    output_share: float | None = None,
 ) -> Straggler | None:
     """The rank and phase that lie furthest above what is usual; None when all are alike."""
     found = []
     for rank, seconds in enumerate(by_rank):
-        for usual, before in ((_of_its_like(rank, by_rank, stages), False), (_of_itself(rank, by_rank, earlier), True)):
-            step = sum(usual.values())
-            for phase, median_seconds in usual.items():
-                more = seconds[phase] - median_seconds
-                if seconds[phase] > SLOW_RATIO * median_seconds and more > SMALLEST_SHARE * step:
-                    ratio = round(seconds[phase] / max(median_seconds, 1e-9), 2)
-                    found.append(Straggler(rank, places[rank], phase, ratio, round(more, 6), before))
+        usual_now = [(_of_its_like(rank, by_rank, stages), False), (_of_itself(rank, by_rank, earlier), True)]
+        if output_share is not None:
+            usual_now.append((_by_formula(rank, by_rank, stages, earlier, output_share), False))
+        for usual, before in usual_now:
+            for phase, more in _slow_phases(seconds, usual).items():
+                ratio = round(seconds[phase] / max(usual[phase], 1e-9), 2)
+                found.append(Straggler(rank, places[rank], phase, ratio, round(more, 6), before))
     return max(found, key=lambda straggler: straggler.seconds, default=None)
+
+
+def _slow_phases(seconds: Mapping[str, float], usual: Mapping[str, float]) -> dict[str, float]:
+    """{phase: seconds more than usual} of those in which a rank is slow."""
+    more = {phase: seconds[phase] - usual_seconds for phase, usual_seconds in usual.items()}
+    smallest = SMALLEST_SHARE * sum(usual.values())
+    slower = [phase for phase in usual if seconds[phase] > SLOW_RATIO * usual[phase]]
+    return {phase: more[phase] for phase in slower if more[phase] > smallest}
 
 
 def _of_its_like(rank: int, by_rank: Sequence[Mapping[str, float]], stages: Sequence[int]) -> dict[str, float]:
@@ -232,8 +245,37 @@ def _of_its_like(rank: int, by_rank: Sequence[Mapping[str, float]], stages: Sequ
     phases = list(by_rank[rank])
     if not others and stages[rank] < max(stages):
         inner = [other for number, other in enumerate(by_rank) if stages[number] < max(stages) and number != rank]
-        others, phases = inner, [phase for phase in phases if phase != "data"]  # the first and last stage read rows
+        others, phases = inner, _but_rows(phases)
     return {phase: median(other[phase] for other in others) for phase in phases} if others else {}
+
+
+def _by_formula(
+    rank: int,
+    by_rank: Sequence[Mapping[str, float]],
+    stages: Sequence[int],
+    earlier: Sequence[Sequence[Mapping[str, float]]],
+    output_share: float,
+) -> dict[str, float]:
+    """{phase in which it was slow in the last reports too: what is usual by formula} of a rank that is alone in the
+    last stage, and of one that has the last stage alone to be compared with, whose ranks have more to do."""
+    last = max(stages)
+    is_last = stages[rank] == last
+    if stages.count(stages[rank]) > 1 or not (is_last or set(stages) == {stages[rank], last}):
+        return {}
+    factor = 1 + OUTPUT_MARGIN * output_share if is_last else 1.0
+    reports = [by_rank, *earlier[-(FEWEST_REPORTS - 1) :]]
+    others = [number for number, stage in enumerate(stages) if stage != stages[rank]]
+    usual_in = [
+        {phase: factor * median(report[other][phase] for other in others) for phase in _but_rows(report[rank])}
+        for report in reports
+    ]
+    slow = [set(_slow_phases(report[rank], usual)) for report, usual in zip(reports, usual_in, strict=True)]
+    always = set.intersection(*slow) if len(reports) == FEWEST_REPORTS else set()
+    return {phase: usual_in[0][phase] for phase in always}
+
+
+def _but_rows(phases: Iterable[str]) -> list[str]:
+    return [phase for phase in phases if phase != "data"]  # the first and last stage read rows
 
 
 def _of_itself(

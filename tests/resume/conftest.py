@@ -1,4 +1,4 @@
-"""Runs of eight steps with checkpoints at three, six and eight, and copies of them that end at three."""
+"""Runs of eight steps (or of more) with checkpoints at three, six and eight, and copies of them that end at three."""
 
 import shutil
 from collections.abc import Callable
@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from rank_processes import pretrain, results_of
 from small_run import overrides
+
+from k2_megatron.train.checkpoint_files import complete_checkpoints
+from k2_megatron.train.checkpoint_manifest import step_of
 
 SETTINGS = {
     "train.steps": 8,
@@ -34,14 +37,17 @@ def whole_run(small_config: Path, tmp_path_factory: pytest.TempPathFactory) -> C
 
 @pytest.fixture
 def continued(small_config: Path, tmp_path: Path) -> Callable[..., Path]:
-    """continued(run, ranks, settings, fault=None) -> a copy of `run` that went on from step three."""
+    """continued(run, ranks, settings, fault=None, after=3) -> a copy of `run` that went on from step `after`."""
 
-    def go_on(run: Path, ranks: int, settings: dict[str, object], fault: Callable[[], None] | None = None) -> Path:
+    def go_on(
+        run: Path, ranks: int, settings: dict[str, object], fault: Callable[[], None] | None = None, after: int = 3
+    ) -> Path:
         copy = tmp_path / "run"
         shutil.copytree(run, copy)
-        for later in (6, 8):
-            shutil.rmtree(copy / "checkpoints" / f"step_{later:08d}")
-        (copy / "checkpoints" / "latest").write_text("step_00000003\n")
+        for folder in complete_checkpoints(copy / "checkpoints"):
+            if step_of(folder) > after:
+                shutil.rmtree(folder)
+        (copy / "checkpoints" / "latest").write_text(f"step_{after:08d}\n")
         given = overrides({**SETTINGS, **settings, "run.folder": copy})
         results_of(pretrain(ranks, small_config, given, tmp_path / "output", fault))
         return copy

@@ -186,7 +186,7 @@ def test_shares_of_the_files_cover_each_file_once(saved):
 def test_share_of_a_rank_is_what_it_wrote(tmp_path):
     """And what it loads in the same layout, so that it is read from the storage once."""
     written = [f"__{rank}_{number}.distcp" for rank in range(12) for number in range(2)]
-    manifest = {"files": dict.fromkeys([*written, ".metadata", "common.pt"], {})}
+    manifest = {"files": {name: {} for name in [*written, ".metadata", "common.pt"]}}
     missing = [verify_files(tmp_path, manifest, rank, 12) for rank in range(12)]
     for rank, problems in enumerate(missing):
         others = [".metadata", "common.pt"] if rank == 0 else []

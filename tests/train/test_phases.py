@@ -70,6 +70,31 @@ def test_rank_alone_in_its_stage_is_compared_with_itself(by_rank, expected):
     assert slowest(by_rank, [0, 1], names(by_rank), earlier[:3]) is None
 
 
+SHARE = 0.1  # of a stage's layers: an output layer whose FLOPs are so many may take 1.3 times a stage
+
+
+@pytest.mark.parametrize(
+    ("by_rank", "stages", "expected"),
+    [
+        (ranks(ALIKE, ALIKE, (0.0, 1.3, 2.6, 0.13, 0.0)), [0, 1, 2], None),
+        (ranks(ALIKE, ALIKE, (0.0, 1.9, 3.8, 0.13, 0.0)), [0, 1, 2], None),
+        (ranks(ALIKE, ALIKE, (0.0, 2.0, 6.5, 0.13, 0.0)), [0, 1, 2], (2, "backward", 2.5)),
+        (ranks(ALIKE, (0.0, 2.6, 2.0, 0.13, 0.0)), [0, 1], (1, "forward", 2.0)),
+        # The first of two stages has less to do than the last
+        (ranks((0.5, 2.0, 2.0, 0.1, 0.0), (0.0, 1.2, 2.4, 0.1, 0.0)), [0, 1], (0, "forward", 1.67)),
+        (ranks((0.5, 1.7, 2.0, 0.1, 0.0), (0.0, 1.2, 2.4, 0.1, 0.0)), [0, 1], None),
+        (ranks(ALIKE, ALIKE, (0.0, 1.0, 9.0, 0.1, 0.0), (0.0, 1.0, 9.0, 0.1, 0.0)), [0, 0, 1, 1], None),
+    ],
+)
+def test_rank_alone_in_the_last_stage_is_slow_from_the_start(by_rank, stages, expected):
+    """In each of four reports, the first of the run."""
+    found = slowest(by_rank, stages, names(by_rank), [by_rank] * 3, SHARE)
+    assert (found and (found.rank, found.phase, found.ratio)) == expected
+    assert slowest(by_rank, stages, names(by_rank), [by_rank] * 2, SHARE) is None, "too few reports"
+    alike = ranks(*[ALIKE] * len(by_rank))
+    assert slowest(by_rank, stages, names(by_rank), [by_rank, by_rank, alike], SHARE) is None, "not in a row"
+
+
 def test_stage_that_is_slow_as_a_whole_is_found():
     earlier = [ranks(ALIKE, ALIKE, LAST, LAST)] * 4
     slow = (0.01, 2.0, 4.0, 0.1, 0.0)
@@ -153,6 +178,11 @@ def data_parallel_pauses() -> None:
     pauses({2: ("data", (1,)), 4: ("optimizer", (1,)), 6: (EVERYWHERE, (0, 1))})
 
 
+def last_stage_pauses() -> None:
+    """The only rank of the last stage is slow in every step from the first."""
+    pauses(dict.fromkeys(range(1, 5), ("backward", (1,))), pause_seconds=0.2)
+
+
 def pipeline_pauses() -> None:
     """Everyone pauses in every step, so that a busy machine does not decide; in the last, one stage pauses longer."""
     pauses(dict.fromkeys(range(1, 6), (EVERYWHERE, (0, 1))), longer=(5, "forward", (1,)), pause_seconds=0.1)
@@ -181,8 +211,13 @@ def tensor_parallel_pauses() -> None:
             pipeline_pauses,
             {**dict.fromkeys(range(1, 5)), 5: (1, "forward")},
         ),
+        (
+            {"parallel.pipeline": 2, "train.steps": 4, "log.phases_every_steps": 1},
+            last_stage_pauses,
+            {**dict.fromkeys(range(1, 4)), 4: (1, "backward")},
+        ),
     ],
-    ids=["data", "tensor", "pipeline"],
+    ids=["data", "tensor", "pipeline", "last stage"],
 )
 def test_slow_rank_is_named_although_the_others_wait_for_it(small_config, tmp_path, settings, fault, expected):
     more = {
