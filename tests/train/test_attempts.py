@@ -186,3 +186,33 @@ def test_what_comes_again_is_the_datas_and_is_applied(small_config, tmp_path):
     assert told == [("in doubt", 18), ("came again", 18)]
     assert events_of(folders[0], "incident")[1]["equal_to_the_bit"] is True
     assert events_of(folders[1], "incident") == []
+
+
+def _weight_is_lost() -> None:
+    """Rank 1 computes step 3, and it again, with a weight that is not a number."""
+    import k2_megatron.train.step as step
+    from k2_megatron.train.checkpoint_state import named_parameters
+
+    run_schedule, calls = step._run_schedule, []
+
+    def spoiled(config, groups, chunks, *arguments, **keywords):
+        calls.append(1)
+        if len(calls) == 3 and os.environ["RANK"] == "1":
+            dict(named_parameters(chunks))[WEIGHT].detach().view(-1)[7] = math.nan
+        return run_schedule(config, groups, chunks, *arguments, **keywords)
+
+    step._run_schedule = spoiled
+
+
+def test_weight_that_is_lost_in_one_replica_is_named_when_the_step_is_made_again(small_config, tmp_path):
+    folder = tmp_path / "run"
+    more = ["parallel.tensor=1", "parallel.data=2", "parallel.distributed_optimizer=true"]
+    ended = run(small_config, folder, "output", _weight_is_lost, *more)
+    assert [rank.exit_code for rank in ended] == [3, 3]
+    assert [(event["kind"], event["step"]) for event in events_of(folder, "incident")] == [
+        ("not finite", 3),
+        ("replicas differ", 3),
+    ]
+    replicas = [f"rank {rank} (tensor 0, pipeline 0, context 0, data {rank}) in {WEIGHT}" for rank in range(2)]
+    assert "; ".join(replicas) in "".join(rank.stderr for rank in ended)
+    assert list(steps_of(folder)) == [1, 2], "nothing of it was applied"
