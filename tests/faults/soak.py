@@ -51,7 +51,7 @@ SETTINGS = [
 ]
 PASSING_SHARE = 0.25  # of the lives: a gradient is not finite once, which ends nothing
 HUGE, FEWEST_BEFORE_HUGE = 1e30, 24  # a gradient that is finite, and after how many steps that is noticed
-TIMED_STEPS = 200  # of the run without faults; the others are not drawn out
+TIMED_SHARE = 0.1  # of the run without faults, at its beginning; its other steps are not drawn out
 LIFE_SECONDS, WHOLE_SECONDS = 300.0, 3600.0  # by then they must be over; some ten times what they take
 
 
@@ -208,10 +208,9 @@ def soak(config: Path, folder: Path, steps: int, apart: float, step_seconds: flo
     return found
 
 
-def seconds_without_faults(whole: Path, began: float, steps: int) -> float:
-    """What `steps` steps take that are drawn out like the first TIMED_STEPS of the run in `whole`, from its start at
+def seconds_without_faults(whole: Path, began: float, steps: int, timed: int) -> float:
+    """What `steps` steps take that are drawn out like the first `timed` of the run in `whole`, from its start at
     `began` (seconds since 1970), saves and evaluations included."""
-    timed = min(steps - 1, TIMED_STEPS)
     at = [
         datetime.fromisoformat(event["time"]).timestamp() - event["step_seconds"]
         for event in events_of(whole, "step")[: timed + 1]
@@ -290,8 +289,8 @@ def main() -> int:
     shared_memory = {path.name for path in SHARED_MEMORY.iterdir()}
     found = soak(config, folder, arguments.steps, arguments.apart, arguments.step_seconds, arguments.seed)
     print("the same run without faults, to compare with", flush=True)
-    began = time.time()
-    arm = partial(in_rank, arguments.step_seconds, folder / "scratch", None, None, TIMED_STEPS + 1)
+    began, timed = time.time(), max(EVERY_STEPS, int(TIMED_SHARE * arguments.steps))
+    arm = partial(in_rank, arguments.step_seconds, folder / "scratch", None, None, timed + 1)
     life = Life(config, whole, RANKS, folder / "whole_output", arm)
     life.wait(lambda: life.ended, WHOLE_SECONDS)
     assert set(life.codes) == {0}, [rank.finish() for rank in life.ranks]
@@ -299,7 +298,7 @@ def main() -> int:
     print(*(f"{count:5}  {name}" for name, count in sorted(found.faults.items()) if count), sep="\n")
     print(f"{sum(found.faults.values()):5}  faults in {arguments.steps} steps")
     print(f"ended otherwise than they should: {'; '.join(found.complaints) or 'none'}")
-    without_faults = seconds_without_faults(folder / "whole", began, arguments.steps)
+    without_faults = seconds_without_faults(folder / "whole", began, arguments.steps, timed)
     print(*where_time_went(found, folder / "run", without_faults), sep="\n")
     print(f"lost: {'; '.join(lost) or 'nothing'}")
     return 1 if lost or found.complaints else 0
