@@ -34,16 +34,30 @@ def test_limit_follows_the_recent_steps():
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_steps_of_the_large_run_raise_no_alarm_and_a_hang_is_found_within_three_of_them(stage):
-    """10,000 steps of about 25 s, one in 10 half as long again (layers, replicas, phases are measured in them)."""
+def test_steps_of_the_large_run_raise_no_alarm_and_a_hang_is_found_within_three_of_them(stage, tmp_path, monkeypatch):
+    """10,000 steps of about 25 s, one in 10 half as long again (layers, replicas, phases are measured in them), with
+    evaluations of ten minutes and saves of five between them, which are no measure of a step."""
     settings = load_config(REPOSITORY / "examples" / "k2_65b" / f"{stage}.toml").watchdog
-    chance, recent = random.Random(1), deque(maxlen=watchdog.RECENT_STEPS)
+    now, chance, recent = [0.0], random.Random(1), deque(maxlen=watchdog.RECENT_STEPS)
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(watchdog.Watchdog, "_watch", lambda self: None)  # the limits are looked at here
+    guard = watchdog.Watchdog(settings, tmp_path, 0, 1)
+
+    def passes(phase: str, step: int, seconds: float) -> float:
+        guard.at(phase, step)
+        assert seconds < guard._progress.limit, f"a false alarm in {phase} after step {step}"
+        now[0] += seconds
+        return guard._progress.limit
+
     for step in range(10_000):
-        limit = limit_seconds(settings, "step", recent)
         seconds = 25.0 * chance.lognormvariate(0.0, 0.05) * (1.5 if step % 10 == 9 else 1.0)
-        assert seconds < limit, f"a false alarm at step {step}"
-        assert len(recent) < 3 or limit <= 3 * median(recent) + 10
+        limit = passes("step", step, seconds)
+        assert len(recent) < 3 or limit <= 3 * median(recent) + 10 + 1e-6
         recent.append(seconds)
+        if step % 50 == 49:
+            passes("evaluation", step + 1, 600.0)
+            passes("checkpoint", step + 1, 300.0)
+    guard.stop()
 
 
 def test_batch_that_grows_is_no_hang(tmp_path, monkeypatch):
