@@ -88,7 +88,10 @@ def tell_of_doubts(
     attempts: Attempts, result: StepResult, step: int, first_sample: int, chunks: Sequence, groups: Groups,
     journal: Journal, say: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Write what came of attempts at `step` that were finite and in doubt. StopRun when the last one is as well."""
+    """Write what came of attempts at `step` that were finite and in doubt. StopRun when the last one is as well; one
+    that is not finite is told of elsewhere."""
+    if not result.finite:
+        return
     wrong = []
     for number, one in enumerate(attempts.earlier):
         if not one.finite:
@@ -106,12 +109,13 @@ def tell_of_doubts(
         wrong.append(in_words({"ranks": ranks, "samples_not_finite": samples}))
     if wrong and result.updated:
         say(f"step {step} was computed wrongly, made again and taken: {wrong[0]}")
-    elif wrong and result.finite and result.difference is None:
+    elif not result.updated:
         norms = ", ".join(f"{one.grad_norm:.6g}" for one in (*attempts.earlier, result))
+        place = "; ".join(wrong) or "the journal names the ranks"
         raise StopRun(
             f"step {step}: {len(attempts.earlier) + 1} computations from the same weights and rows are all far from "
-            f"the usual, and no two alike (gradient norms {norms}): {wrong[-1]}. Nothing of it was applied. Exclude "
-            "the host of the rank that is named, and start again"
+            f"the usual, and no two alike (gradient norms {norms}): {place}. Nothing "
+            "of it was applied. Exclude the host of the rank that is named, and start again"
         )
 
 
@@ -122,7 +126,7 @@ def _ranks_wrong(before: dict[str, float], chunks: Sequence, groups: Groups) -> 
     Gradients are summed over data-parallel ranks before, so ranks that hold the same parameters are named together.
     """
     changes = {
-        name: abs(math.log(max(before[name], 1e-30) / max(size, 1e-30)))
+        name: abs(math.log(max(before[name], 1e-30)) - math.log(max(size, 1e-30)))
         for name, size in gradient_sizes(chunks).items()
         if not math.isclose(before[name], size, rel_tol=SAME)
     }

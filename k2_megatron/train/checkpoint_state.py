@@ -57,12 +57,11 @@ def unwrapped(chunk: MegatronModule) -> GPTModel:
 def named_parameters(chunks: Sequence) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """(name, parameter) of all that a rank holds; layers are counted over the whole model, from 0."""
     for chunk in map(unwrapped, chunks):
-        layers = {
-            f"decoder.layers.{index}.": layer.layer_number - 1 for index, layer in enumerate(chunk.decoder.layers)
-        }
         for name, parameter in chunk.named_parameters():
-            within = next((local for local in layers if name.startswith(local)), None)
-            yield (f"decoder.layers.{layers[within]}.{name.removeprefix(within)}" if within else name), parameter
+            parts = name.split(".")
+            if parts[:2] == ["decoder", "layers"]:  # whose third part is the number within the chunk
+                parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
+            yield ".".join(parts), parameter
 
 
 def model_state(chunks: Sequence) -> dict:

@@ -126,5 +126,8 @@ def test_policy_of_skipping_one_and_then_stopping_on_four_ranks(small_config, tm
     for incident in incidents:
         assert named in incident["ranks"], incident["ranks"]
         assert all(rank.startswith(("rank 1 ", "rank 3 ")) for rank in incident["ranks"]), incident["ranks"]
+        if "pipeline 1" in named:
+            first = incident["ranks"][named][0]
+            assert first.startswith("decoder.layers.2."), "layers are counted over the whole model"
     assert list(steps_of(folder)) == [1, 3]
     assert "The last save was step 3" in "".join(outcome.stderr for outcome in outcomes)
