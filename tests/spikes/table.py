@@ -155,10 +155,11 @@ def _replayed(run: Path, step: int) -> str:
 def clean(runs: Runs, steps: int) -> str:
     """False alarms, with the settings that a run has by default."""
     run = runs.start("clean", [f"train.steps={steps}", "spikes.window_steps=", "spikes.benign_steps="], None)
-    found = events_of(run, "spike")
+    found, again = events_of(run, "spike"), events_of(run, "incident")
     layers = len(next(iter(steps_of(run).values()))["layers"]["gradient_norm"])
     return (
-        f"{len(found)} false alarms in {len(steps_of(run))} clean steps of {layers} layers{'  WRONG' if found else ''}"
+        f"{len(found)} false alarms in {len(steps_of(run))} clean steps of {layers} layers, {len(again)} of them in "
+        f"doubt{'  WRONG' if found or again else ''}"
     )
 
 
