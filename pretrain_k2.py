@@ -45,7 +45,7 @@ from k2_megatron.train.checkpoint import find_checkpoint, load_checkpoint
 from k2_megatron.train.checkpoint_files import apply_retention, remove_unfinished
 from k2_megatron.train.checkpoint_manifest import CheckpointError, read_manifest
 from k2_megatron.train.checkpoint_save import CheckpointWriter, SaveResult
-from k2_megatron.train.checkpoint_state import layout_name
+from k2_megatron.train.checkpoint_state import layout_name, part_bytes
 from k2_megatron.train.journal import Journal
 from k2_megatron.train.layer_norms import ActivationSquares
 from k2_megatron.train.not_finite import computed_in_vain, count_as_update, in_words, where_not_finite
@@ -169,7 +169,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
     saved_step = kept_step = step  # published; the same, or still being written
     leaving = "--until"
     how = {"asynchronous": config.checkpoint.asynchronous, "retry_seconds": config.checkpoint.retry_seconds}
-    saver = CheckpointWriter(checkpoints, groups, **how)
+    saver = CheckpointWriter(checkpoints, groups, part_bytes=part_bytes(chunks, groups), **how)
     reports = StragglerReports(groups, output_share(config.model, config.parallel.pipeline))
     peak, checkpoint_seconds = peak_bf16_flops(device), 0.0
 

@@ -29,7 +29,7 @@ from k2_megatron.runtime.seeds import seed_everything
 from k2_megatron.train import checkpoint_hashing
 from k2_megatron.train.checkpoint import find_checkpoint, load_checkpoint
 from k2_megatron.train.checkpoint_save import CheckpointWriter
-from k2_megatron.train.checkpoint_state import model_state, optimizer_state, weight_fingerprint
+from k2_megatron.train.checkpoint_state import model_state, optimizer_state, part_bytes, weight_fingerprint
 from k2_megatron.train.optimizer import build_optimizer, wrap_model
 
 KERNELS = dict.fromkeys(OPS, "torch")
@@ -116,7 +116,9 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         process, clock = psutil.Process(), HashClock()
         resident = process.memory_info().rss
         print(f"{parameters / 1e6:.0f} M parameters, {resident / 1e9:.1f} GB resident, {options.mode}", flush=True)
-        saver = CheckpointWriter(folder / "checkpoints", groups, asynchronous=config.checkpoint.asynchronous)
+        mode = {"asynchronous": config.checkpoint.asynchronous, "part_bytes": part_bytes(chunks, groups)}
+        saver = CheckpointWriter(folder / "checkpoints", groups, **mode)
+        time.sleep(0.5 * parameters / 1e8 if config.checkpoint.asynchronous else 0.0)  # a run trains before it saves
         for turn in range(1, options.turns + 1):
             began = time.monotonic()
             weight_fingerprint(chunks, device.torch)

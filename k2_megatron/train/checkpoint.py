@@ -169,7 +169,7 @@ def load_state(
     loaded = _read(state, folder)
     for name, chunk in zip(model, chunks, strict=True):
         unwrapped(chunk).load_state_dict(loaded[name])
-    restore_optimizer(optimizer, loaded["optimizer"], local, updates)
+    restore_optimizer(optimizer, loaded.get("optimizer", {}), local, updates)  # a rank may hold nothing of it
     if generators:
         restore_random_states(loaded["random"])
     _check_fingerprint(folder, manifest["weights"], chunks, device)

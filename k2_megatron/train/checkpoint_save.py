@@ -25,35 +25,39 @@ import torch.distributed as distributed
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.exchange_utils import (
+    ShardDistribution,
+    determine_main_replica_uniform_distribution,
+)
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     distribute_main_replicas_with_precomputed_distribution,
 )
 from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from k2_megatron.config import Config
-from k2_megatron.runtime.collector import collector_paused
 from k2_megatron.runtime.durable import persist
 from k2_megatron.runtime.groups import Groups
+from k2_megatron.train.checkpoint_copies import HostCopies
 from k2_megatron.train.checkpoint_files import aside_folder, first_cause, publish, start_writing
-from k2_megatron.train.checkpoint_hashing import HashingWriter
+from k2_megatron.train.checkpoint_hashing import HashingWriter, SavePlanner
 from k2_megatron.train.checkpoint_manifest import CheckpointError, folder_name
 from k2_megatron.train.checkpoint_state import (
+    fingerprint,
     layout_name,
     model_state,
     optimizer_state,
     random_state,
-    weight_fingerprint,
 )
+from k2_megatron.train.optimizer_boxes import STATE
 
 
 @dataclass(frozen=True)
@@ -76,26 +80,12 @@ class SaveError(CheckpointError):
         self.brief = brief
 
 
-class _Copies:
-    """Host memory for the copies of one save after another, kept in between: the system clears every page of fresh
-    memory, which takes longer than the copy."""
+@dataclass(frozen=True)
+class _Agreement:
+    """What the ranks found out together about a state: the form of this rank's part, and who writes what they share."""
 
-    def __init__(self) -> None:
-        self._kept: list[torch.Tensor] = []
-
-    def of(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        forms = [[(tensor.shape, tensor.dtype) for tensor in group] for group in (tensors, self._kept)]
-        if forms[0] != forms[1]:
-            self._kept = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors]
-        for kept, tensor in zip(self._kept, tensors, strict=True):
-            kept.copy_(tensor)
-        return self._kept
-
-
-class _Planner(MCoreSavePlanner):
-    def create_global_plan(self, all_plans):
-        with collector_paused():
-            return super().create_global_plan(all_plans)
+    form: list[ShardedBase]
+    shares: ShardDistribution | None
 
 
 class _Plan:
@@ -106,20 +96,37 @@ class _Plan:
     file even for a synchronous save, 6-10 s on two cores for 15 MB.
     """
 
-    def __init__(self, replicas: distributed.ProcessGroup, *, copies: _Copies | None) -> None:
+    def __init__(
+        self,
+        replicas: distributed.ProcessGroup,
+        *,
+        copies: HostCopies | None,
+        agreement: _Agreement | None = None,
+    ) -> None:
         self.replicas = replicas
         self.copies = copies
+        self.agreement = agreement
         self.tensors: dict = {}
         self.common: dict = {}
+        self.weights = ""  # the fingerprint
 
-    def take(self, state: dict) -> None:
-        """Decide who writes what of `state`. No file is touched."""
-        sharded, self.common = save_preprocess(state)  # checks that each element is stored, and once
-        shares = determine_main_replica_uniform_distribution(sharded, self.replicas)
-        distribute_main_replicas_with_precomputed_distribution(sharded, self.replicas, shares)
+    def take(self, state: dict, device: torch.device) -> None:
+        """Decide who writes what of `state`, and make the fingerprint of its weights. No file is touched.
+
+        A run's state keeps its form, so that what the ranks agreed on for one save holds for the next: of many ranks
+        each would read what hundreds of thousands of tensors of all others are like.
+        """
+        sharded, self.common = save_preprocess(state, validate_access_integrity=False)
+        form = [value.without_data() for value in nested_values(sharded)]
+        if self.agreement is None:
+            validate_sharding_integrity(determine_global_metadata(sharded)[1], self.common)  # each element once
+            self.agreement = _Agreement(form, determine_main_replica_uniform_distribution(sharded, self.replicas))
+        assert form == self.agreement.form, "a parameter has another shape or place than at the save before this one"
+        distribute_main_replicas_with_precomputed_distribution(sharded, self.replicas, self.agreement.shares)
         named, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+        shards = [shard for shard in nested_values(named) if not isinstance(shard, ShardedObject)]
+        self.weights = fingerprint((shard for shard in shards if not shard.key.startswith(STATE)), device)
         if self.copies:  # training goes on changing the originals
-            shards = [shard for shard in nested_values(named) if not isinstance(shard, ShardedObject)]
             for shard, copy in zip(shards, self.copies.of([shard.data.detach() for shard in shards]), strict=True):
                 shard.data = copy
         self.tensors = mcore_to_pyt_state_dict(named, False)
@@ -136,23 +143,37 @@ class _Plan:
             self.tensors,
             writer,
             process_group=group,
-            planner=_Planner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            planner=SavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
         return writer.files
 
 
 class CheckpointWriter:
-    """Saves checkpoints of one run under `checkpoints`; made on every rank alike."""
+    """Saves checkpoints of one run under `checkpoints`; made on every rank alike.
 
-    def __init__(self, checkpoints: Path, groups: Groups, *, asynchronous: bool, retry_seconds: float = 0.0) -> None:
+    In the background mode the memory for copies is taken at once, while the first steps run, when `part_bytes` tells
+    how much they will need; otherwise by the first save.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Path,
+        groups: Groups,
+        *,
+        asynchronous: bool,
+        retry_seconds: float = 0.0,
+        part_bytes: int = 0,
+    ) -> None:
         self._checkpoints = checkpoints
         self._rank = groups.rank
         self._groups = groups
         self._group = distributed.new_group(backend="gloo", timeout=groups.timeout)
-        self._copies = _Copies() if asynchronous else None
+        self._copies = HostCopies() if asynchronous else None
         self._retry_seconds = retry_seconds
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._agreement: _Agreement | None = None
         self._pending: Future[SaveResult] | None = None
+        self._ready = self._thread.submit(self._copies.reserve, part_bytes) if self._copies else None
 
     def save(
         self,
@@ -170,12 +191,14 @@ class CheckpointWriter:
         """
         assert self._pending is None, "a save is in flight; ask wait() for its result first"
         began = time.monotonic()
-        weights = weight_fingerprint(chunks, device)
-        plan = _Plan(self._groups.collection.dp_cp, copies=self._copies)
+        if self._ready:
+            self._ready.result()
+        plan = _Plan(self._groups.collection.dp_cp, copies=self._copies, agreement=self._agreement)
         model = model_state(chunks)
         tensors, _local = optimizer_state(optimizer, model, loading=False)
         state = {**model, "optimizer": tensors, **random_state(self._groups, layout_name(config))}
-        self._everywhere(step, lambda: plan.take(state))
+        self._everywhere(step, lambda: plan.take(state, device))
+        self._agreement = plan.agreement
         manifest = {
             "step": step,
             "consumed_samples": config.consumed_samples_at(step),
@@ -183,7 +206,7 @@ class CheckpointWriter:
             "layout": layout_name(config),
             "precision": config.train.precision,
             "optimizer_step": max((group.get("step", 0) for group in optimizer.param_groups), default=0),
-            "weights": weights,
+            "weights": plan.weights,
             "config": config.model_dump(exclude_none=True),
             **facts,
         }

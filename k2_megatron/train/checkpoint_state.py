@@ -8,7 +8,7 @@ meet in one naming: `optimizer.state.{exp_avg, exp_avg_sq, param}.<parameter>`. 
 main parameter and "param" repeats it, so that a run can go on with or without the distributed optimizer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -30,21 +30,17 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 
 from k2_megatron.config import Config
 from k2_megatron.model.initialize import hash_mix
 from k2_megatron.runtime.groups import Groups
 from k2_megatron.runtime.seeds import random_states
+from k2_megatron.train.optimizer_boxes import STATE, built, optimizer_boxes
 
-# "Fully reshardable": moments are stored by parameter, not as slices of flat buffers.
-_OPTIMIZER_FORMAT = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-    "chained_optim_avoid_prefix": True,
-}
-_MAIN = "optimizer.state.param."
-_MAIN_FLOAT16 = "optimizer.state.fp32_param."
+_MAIN = f"{STATE}param."
+_MAIN_FLOAT16 = f"{STATE}fp32_param."
 
 
 def unwrapped(chunk: MegatronModule) -> GPTModel:
@@ -73,7 +69,10 @@ def model_state(chunks: Sequence) -> dict:
 
 def optimizer_state(optimizer: MegatronOptimizer, model: dict, *, loading: bool) -> tuple[dict, dict]:
     """(sharded tensors to store or load, the local rest that `load_state_dict` wants beside them)."""
-    state = optimizer.sharded_state_dict(model, is_loading=loading, metadata=_OPTIMIZER_FORMAT)
+    shared = [part for part in optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)]
+    if shared:
+        return _distributed_state(optimizer, shared, model, loading=loading)
+    state = optimizer.sharded_state_dict(model, is_loading=loading, metadata={"chained_optim_avoid_prefix": True})
     sharded, local = extract_matching_values(state, lambda value: isinstance(value, ShardedBase))
     dict_list_map_inplace(_with_common_name, sharded)
     if not loading and not any(value.key.startswith(_MAIN) for value in nested_values(sharded)):
@@ -84,12 +83,25 @@ def optimizer_state(optimizer: MegatronOptimizer, model: dict, *, loading: bool)
     return sharded, local
 
 
+def _distributed_state(
+    optimizer: MegatronOptimizer, parts: Sequence[DistributedOptimizer], model: dict, *, loading: bool
+) -> tuple[dict, dict]:
+    if loading:
+        optimizer.load_state_dict(optimizer.state_dict())  # makes the moments where there are none yet
+    held = (shard for part in parts if not part.is_stub_optimizer for shard in optimizer_boxes(part, model))
+    return {"boxes": {str(number): shard for number, shard in enumerate(held)}}, optimizer.state_dict()
+
+
 def _with_common_name(value: ShardedBase) -> ShardedBase:
     return replace(value, key=value.key.replace(_MAIN_FLOAT16, _MAIN)) if _MAIN_FLOAT16 in value.key else value
 
 
 def restore_optimizer(optimizer: MegatronOptimizer, loaded: dict, local: dict, step: int) -> None:
-    """Hand loaded tensors and local settings back to the optimizer; its step count is the run's."""
+    """Hand loaded tensors and local settings back to the optimizer; its step count is the run's.
+
+    The distributed optimizer's tensors were loaded in place.
+    """
+    loaded.pop("boxes", None)
     state = merge(loaded, local)
 
     def unwrap(value):
@@ -100,6 +112,15 @@ def restore_optimizer(optimizer: MegatronOptimizer, loaded: dict, local: dict, s
     for group in groups:
         group["step"] = step
     optimizer.load_state_dict(state)
+
+
+def part_bytes(chunks: Sequence, groups: Groups) -> int:
+    """The bytes of this rank's part of the state, somewhat more rather than less: weights, and main parameters and both
+    moments in float32, shared by data- and context-parallel ranks."""
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    largest = max((parameter.numel() for parameter in parameters), default=0)
+    held = sum(parameter.numel() * (parameter.element_size() + 3 * 4) for parameter in parameters)
+    return held // groups.collection.dp_cp.size() + 4 * largest
 
 
 def layout_name(config: Config) -> str:
@@ -119,16 +140,20 @@ def random_state(groups: Groups, layout: str) -> dict:
 
 
 def weight_fingerprint(chunks: Sequence, device: torch.device) -> str:
+    """The fingerprint of the weights in memory; the first of replicas stands for all."""
+    held = (shard for value in nested_values(model_state(chunks)) for shard in built(value))
+    return fingerprint((shard for shard in held if is_main_replica(shard.replica_id)), device)
+
+
+def fingerprint(weights: Iterable[ShardedBase], device: torch.device) -> str:
     """A 64-bit sum over all weights of mix(name, global index, bits): equal in every layout, on every rank.
 
-    Wrapping addition commutes, so neither the cut nor the order matters; a flipped bit or two exchanged values change
-    it. Replicated weights count once.
+    `weights` are this rank's: among all ranks each element once. Wrapping addition commutes, so neither the cut nor the
+    order matters; a flipped bit or two exchanged values change it.
     """
     total = torch.zeros((), dtype=torch.int64, device=device)
-    for value in nested_values(model_state(chunks)):
-        shards = nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else [value]
-        for shard in shards:
-            if isinstance(shard, ShardedTensor) and is_main_replica(shard.replica_id):
-                total += hash_mix(shard)
+    for shard in weights:
+        if isinstance(shard, ShardedTensor):
+            total += hash_mix(shard)
     distributed.all_reduce(total)  # int64 SUM wraps
     return f"{int(total) & (1 << 64) - 1:016x}"

@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as distributed
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, is_main_replica
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from k2_megatron.config import load_config
 from k2_megatron.kernels.dispatch import OPS
@@ -23,8 +25,21 @@ from k2_megatron.train.checkpoint import load_checkpoint
 from k2_megatron.train.checkpoint_save import CheckpointWriter
 from k2_megatron.train.checkpoint_state import model_state, optimizer_state, weight_fingerprint
 from k2_megatron.train.optimizer import build_optimizer, wrap_model
+from k2_megatron.train.optimizer_boxes import built
 
 STEP = "step_00000003"
+GATHERED = {"dp4-sharded": "dp4-sharded-gathered"}  # what megatron-core saves itself under a layout
+
+
+def gathered_state(optimizer, model: dict, *, loading: bool) -> tuple[dict, dict]:
+    """What `optimizer_state` was until 2026-11: megatron-core gathers each parameter whole on each replica."""
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+    }
+    state = optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
+    return extract_matching_values(state, lambda value: isinstance(value, ShardedBase))
 
 
 def save_and_load_all(
@@ -32,9 +47,9 @@ def save_and_load_all(
 ) -> dict[tuple[str, str], dict[str, int]]:
     """{(saved under, loaded under): {"weights" or an optimizer key: fingerprint}}; ("source", x) for the first load.
 
-    Saves under folder / layout.
+    Saves under folder / layout, and as megatron-core does under the other name of `GATHERED`.
     """
-    found = {}
+    found, saves = {}, []
     environment = read_environment()
     device = find_device(environment.local_rank)
     with cpu_stands_in_for_cuda(device.type):
@@ -43,12 +58,18 @@ def save_and_load_all(
             with _built(config_path, settings, environment.world_size) as (config, groups, chunks, optimizer):
                 manifest = load_checkpoint(source, config, groups, chunks, optimizer, device.torch)
                 found["source", name] = state_fingerprints(chunks, optimizer)
-                saver = CheckpointWriter(folder / name, groups, asynchronous=False)
-                saver.save(manifest["step"], config, chunks, optimizer, device.torch, {})
-                saver.wait()
+                states = {name: optimizer_state}
+                if name in GATHERED:
+                    states[GATHERED[name]] = gathered_state
+                for save, state in states.items():
+                    saver = CheckpointWriter(folder / save, groups, asynchronous=False)
+                    with mock.patch("k2_megatron.train.checkpoint_save.optimizer_state", state):
+                        saver.save(manifest["step"], config, chunks, optimizer, device.torch, {})
+                    saver.wait()
+                    saves.append(save)
         for name, settings in layouts.items():
             with _built(config_path, settings, environment.world_size) as (config, groups, chunks, optimizer):
-                for saved in layouts:
+                for saved in saves:
                     load_checkpoint(folder / saved / STEP, config, groups, chunks, optimizer, device.torch)
                     found[saved, name] = state_fingerprints(chunks, optimizer)
         disconnect()
@@ -68,12 +89,15 @@ def _built(config_path: Path, settings: list[str], world_size: int) -> Iterator[
 
 
 def state_fingerprints(chunks, optimizer) -> dict[str, int]:
-    """The fingerprint of the weights, and of each kind of optimizer state, over all ranks."""
+    """The fingerprint of the weights, and of each kind of optimizer state, over all ranks; a distributed optimizer's
+    as megatron-core gathers it."""
     kinds = ("exp_avg.", "exp_avg_sq.", "param.")
     totals = torch.zeros(len(kinds), dtype=torch.int64)
-    tensors, _ = optimizer_state(optimizer, model_state(chunks), loading=False)
+    distributed_ = isinstance(optimizer.chained_optimizers[0], DistributedOptimizer)
+    state = gathered_state if distributed_ else optimizer_state
+    tensors, _ = state(optimizer, model_state(chunks), loading=False)
     for value in nested_values(tensors):
-        for shard in nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else [value]:
+        for shard in built(value):
             if isinstance(shard, ShardedTensor) and is_main_replica(shard.replica_id):
                 (kind,) = [kind for kind in kinds if shard.key.startswith(f"optimizer.state.{kind}")]
                 totals[kinds.index(kind)] += hash_mix(shard)

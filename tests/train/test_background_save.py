@@ -45,8 +45,8 @@ def _share_the_tensors(saver: CheckpointWriter) -> None:
     import k2_megatron.train.checkpoint_save as checkpoint_save
 
     class Shared(checkpoint_save._Plan):
-        def __init__(self, replicas, *, copies) -> None:
-            super().__init__(replicas, copies=None)
+        def __init__(self, replicas, *, copies, agreement) -> None:
+            super().__init__(replicas, copies=None, agreement=agreement)
 
         def write(self, folder, group):
             import time
