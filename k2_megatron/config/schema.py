@@ -208,7 +208,7 @@ class Checkpoint(Section):
     keep_every_steps: PositiveInt | None = None
     """Checkpoints at multiples of this are kept whatever their age; a multiple of the distance between two."""
     asynchronous: bool = False
-    """Write in the background while training goes on."""
+    """Write in the background while training goes on; the host memory for the copy is held from the start."""
     retry_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 120.0
     """How long what the disk refuses of a save is tried again (a file server that restarts, a disk on which somebody
     makes room), before the run ends and is left to go on from the checkpoint before."""

@@ -16,6 +16,7 @@ its beginning, for `checkpoint.retry_seconds`: the state is in memory, and a fil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,8 +192,8 @@ class CheckpointWriter:
         """
         assert self._pending is None, "a save is in flight; ask wait() for its result first"
         began = time.monotonic()
-        if self._ready:
-            self._ready.result()
+        if self._ready:  # memory that could not be had is asked for again by the copy, whose failure is told to all
+            futures.wait([self._ready])
         plan = _Plan(self._groups.collection.dp_cp, copies=self._copies, agreement=self._agreement)
         model = model_state(chunks)
         tensors, _local = optimizer_state(optimizer, model, loading=False)

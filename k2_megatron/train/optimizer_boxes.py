@@ -66,8 +66,10 @@ def optimizer_boxes(part: DistributedOptimizer, model: dict) -> Iterator[Sharded
         for parameter, main in zip(parameters, mains, strict=True):
             held = part._get_model_param_range_map(parameter)["param"]
             assert main.numel() == held.size, f"a main parameter has {main.numel()} elements, its range {held.size}"
-            for kind, flat in {"param": main, **part.optimizer.state[main]}.items():
-                for shard in built(entries[parameter]):
+            moments = part.optimizer.state[main]
+            tensors = {"param": main, "exp_avg": moments["exp_avg"], "exp_avg_sq": moments["exp_avg_sq"]}
+            for shard in built(entries[parameter]):
+                for kind, flat in tensors.items():
                     yield from _boxes_of(shard, f"{STATE}{kind}.{shard.key}", flat.detach(), held.start, parameter)
 
 
@@ -78,18 +80,18 @@ def _boxes_of(
     assert shard.data.is_contiguous(), f"{shard.key}: a part of a parameter is no range of it"
     before = (shard.data.data_ptr() - parameter.data_ptr()) // parameter.element_size()
     first, last = max(start - before, 0), min(start + flat.numel() - before, shard.data.numel())
-    stacked = shard.prepend_axis_num
+    layers = shard.prepend_axis_num  # axes that the global tensor has in front: layers are stacked
     place = first + before - start
     for offsets, sizes in boxes(tuple(shard.local_shape), first, max(first, last)):
-        size = math.prod(sizes)
-        at = (global_ + local for global_, local in zip(shard.global_offset[stacked:], offsets, strict=True))
+        size, shape = math.prod(sizes), (1,) * layers + sizes
+        origin = (0,) * layers + offsets
         yield replace(
             shard,
             key=key,
-            data=flat[place : place + size].view(*(1,) * stacked, *sizes),
+            data=flat[place : place + size].view(shape),
             dtype=flat.dtype,
-            local_shape=(*(1,) * stacked, *sizes),
-            global_offset=(*shard.global_offset[:stacked], *at),
+            local_shape=shape,
+            global_offset=tuple(map(sum, zip(shard.global_offset, origin, strict=True))),
             axis_fragmentations=None,  # no regular grid
             replica_id=(*shard.replica_id[:2], 0),  # pipeline, tensor, and data, where each element has one holder
             prepend_axis_num=0,
