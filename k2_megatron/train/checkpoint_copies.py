@@ -28,10 +28,9 @@ class HostCopies:
             self._memory = self._memory.new_empty(size)
         copies: dict[int, torch.Tensor] = {}
         start = 0
-        by_element_size = sorted(
-            enumerate(tensors), key=lambda item: -item[1].element_size()
-        )  # which keeps all aligned
-        for number, tensor in by_element_size:
+        # The largest elements first, so that each lies at a multiple of its size
+        for number in sorted(range(len(tensors)), key=lambda number: -tensors[number].element_size()):
+            tensor = tensors[number]
             part = self._memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             copies[number] = part.copy_(tensor)
             start += tensor.nbytes
