@@ -21,8 +21,9 @@ from pathlib import Path
 import torch.distributed as distributed
 
 from k2_megatron.config import Config, load_config
-from k2_megatron.config.changes import keys_given
+from k2_megatron.config.changes import CHANGEABLE, keys_given
 from k2_megatron.config.flops import flops_per_token, output_share
+from k2_megatron.data.ledger import Ledger
 from k2_megatron.kernels.dispatch import OPS, choose_backend
 from k2_megatron.model import build_model
 from k2_megatron.plan import plan_text
@@ -51,6 +52,7 @@ from k2_megatron.train.layer_norms import ActivationSquares
 from k2_megatron.train.not_finite import computed_in_vain, count_as_update, in_words, where_not_finite
 from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
 from k2_megatron.train.phases import StepPhases, StragglerReports
+from k2_megatron.train.position import change_at, going_on_from, taken_before
 from k2_megatron.train.replicas import compare_replicas, stop_when_different
 from k2_megatron.train.run_data import open_run_data
 from k2_megatron.train.run_folder import (
@@ -58,6 +60,7 @@ from k2_megatron.train.run_folder import (
     hold_run_folder,
     provenance,
     refuse_lost_checkpoints,
+    with_past,
     write_config,
 )
 from k2_megatron.train.schedule import learning_rate_at
@@ -78,14 +81,14 @@ def main(arguments: list[str]) -> int:
     config = load_config(options.config, options.set, world_size=environment.world_size if environment else None)
     given = keys_given(options.set)
     if options.plan or options.dry_run:
-        print(plan_text(config) if options.plan else dry_run_text(config))
+        print(plan_text(with_past(config)) if options.plan else dry_run_text(config))
         if config.checkpoint.start_from:
             print(f"\n{start_plan(config)}")
         return 0
     if environment is None:  # a plain start: tell mistakes once, here, and only then start ranks
         check_run_folder(config, given)
         check_start(config)
-        open_run_data(config)
+        open_run_data(with_past(config))
         if config.world_size > 1:
             return run_local_ranks([__file__, *arguments], config.world_size)
         environment = single_rank()
@@ -108,21 +111,33 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
     stop = StopSignals()
     folder = Path(config.run.folder)
     checkpoints = folder / "checkpoints"
-    is_writer = groups.rank == 0
+    is_writer, not_saved = groups.rank == 0, []
     if is_writer:
-        check_run_folder(config, given)
+        not_saved = check_run_folder(config, given)
         lock = hold_run_folder(config)
-        write_config(config)
         remove_unfinished(checkpoints)
     distributed.barrier()
     journal = Journal(folder, writer=is_writer)
     step_in_vain, times_in_vain = computed_in_vain(journal)
     spikes = SpikeWatch(config.spikes, folder, writer=is_writer)
-    watchdog = Watchdog(config.watchdog, folder, groups.rank, groups.world_size, config.global_batch_at)
-    views = Views(config, folder, enabled=is_writer)
+    watchdog = Watchdog(
+        config.watchdog, folder, groups.rank, groups.world_size, lambda step: config.global_batch_at(step)
+    )
+
+    # The newest sound checkpoint, and what this configuration means to a run that has come so far
+    newest, doubts = find_checkpoint(checkpoints, groups)
+    if newest is None:
+        refuse_lost_checkpoints(folder)
+    else:
+        manifest = read_manifest(newest)
+        found = resume_changes(config, manifest, newest, given | taken_before(config, Ledger(folder)))
+        config = going_on_from(config, manifest)
 
     # Data, model, optimizer
     data = open_run_data(config, writer=is_writer)
+    if is_writer:
+        write_config(config)
+    views = Views(config, folder, enabled=is_writer)
     choices = [choose_backend(op, config.model.kernels.backend(op), device.type) for op in OPS]
     kernels = {choice.op: choice.backend for choice in choices}
     chunks = wrap_model(config, build_model(config, kernels, groups.collection), groups.collection)
@@ -139,17 +154,13 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
         **provenance(),
     )
 
-    # Resume from the newest complete checkpoint, whatever layout wrote it
+    # Resume from it, whatever layout wrote it
     step, origin, passed_over = 0, None, 0  # passed_over: steps without an update since the last one
-    newest, doubts = find_checkpoint(checkpoints, groups)
-    if newest is None:
-        refuse_lost_checkpoints(folder)
     if newest is None and config.checkpoint.start_from:
         origin = start_from_checkpoint(config, groups, chunks, optimizer, device.torch)
         journal.write("start_from", **origin)
         views.say(start_report(config, origin))
     if newest is not None:
-        found = resume_changes(config, read_manifest(newest), newest, given)
         manifest = load_checkpoint(newest, config, groups, chunks, optimizer, device.torch)
         data.resume_at(manifest)
         spikes.resume_at(manifest)
@@ -164,8 +175,9 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
             learning_rate=learning_rate,
             next_sample=next_sample,
             changes=[vars(change) for change in found],
+            position_change=change_at(config, step),
         )
-        views.say(resume_report(config, manifest, newest, doubts, found))
+        views.say(resume_report(config, manifest, newest, [*not_saved, *doubts], found))
     saved_step = kept_step = step  # published; the same, or still being written
     leaving = "--until"
     how = {"asynchronous": config.checkpoint.asynchronous, "retry_seconds": config.checkpoint.retry_seconds}
@@ -206,6 +218,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
             "consumed_samples": consumed,
             "consumed_tokens": config.consumed_tokens_at(step),
             "samples": [first_sample, consumed],
+            "sequence_length": config.model.sequence_length,
             "step_seconds": seconds,
             "data_seconds": result.data_seconds,
             "tokens_per_second": tokens_per_second,
@@ -250,13 +263,23 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
             if decision.kind != "watch":
                 watchdog.at("rollback", step)
                 amended = go_back(config, spike, decision, checkpoints, data)
-                data = open_run_data(config, writer=is_writer)
                 newest, _ = find_checkpoint(checkpoints, groups)
                 manifest = load_checkpoint(newest, config, groups, chunks, optimizer, device.torch)
+                found = resume_changes(config, manifest, newest, CHANGEABLE)  # they hold from here on
+                config = going_on_from(config, manifest)
+                data = open_run_data(config, writer=is_writer)
                 data.resume_at(manifest)
                 spikes.resume_at(manifest)
+                if is_writer:
+                    write_config(config)
                 journal.write(
-                    "rollback", from_step=step, step=manifest["step"], amendment=amended, ledger=data.ledger.mark()
+                    "rollback",
+                    from_step=step,
+                    step=manifest["step"],
+                    amendment=amended,
+                    ledger=data.ledger.mark(),
+                    changes=[vars(change) for change in found],
+                    position_change=change_at(config, manifest["step"]),
                 )
                 step = saved_step = kept_step = manifest["step"]
                 passed_over = manifest.get("passed_over", 0)  # one that an earlier version saved has none
@@ -275,7 +298,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
             remove_older(config, journal, checkpoints, spikes)  # here, where the others wait for as long as it takes
             stop_when_different(compare_replicas(chunks, optimizer, groups), step, saved_step, journal)
             journal.sync()
-            data.record_position(step, consumed, config.checkpoint.retry_seconds)
+            data.record_position(config, step)
             facts = {**data.position(), **spikes.position(), "origin": origin, "passed_over": passed_over}
             began = time.monotonic()
             saver.save(step, config, chunks, optimizer, device.torch, facts)

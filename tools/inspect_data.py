@@ -52,7 +52,10 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument("--chunk", type=int)
     what.add_argument("--samples", type=int, nargs=2, metavar=("FIRST", "END"))
     amend.add_argument(
-        "--from-sample", type=int, required=True, help="consumed_samples of the checkpoint to go on from"
+        "--from-sample",
+        type=int,
+        required=True,
+        help="the next sample of the checkpoint to go on from, in the run's present sequence length",
     )
     amend.add_argument("--reason", required=True)
     commands.add_parser("manifest").add_argument("prefix")

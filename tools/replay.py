@@ -24,7 +24,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from k2_megatron.config import Config, load_config
-from k2_megatron.config.changes import ACCEPTED, COMPUTING
+from k2_megatron.config.changes import CHANGEABLE, COMPUTING
+from k2_megatron.config.toml_text import toml_value
 from k2_megatron.data.ledger import FILE_NAME as LEDGER
 from k2_megatron.runtime.durable import write_file
 from k2_megatron.train.checkpoint_files import complete_checkpoints
@@ -150,12 +151,13 @@ def split(keys: Iterable[str]) -> Iterator[tuple[str, str, str]]:
 
 
 def resumes_of(journal: Path) -> dict[int, list[dict]]:
-    """{step: the changes that a resume from there told of}, of the lives that made the steps which stand."""
+    """{step: the changes that a resume from there, or a rollback to there, told of}, of the lives that made the steps
+    which stand."""
     resumes: dict[int, list[dict]] = {}
     for event in read_events(journal):
         if event["event"] in ("resume", "rollback"):
             resumes = {step: changes for step, changes in resumes.items() if step <= event["step"]}
-        if event["event"] == "resume":
+        if "changes" in event:  # a rollback by hand tells of none: the resume after it does
             resumes[event["step"]] = event["changes"]
     return resumes
 
@@ -165,7 +167,7 @@ def train(launch: list[str], folder: Path, end: int, config: Config) -> None:
     # A replay looks on; it must not go back by itself.
     sets = [f"run.folder={folder}", "spikes.policy=watch", "spikes.scope=", "spikes.max_rollbacks="]
     values = config.flat()  # what may differ from the checkpoint's when it is named
-    sets += [f"{key}={'' if values[key] is None else values[key]}" for key in ACCEPTED]
+    sets += [f"{key}={'' if values[key] is None else toml_value(values[key])}" for key in CHANGEABLE]
     command = [*launch, sys.executable, str(PRETRAIN), str(folder / REPLAYED), "--until", str(end)]
     try:
         code = subprocess.run([*command, *(part for key in sets for part in ("--set", key))]).returncode

@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from k2_megatron.config import Config, load_config
+from k2_megatron.config import Config, load_run_config
 from k2_megatron.config.schema import Spikes
 from k2_megatron.train.checkpoint_files import complete_checkpoints
 from k2_megatron.train.checkpoint_manifest import step_of
@@ -58,7 +58,7 @@ def roll_back(options: argparse.Namespace) -> str:
     where a disk does not take it. In this order: a run started in between reads the same rows again, no others."""
     if not (options.run / CONFIG).is_file():
         raise ValueError(f"{options.run / CONFIG} does not exist: {options.run} is no run folder")
-    config = load_config(options.run / CONFIG)
+    config = load_run_config(options.run / CONFIG)
     config = config.model_copy(update={"run": config.run.model_copy(update={"folder": str(options.run)})})
     checkpoints = options.run / "checkpoints"
     with hold_run_folder(config):

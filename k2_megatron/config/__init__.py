@@ -7,7 +7,7 @@
 `load.py` the way from file and overrides to the tree.
 """
 
-from k2_megatron.config.load import load_config
+from k2_megatron.config.load import load_config, load_run_config
 from k2_megatron.config.tree import Config
 
-__all__ = ["Config", "load_config"]
+__all__ = ["Config", "load_config", "load_run_config"]

@@ -2,7 +2,9 @@
 
     HARMLESS   changes no weight but by rounding: layout, speed, saving, showing, and paths of files that have hashes
     ACCEPTED   changes the training from here on: taken when the command line names the key by --set, refused otherwise
+    ENDED      the same, but may only be taken out
     REFUSED    another model, another data order, or no meaning in a run that has begun: never taken
+    RECORDED   what the run itself writes: no change of anybody's
 
 Each key stands once, with the reason; a test walks the schema. The fingerprint of a configuration (tree.py) is made of
 what is not harmless.
@@ -77,9 +79,12 @@ HARMLESS = {
 
 _RATE = "another learning rate from here on"
 _ADAM = "another update rule from here on"
+_POSITION = "from here on; the data goes on behind the last token trained on"
 
 ACCEPTED = {
     "train.steps": "another end, and with it another learning rate where the schedule runs to the end",
+    "model.sequence_length": f"another sequence length {_POSITION}",
+    "train.global_batch": f"another global batch {_POSITION}",
     "optimizer.learning_rate": _RATE,
     "optimizer.min_learning_rate": _RATE,
     "optimizer.warmup_steps": _RATE,
@@ -94,7 +99,12 @@ ACCEPTED = {
 
 _SHAPE = "the weights have this shape"
 _OTHER_MODEL = "another model: begin a new run with checkpoint.start_from"
-_POSITION = "which samples were read follows from it: begin a new run with checkpoint.start_from"
+
+ENDED = {"train.batch_ramp": "train.global_batch from here on"}
+
+CHANGEABLE = (*ACCEPTED, *ENDED)
+
+RECORDED = {"train.history": "the checkpoint tells it"}
 
 REFUSED = {
     "run.seed": "the initial weights and the data order came from it",
@@ -104,17 +114,14 @@ REFUSED = {
     "model.heads": _SHAPE,
     "model.kv_heads": _SHAPE,
     "model.vocab_size": _SHAPE,
-    "model.sequence_length": _OTHER_MODEL,
     "model.rope_base": _OTHER_MODEL,
     "model.norm_epsilon": _OTHER_MODEL,
     "model.init_std": "the initial weights came from it; it has no effect any more",
-    "train.global_batch": _POSITION,
-    "train.batch_ramp": _POSITION,
     "train.precision": "weights and main parameters are stored in it",
 }
 
 # What decides, besides the refused, what a step computes to the bit
-COMPUTING = (*ACCEPTED, *(key for key, reason in HARMLESS.items() if reason in (_LAYOUT, _COMPUTED)))
+COMPUTING = (*CHANGEABLE, *(key for key, reason in HARMLESS.items() if reason in (_LAYOUT, _COMPUTED)))
 
 SHAPES = tuple(key for key, reason in REFUSED.items() if reason == _SHAPE)
 
@@ -144,8 +151,13 @@ def changes(
             default = field.get_default(call_default_factory=True)
             default = default.model_dump(exclude_none=True) if isinstance(default, BaseModel) else default
             before, after = theirs.get(name, default), ours.get(name, default)
-            if before != after:
-                yield _change(f"{section}.{name}", before, after, given)
+            key = f"{section}.{name}"
+            if before == after or key in RECORDED:
+                continue
+            if key == "train.global_batch" and ours.get("batch_ramp"):
+                yield Change(key, before, after, "refused", "it ends the ramp: give --set train.batch_ramp= as well")
+            else:
+                yield _change(key, before, after, given)
         for name in theirs.keys() - kind.model_fields.keys():
             reason = "this version knows no such key: use the version that wrote it"
             yield Change(f"{section}.{name}", theirs[name], None, "refused", reason)
@@ -156,10 +168,13 @@ def _change(key: str, was: Any, now: Any, given: Collection[str]) -> Change:
         return Change(key, was, now, "harmless", HARMLESS[key])
     if key in REFUSED:
         return Change(key, was, now, "refused", REFUSED[key])
+    if key in ENDED and now is not None:
+        return Change(key, was, now, "refused", f"a run that has begun can only end it: give --set {key}=")
+    reason = {**ACCEPTED, **ENDED}[key]
     if key in given:
-        return Change(key, was, now, "accepted", f"--set; {ACCEPTED[key]}")
+        return Change(key, was, now, "accepted", f"--set; {reason}")
     value = "" if now is None else now
-    return Change(key, was, now, "refused", f"{ACCEPTED[key]}: to take it, give --set {key}={value}")
+    return Change(key, was, now, "refused", f"{reason}: to take it, give --set {key}={value}")
 
 
 def keys_given(overrides: Collection[str]) -> set[str]:

@@ -168,12 +168,22 @@ def ramp_ends_within_run(tree: Any) -> Iterator[Problem]:
     ramp, full = tree.train.batch_ramp, tree.train.global_batch
     if ramp is None or ramp.start >= full or (full - ramp.start) % ramp.increment:
         return
-    last = batch.ramp_stages(ramp.start, ramp.increment, ramp.samples, full)[-1]
+    last = batch.ramp_stages(ramp.start, ramp.increment, ramp.samples, full, tree.model.sequence_length)[-1]
     if last.first_step >= tree.train.steps:
         remedy = (
             f"the ramp takes {last.first_step} steps and train.steps = {tree.train.steps} never sees the full batch"
         )
         yield Problem("train.batch_ramp.samples", ramp.samples, remedy)
+
+
+def history_is_of_this_run(tree: Any) -> Iterator[Problem]:
+    train = tree.train
+    if not train.history:
+        return
+    planned = batch.stages_of(train.global_batch, tree.model.sequence_length, train.batch_ramp, None)
+    if not batch.follows(train.history, planned):
+        remedy = "is the run's own record and was altered: put back what its newest checkpoint says (k2.json)"
+        yield Problem("train.history", [stage.model_dump() for stage in train.history], remedy)
 
 
 def evaluation_is_whole(tree: Any) -> Iterator[Problem]:
@@ -280,6 +290,7 @@ CHECKS: tuple[Callable[[Any], Iterator[Problem]], ...] = (
     interleaved_micro_batches,
     ramp_reaches_full_batch,
     ramp_ends_within_run,
+    history_is_of_this_run,
     evaluation_is_whole,
     warmup_ends_within_run,
     decay_fits_schedule,

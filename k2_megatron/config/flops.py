@@ -11,6 +11,7 @@ flops_per_token * tokens / (seconds * peak of all devices), and depends on how a
 At K2's stage 1 the two differ by 2 %. A number without its convention can't be compared.
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 from k2_megatron.config.schema import Model
@@ -45,6 +46,14 @@ def output_share(model: Model, stages: int) -> float:
 def flops_per_token(model: Model, attention: Attention) -> float:
     """Model FLOPs of one trained token: three forward passes' worth, recomputation not counted."""
     return 3.0 * forward_flops_per_token(model, attention)
+
+
+def flops_of_tokens(model: Model, tokens: Mapping[int, int], attention: Attention) -> float:
+    """Model FLOPs of {sequence length: tokens trained in it}."""
+    return sum(
+        flops_per_token(model.model_copy(update={"sequence_length": length}), attention) * count
+        for length, count in tokens.items()
+    )
 
 
 def hardware_flops_per_token(model: Model, attention: Attention, recompute: str) -> float:

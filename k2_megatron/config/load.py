@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -28,13 +28,22 @@ else:
 KEYS = [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
 
 
+def load_run_config(path: str | Path) -> Config:
+    """The resolved configuration of a run as it stands in its folder, with what the run went through (train.history).
+
+    Raises ValueError as `load_config` does.
+    """
+    return _config(str(path), _read(Path(path)), [], None)
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int | None = None) -> Config:
     """Read the run's TOML file, apply `section.key=value` overrides in their order, and check everything.
 
     An override's value is read as TOML, or taken as text where it is none (`run.folder=runs/a`); an empty value
     removes the key, so that its default holds. `world_size` is the number of ranks that torchrun or srun started:
     parallel.data is then derived from it, whatever the file says. Paths in the result are as written: relative ones
-    are relative to the current directory.
+    are relative to the current directory. What a run went through (train.history) is not taken from here: a start takes
+    it from the checkpoint it goes on from.
 
     Raises ValueError with all problems at once (file unreadable, unknown key, wrong type, layout that does not fit).
     """
@@ -42,6 +51,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int
     tables = _read(Path(path))
     for override in overrides:
         problems.extend(_apply(tables, override))
+    if isinstance(tables.get("train"), dict):
+        tables["train"].pop("history", None)
+    return _config(str(path), tables, problems, world_size)
+
+
+def _config(path: str, tables: dict[str, Any], problems: list[Problem], world_size: int | None) -> Config:
     problems.extend(_unknown_sections(tables))
     sections: dict[str, Any] = {}
     for name in SECTIONS:
@@ -50,7 +65,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int
     for resolve in (_resolve_data, _resolve_every_steps):
         problems.extend(resolve(sections, world_size))
     problems.extend(problems_of(SimpleNamespace(**sections, incomplete=bool(problems))))
-    raise_problems(str(path), problems)
+    raise_problems(path, problems)
     return Config(**sections)
 
 
@@ -69,6 +84,8 @@ def _apply(tables: dict[str, Any], override: str) -> list[Problem]:
     *folders, key = dotted.split(".")
     if not equals or not folders or not all([*folders, key]):
         return [Problem("--set", override, "must read section.key=value, as in --set train.steps=100")]
+    if dotted == "train.history":
+        return [Problem("--set", override, "is what the run itself writes; set train.global_batch or sequence_length")]
     table = tables
     for folder in folders:
         table = table.setdefault(folder, {})
@@ -119,7 +136,7 @@ def _validate(name: str, table: Any) -> tuple[Any, list[Problem]]:
 
 def _problem(name: str, kind: type[Section], details: Any) -> Problem:
     """One of pydantic's findings in our words, with the meaning of the field it is about."""
-    location = [str(part) for part in details["loc"]]
+    location = [part for part in details["loc"] if isinstance(part, str)]  # a number is a place in a list
     key, table = ".".join([name, *location]), _table(kind, location)
     if details["type"] == "extra_forbidden":
         return Problem(key, details["input"], f"is no key; {_nearest_key(key, table)}")
@@ -138,8 +155,10 @@ def _table(kind: type[BaseModel], location: Sequence[str]) -> type[BaseModel]:
     if len(location) == 1:
         return kind
     annotation = kind.model_fields[location[0]].annotation
-    candidates = [part for part in (annotation, *get_args(annotation)) if isinstance(part, type)]
-    return _table(next(part for part in candidates if issubclass(part, BaseModel)), location[1:])
+    within = [annotation, *get_args(annotation)]
+    candidates = [*within, *(part for outer in within for part in get_args(outer))]
+    tables = (part for part in candidates if isinstance(part, type) and get_origin(part) is None)
+    return _table(next(part for part in tables if issubclass(part, BaseModel)), location[1:])
 
 
 def _nearest_key(key: str, table: type[BaseModel]) -> str:

@@ -142,6 +142,23 @@ class BatchRamp(Section):
     """Samples over which the ramp runs; each of its stages gets an equal share."""
 
 
+class Stage(Section):
+    """Steps of one global batch and one sequence length, from `first_step` finished ones on."""
+
+    first_step: CountInt
+    """Updates that were done before its first."""
+    first_sample: CountInt
+    """The first sample it reads: samples are counted in sequences of its own length."""
+    global_batch: PositiveInt
+    """Sequences in one optimizer update."""
+    sequence_length: PositiveInt
+    """Tokens of one sequence."""
+
+
+def _tuple_from_list(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
 class Train(Section):
     """The loop: how long, how much a step, in which precision."""
 
@@ -153,6 +170,9 @@ class Train(Section):
     """Sequences in one optimizer update, over all data-parallel ranks."""
     batch_ramp: BatchRamp | None = None
     """Grow the global batch at the start of the run; left out, every step has train.global_batch."""
+    history: Annotated[tuple[Stage, ...] | None, BeforeValidator(_tuple_from_list)] = None
+    """Not to be set: what the run went through before it was resumed under another batch or sequence length, and since
+    when it has the present ones. It keeps this in its own config.toml and checkpoints, and reads it there alone."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of weights and activations. Main parameters, gradient accumulation, gradient reduction and optimizer
     state are float32 with either."""

@@ -7,6 +7,7 @@ batch of the update that follows `step` finished ones.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -15,7 +16,19 @@ from k2_megatron.config import batch
 from k2_megatron.config.changes import HARMLESS
 from k2_megatron.config.checks import problems_of
 from k2_megatron.config.problems import raise_problems
-from k2_megatron.config.schema import Checkpoint, Data, Log, Model, Optimizer, Parallel, Run, Spikes, Train, Watchdog
+from k2_megatron.config.schema import (
+    Checkpoint,
+    Data,
+    Log,
+    Model,
+    Optimizer,
+    Parallel,
+    Run,
+    Spikes,
+    Stage,
+    Train,
+    Watchdog,
+)
 from k2_megatron.config.toml_text import toml_document
 
 
@@ -60,28 +73,45 @@ class Config(BaseModel):
     # Batches, samples and tokens
 
     @property
-    def batch_stages(self) -> tuple[batch.Stage, ...]:
-        """Spans of steps with one global batch each; the last has no end."""
-        ramp, full = self.train.batch_ramp, self.train.global_batch
-        if ramp is None:
-            return batch.constant_stages(full)
-        return batch.ramp_stages(ramp.start, ramp.increment, ramp.samples, full)
+    def stages(self) -> tuple[Stage, ...]:
+        """Spans of steps with one global batch and one sequence length each; the last has no end."""
+        train = self.train
+        return batch.stages_of(train.global_batch, self.model.sequence_length, train.batch_ramp, train.history)
 
     def global_batch_at(self, step: int) -> int:
         """Sequences in update number `step` (from 0), over all data-parallel ranks."""
-        return batch.stage_at(self.batch_stages, step).global_batch
+        return batch.stage_at(self.stages, step).global_batch
 
     def micro_batches_at(self, step: int) -> int:
         """Micro-batches that each data-parallel rank accumulates in update number `step` (from 0)."""
         return self.global_batch_at(step) // (self.train.micro_batch * self.parallel.data)
 
     def consumed_samples_at(self, step: int) -> int:
-        """Samples consumed when `step` updates are done: the number of the next update's first sample."""
-        return batch.consumed_samples(self.batch_stages, step)
+        """Samples consumed when `step` updates are done: the number of the next update's first sample, which after a
+        change of the sequence length is counted in the new one."""
+        return batch.consumed_samples(self.stages, step)
+
+    def sequence_length_at(self, step: int) -> int:
+        """Tokens of a sequence in update number `step` (from 0)."""
+        return batch.stage_at(self.stages, step).sequence_length
+
+    def position_at(self, step: int) -> int:
+        """`consumed_samples_at`, counted in sequences of the present length, rounded up."""
+        stage = batch.stage_at(self.stages, step)
+        samples = batch.samples_until(stage, step)
+        return batch.carried_over(samples, stage.sequence_length, self.model.sequence_length)
 
     def consumed_tokens_at(self, step: int) -> int:
-        """Trained positions (samples * sequence_length) when `step` updates are done."""
-        return self.consumed_samples_at(step) * self.model.sequence_length
+        """Trained positions (samples * their length) when `step` updates are done."""
+        return sum(self.tokens_by_length_at(step).values())
+
+    def tokens_by_length_at(self, step: int) -> dict[int, int]:
+        """{sequence length: tokens trained in it} when `step` updates are done."""
+        found: dict[int, int] = {}
+        for stage, first, end in batch.parts(self.stages, step):
+            length = stage.sequence_length
+            found[length] = found.get(length, 0) + (end - first) * length
+        return found
 
     @property
     def tokens_per_step(self) -> int:
@@ -90,13 +120,20 @@ class Config(BaseModel):
 
     @property
     def total_samples(self) -> int:
-        """Sequences of the whole run."""
+        """The number of the sample after the run's last: where the length never changed, the sequences of the run."""
         return self.consumed_samples_at(self.train.steps)
 
     @property
     def total_tokens(self) -> int:
         """Tokens of the whole run."""
         return self.consumed_tokens_at(self.train.steps)
+
+    def going_on(self, step: int, done: Sequence[Stage]) -> "Config":
+        """This configuration for a run that has done `step` updates in the stages `done`: where batch or length are not
+        what they were, a stage begins, at the first sample that holds no token trained on."""
+        planned = batch.stages_of(self.train.global_batch, self.model.sequence_length, self.train.batch_ramp, None)
+        history = batch.going_on(planned, done, step)
+        return self.model_copy(update={"train": self.train.model_copy(update={"history": history})})
 
     # Checkpoints
 

@@ -6,8 +6,8 @@ Samples are numbered from 0 over the whole run, whatever the layout, micro-batch
 
     sample -> row of the schedule (schedule.py) -> plan position -> row record (plan.py, or a permutation) -> tokens
 
-A plan has its own order and its own seed; it ends. A prefix is shuffled anew each epoch by the seed given here, and
-never ends.
+A plan has its own order and its own seed; it ends. A prefix is cut into rows of the length that the run began with,
+which are shuffled anew each epoch by the seed given here; it never ends.
 """
 
 from __future__ import annotations
@@ -61,9 +61,12 @@ class Feed:
         self._ahead: tuple[int, int, Future[np.ndarray]] | None = None
         length = store.row_length
         if sequence_length % length and length % sequence_length:
+            whose, remedy = "the plan's", "build a plan for it with tools/build_plan.py"
+            if order.rows_per_chunk is None:  # a prefix
+                whose, remedy = "this run's first,", "begin a new run with checkpoint.start_from"
             raise ValueError(
-                f"model.sequence_length {sequence_length} is neither a multiple nor a divisor of the plan's {length}; "
-                "build a plan for it with tools/build_plan.py"
+                f"model.sequence_length {sequence_length} is neither a multiple nor a divisor of {whose} {length}; "
+                f"{remedy}"
             )
         self.rows_a_sample = max(1, sequence_length // length)
         self.samples_a_row = max(1, length // sequence_length)
@@ -192,6 +195,7 @@ def open_feed(
     sequence_length: int,
     seed: int,
     vocab_size: int,
+    row_length: int | None = None,
     part: str = "all",
     held_out_fraction: float = 0.02,
     ledger: Ledger | None = None,
@@ -200,6 +204,7 @@ def open_feed(
 
     For a prefix, `part` "train" or "held_out" splits it by document: each is held out with probability
     `held_out_fraction`, by a hash of seed and document number; "all" is everything. A plan is split when it is built.
+    `row_length`: the sequence length that the run began with, where it has changed since; a plan has one of its own.
     `ledger`: its amendments are followed, and its chain is of this feed.
     ValueError: a file missing, cut or damaged, an .idx that disagrees with its .bin, ids beyond the vocabulary.
     """
@@ -208,11 +213,18 @@ def open_feed(
     if os.fspath(path).endswith(".toml"):
         from k2_megatron.data.blended import open_blend  # brings torch and mcore
 
+        if row_length not in (None, sequence_length):
+            raise ValueError(
+                f"{path}: this run began with model.sequence_length {row_length}, and mcore cuts and shuffles blended "
+                f"datasets anew for {sequence_length}: what was trained on cannot be found again. Build a plan "
+                "(tools/build_plan.py) and begin a new run with checkpoint.start_from, or keep the length"
+            )
         feed: Any = open_blend(Path(path), ledger, sequence_length=sequence_length, seed=seed, vocab_size=vocab_size)
     elif os.path.isdir(path):
         feed = _plan_feed(Path(path), sequence_length, vocab_size, ledger)
     else:
-        feed = _prefix_feed(os.fspath(path), sequence_length, seed, vocab_size, part, held_out_fraction, ledger)
+        rows = (sequence_length, row_length or sequence_length)
+        feed = _prefix_feed(os.fspath(path), *rows, seed, vocab_size, part, held_out_fraction, ledger)
     if ledger is not None:
         ledger.attach(feed)
     return feed
@@ -245,6 +257,7 @@ def _plan_feed(folder: Path, sequence_length: int, vocab_size: int, ledger: Ledg
 def _prefix_feed(
     prefix: str,
     sequence_length: int,
+    row_length: int,
     seed: int,
     vocab_size: int,
     part: str,
@@ -259,15 +272,15 @@ def _prefix_feed(
     key = hash64(seed, "held out")
     streams = [Stream(partial(_itself, file), document_spans(file, part, fraction, key)) for file in files]
     dtype = _widest([{"dtype": file.dtype.name} for file in files])
-    store = RowStore([streams], sequence_length, vocab_size, dtype)
+    store = RowStore([streams], row_length, vocab_size, dtype)
     if store.rows(0) == 0:
         raise ValueError(
             f"{prefix}: the {part} part has {sum(stream.length for stream in streams)} tokens, too few for one row of "
-            f"{sequence_length + 1}; give more text, a shorter model.sequence_length, or another held-out fraction"
+            f"{row_length + 1}; give more text, a shorter model.sequence_length, or another held-out fraction"
         )
     hashes = [file.entry["bin_xxh3"] if file.entry else str(file.token_count) for file in files]
-    fingerprint = f"{hash64('prefix', *hashes, sequence_length, seed, part, fraction):016x}"
-    schedule = amended_by(Schedule.endless(), ledger, None, sequence_length)
+    fingerprint = f"{hash64('prefix', *hashes, row_length, seed, part, fraction):016x}"
+    schedule = amended_by(Schedule.endless(), ledger, None, row_length)
     order = EpochOrder(store.rows(0), seed)
     return Feed(order, schedule, store, sequence_length, fingerprint, [os.path.basename(files[0].prefix)], {})
 

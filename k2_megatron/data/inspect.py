@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from k2_megatron.config import Config, load_config
+from k2_megatron.config import Config, load_run_config
 from k2_megatron.data.documents import DocumentSpan, line_of_document
 from k2_megatron.data.feed import Feed, open_feed
 from k2_megatron.data.ledger import Ledger
@@ -29,12 +29,14 @@ SAMPLES_A_SLICE = 1 << 20
 
 @dataclass(frozen=True)
 class Step:
-    """One step event of the journal: samples first..end-1, and how many ledger entries there were by then."""
+    """One step event of the journal: samples first..end-1, how many ledger entries there were by then, and the length
+    in which samples were counted."""
 
     number: int
     first: int
     end: int
     ledger_entries: int
+    sequence_length: int
 
 
 class Run:
@@ -44,28 +46,43 @@ class Run:
         self.folder = Path(folder)
         if not (self.folder / "config.toml").is_file():
             raise ValueError(f"{folder}: no config.toml there; name the folder of a run")
-        self.config: Config = load_config(self.folder / "config.toml")
+        self.config: Config = load_run_config(self.folder / "config.toml")
         self.ledger = Ledger(self.folder)
-        self._feeds: dict[int, Feed] = {}
+        self._feeds: dict[tuple[int, int], Feed] = {}
 
-    def feed_at(self, ledger_entries: int) -> Feed:
-        """The feed under the amendments among the first `ledger_entries` lines of the ledger."""
-        amendments = len(self.ledger.before(ledger_entries).amendments)
-        if amendments not in self._feeds:
+    @property
+    def first_sequence_length(self) -> int:
+        """Tokens of a sample when the run began."""
+        return self.config.stages[0].sequence_length
+
+    def amendments_at(self, ledger_entries: int) -> int:
+        """How many of the first `ledger_entries` lines of the ledger are amendments."""
+        return len(self.ledger.before(ledger_entries).amendments)
+
+    def feed_at(self, ledger_entries: int, sequence_length: int) -> Feed:
+        """The feed of samples so long, under the amendments among the first `ledger_entries` lines of the ledger."""
+        key = self.amendments_at(ledger_entries), sequence_length
+        if key not in self._feeds:
             data = self.config.data
-            self._feeds[amendments] = open_feed(
+            self._feeds[key] = open_feed(
                 data.train,
-                sequence_length=self.config.model.sequence_length,
+                sequence_length=sequence_length,
                 seed=self.config.run.seed,
                 vocab_size=self.config.model.vocab_size,
+                row_length=self.first_sequence_length,
                 part="train" if data.train == data.held_out else "all",
                 ledger=self.ledger.before(ledger_entries),
             )
-        return self._feeds[amendments]
+        return self._feeds[key]
+
+    def feed_of(self, step: Step) -> Feed:
+        """The feed that a step read."""
+        return self.feed_at(step.ledger_entries, step.sequence_length)
 
     @property
     def feed(self) -> Feed:
-        return self.feed_at(len(self.ledger.entries))
+        """What the run goes on with."""
+        return self.feed_at(len(self.ledger.entries), self.config.model.sequence_length)
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -95,7 +112,9 @@ class Run:
                 continue  # a line that a kill cut short
             if event.get("event") == "step":
                 first, end = event["samples"]
-                found.append(Step(event["step"], first, end, sum(time <= event["time"] for time in times)))
+                length = event.get("sequence_length", self.first_sequence_length)  # of earlier versions, which kept it
+                entries = sum(time <= event["time"] for time in times)
+                found.append(Step(event["step"], first, end, entries, length))
         return found
 
     def step(self, number: int) -> Step:
@@ -105,8 +124,9 @@ class Run:
             return told[-1]
         if not 1 <= number <= self.config.train.steps:
             raise ValueError(f"step {number}: the run has steps 1..{self.config.train.steps}")
-        first, end = self.config.consumed_samples_at(number - 1), self.config.consumed_samples_at(number)
-        return Step(number, first, end, len(self.ledger.entries))
+        first = self.config.consumed_samples_at(number - 1)
+        end = first + self.config.global_batch_at(number - 1)
+        return Step(number, first, end, len(self.ledger.entries), self.config.sequence_length_at(number - 1))
 
     def where(self, span: DocumentSpan) -> str:
         """Source, document, and the file and line it was read from."""
@@ -120,8 +140,9 @@ class Run:
 def step_lines(run: Run, number: int, characters: int) -> Iterator[str]:
     """The documents of a step, sample by sample, with the beginning of their text as it was trained."""
     step = run.step(number)
-    feed = run.feed_at(step.ledger_entries)
-    yield f"step {number}: samples {step.first}..{step.end - 1}"
+    feed = run.feed_of(step)
+    length = f" of {step.sequence_length} tokens" if run.config.train.history else ""
+    yield f"step {number}: samples {step.first}..{step.end - 1}{length}"
     for sample in range(step.first, step.end):
         tokens = feed.tokens(sample, 1)[0]
         yield f"sample {sample}"
@@ -145,26 +166,30 @@ def show_lines(run: Run, count: int, first_sample: int) -> Iterator[str]:
 
 def mix_lines(run: Run, first_step: int, last_step: int) -> Iterator[str]:
     """Rows of each source in steps first_step..last_step, against the whole plan's mixture; samples, where a row is
-    cut into several, of which a step may train some and the next the others."""
+    cut into several, of which a step may train some and the next the others; tokens, where it is now this, now that."""
     if first_step > last_step:
         raise ValueError(f"mix {first_step} {last_step}: the first step comes after the last; exchange them")
     check_has_rows(run)
-    counts: Counter[int] = Counter()
+    counts: Counter[int] = Counter()  # tokens of each source
+    units: dict[int, str] = {}  # tokens of what was counted: what it is
     for number in range(first_step, last_step + 1):
         step = run.step(number)
-        feed = run.feed_at(step.ledger_entries)
+        feed = run.feed_of(step)
         sources = _sources_of_samples(feed, step.first, step.end)
-        counts.update(dict(zip(*(part.tolist() for part in np.unique(sources, return_counts=True)), strict=True)))
+        unit = feed.store.row_length // feed.samples_a_row
+        units[unit] = "rows" if feed.samples_a_row == 1 else f"samples, {feed.samples_a_row} a row"
+        for source, count in zip(*(part.tolist() for part in np.unique(sources, return_counts=True)), strict=True):
+            counts[source] += count * unit
+    unit, what = units.popitem() if len(units) == 1 else (1, "tokens")
     total = counts.total()
-    what = "rows" if run.feed.samples_a_row == 1 else f"samples, {run.feed.samples_a_row} a row"
     train = Path(run.config.data.train)
     planned = Plan(train).sources if train.is_dir() else [{"rows_used": 1}]
     whole = sum(source["rows_used"] for source in planned)
-    yield f"steps {first_step}..{last_step}: {total} {what}"
+    yield f"steps {first_step}..{last_step}: {total // unit} {what}"
     yield f"{'source':28}{what.split(',')[0]:>12}{'here':>9}{'plan':>9}"
     for number, name in enumerate(run.feed.source_names):
         here, plan = counts[number] / total, planned[number]["rows_used"] / whole
-        yield f"{name:28}{counts[number]:>12}{here:>9.2%}{plan:>9.2%}"
+        yield f"{name:28}{counts[number] // unit:>12}{here:>9.2%}{plan:>9.2%}"
 
 
 def _sources_of_samples(feed: Feed, first: int, end: int) -> np.ndarray:
@@ -188,16 +213,18 @@ def document_lines(run: Run, identity: str) -> Iterator[str]:
     feed = run.feed
     wanted = _records_of_document(feed, name, int(number))
     seen = 0
-    end = max(step.end for step in steps)
-    cache: dict[int, np.ndarray] = {}
+    ends: dict[int, int] = {}  # the last sample of each length
     for step in steps:
-        amendments = len(run.ledger.before(step.ledger_entries).amendments)
-        if amendments not in cache:
-            under = run.feed_at(step.ledger_entries)
-            possible = _samples_of_rows(under, wanted, end).tolist()
+        ends[step.sequence_length] = max(step.end, ends.get(step.sequence_length, 0))
+    cache: dict[tuple[int, int], np.ndarray] = {}
+    for step in steps:
+        key = run.amendments_at(step.ledger_entries), step.sequence_length
+        if key not in cache:
+            under = run.feed_of(step)
+            possible = _samples_of_rows(under, wanted, ends[step.sequence_length]).tolist()
             held = [sample for sample in possible if _holds(under, sample, name, int(number))]
-            cache[amendments] = np.array(held, dtype=np.int64)
-        hits = cache[amendments]
+            cache[key] = np.array(held, dtype=np.int64)
+        hits = cache[key]
         for sample in hits[(hits >= step.first) & (hits < step.end)].tolist():
             seen += 1
             yield f"step {step.number}, sample {sample}"

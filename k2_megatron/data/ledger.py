@@ -1,19 +1,26 @@
 """The ledger: `ledger.jsonl` of a run, to which amendments of the data order and the positions reached are appended.
 
-In: amendments (skip, defer) and, at checkpoints, the number of samples consumed with the hash of their chain. Out: the
-amendments in order, for every rank's feed. Each line carries the hash of the line before it, so a line that was edited,
-removed or put in between is found on reading. For the last line no other vouches: each checkpoint, and each step in the
-journal, carries the number of lines and the hash of the last (`mark`). A run that resumes from a checkpoint compares
-them (`check_mark`), and `inspect_data.py verify` compares all of them (`check_lines`). Only rank 0 appends; a line cut
-short by a crash is dropped.
+In: amendments (skip, defer), changes of batch and sequence length, and, at checkpoints, the number of samples consumed
+with the hash of their chain. Out: the amendments in order, for every rank's feed. Each line carries the hash of the
+line before it, so a line that was edited, removed or put in between is found on reading. For the last line no other
+vouches: each checkpoint, and each step in the journal, carries the number of lines and the hash of the last (`mark`). A
+run that resumes from a checkpoint compares them (`check_mark`), and `inspect_data.py verify` compares all of them
+(`check_lines`). Only rank 0 appends; a line cut short by a crash is dropped.
 A checkpoint that was taken to a new folder begins a ledger there, whose first line says which ledger it continues.
 
     {"event": "amendment", "action": "defer", "chunk": 160, "from_sample": 307142400, "reason": "...", ...}
     {"event": "continues", "step": 150560, "ledger": {"lines": 161, "last": "0b7e..."}, ...}
     {"event": "position", "consumed_samples": 307142400, "chain": "9f0c...", "step": 150560, ...}
+    {"event": "change", "from_step": 150560, "from_sample": 153571200, "global_batch": 1020, "sequence_length": 4096,
+     ...}
+    {"event": "position", "consumed_samples": 154531020, "chain": "47ad...", "step": 151501,
+     "parts": [[2048, 0, 307142400], [4096, 153571200, 154531020]], ...}
 
 The chain over consumed samples is chain(n + 1) = blake2b(chain(n), record of sample n): whoever knows the plan and the
-amendments can compute it again, whatever batch sizes the run had (see feed.py for the record of a sample).
+amendments can compute it again, whatever batch sizes the run had (see feed.py for the record of a sample). Where the
+sequence length changed, a position says what its chain goes over: [tokens a sample, first sample, the one after the
+last] of each part; otherwise it is all samples from the first on, in the length that the run began with. A change
+stands just before the first position under it, so that one of which nothing was saved leaves no line.
 """
 
 from __future__ import annotations
@@ -92,6 +99,11 @@ class Ledger:
     @property
     def positions(self) -> list[dict[str, Any]]:
         return [entry for entry in self.entries if entry["event"] == "position"]
+
+    @property
+    def last_change(self) -> dict[str, Any] | None:
+        """The change that the run went through last, of those of which something was saved."""
+        return next((entry for entry in reversed(self.entries) if entry["event"] == "change"), None)
 
     def append(self, event: str, **fields: Any) -> dict[str, Any]:
         """Write one line, durably. Call on rank 0 only. LedgerNotWritten where the disk does not take it."""

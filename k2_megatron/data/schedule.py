@@ -5,7 +5,7 @@ out of what is still to come: `skip` drops them, `defer` moves them to the end. 
 words of this file: defer chunk 160, then chunk 186, from the row after checkpoint 160.
 
 Rows are counted in the plan's own length L. With another model.sequence_length S, sample n is rows n S/L and on where L
-divides S, or one of L/S parts of a row where S divides L; `carried_over` says where a run goes on.
+divides S, or one of L/S parts of a row where S divides L; config/batch.py says where a run goes on after a change of S.
 """
 
 from __future__ import annotations
@@ -118,12 +118,3 @@ def _split(runs: list[tuple[int, int]], low: int, high: int) -> tuple[list[tuple
         for start, stop in pairwise(cuts):
             (taken if low <= start < high else kept).append((start, stop - start))
     return kept, taken
-
-
-def carried_over(consumed_samples: int, old_sequence_length: int, new_sequence_length: int) -> int:
-    """Where a run goes on after its sequence length changed: the first sample that holds no token trained on already.
-
-    The position is counted in tokens and rounded up: at most one new sample's worth of tokens is left out, and none is
-    trained twice. A changed global batch needs no rule: samples are numbered one by one.
-    """
-    return -(-consumed_samples * old_sequence_length // new_sequence_length)

@@ -6,13 +6,17 @@ In: a `Run`. Out: a line for everything that holds; ValueError at the first that
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
+from k2_megatron.config.batch import carried_over
 from k2_megatron.data.feed import Feed
 from k2_megatron.data.inspect import Run
 from k2_megatron.data.ledger import CHAIN_START, chain_samples
 from k2_megatron.data.plan import Plan
 from k2_megatron.data.source_check import check_sources
+
+Part = tuple[int, int, int]  # tokens a sample, the first sample, the one after the last
 
 
 def verify_lines(run: Run, contents: bool, sources: Sequence[Path] = ()) -> Iterator[str]:
@@ -24,22 +28,7 @@ def verify_lines(run: Run, contents: bool, sources: Sequence[Path] = ()) -> Iter
     yield f"ledger: {len(run.ledger.entries)} lines follow from one another"
     yield from verify_ledger_of_checkpoints(run)
     yield from verify_ledger_of_journal(run)
-    chains: dict[int, tuple[int, str]] = {}  # amendments -> (samples, chain) computed so far
-    for number, entry in enumerate(run.ledger.entries):
-        if entry["event"] != "position":
-            continue
-        amendments = len(run.ledger.before(number).amendments)
-        done, chain = chains.get(amendments, (0, CHAIN_START))
-        if entry["consumed_samples"] < done:
-            done, chain = 0, CHAIN_START
-        chain = chain_samples(run.feed_at(number), chain, done, entry["consumed_samples"])
-        chains[amendments] = (entry["consumed_samples"], chain)
-        if chain != entry["chain"]:
-            raise ValueError(
-                f"{run.ledger.path}, line {number + 1}: {entry['consumed_samples']} samples have chain {chain}, the "
-                f"run recorded {entry['chain']}: it was trained on other rows than plan and ledger now say"
-            )
-        yield f"position {entry['consumed_samples']}: chain {chain} holds"
+    yield from verify_chain(run)
     if isinstance(run.feed, Feed):
         yield from verify_plan(run.feed, Path(run.config.data.train), contents)
     else:
@@ -48,6 +37,63 @@ def verify_lines(run: Run, contents: bool, sources: Sequence[Path] = ()) -> Iter
         manifests = {manifest["xxh3"]: manifest for manifest in run.manifests.values()}
         files = sum(check_sources(manifest, sources) for manifest in manifests.values())
         yield f"{files} text files are what the tokens were made from"
+
+
+def verify_chain(run: Run) -> Iterator[str]:
+    """The chain of every position in the ledger, computed again."""
+    known: dict[int, tuple[list[Part], str]] = {}  # amendments -> (parts, their chain) computed last
+    for number, entry in enumerate(run.ledger.entries):
+        if entry["event"] != "position":
+            continue
+        parts = _parts(run, number)
+        amendments = run.amendments_at(number)
+        done, chain = known.get(amendments, ([], CHAIN_START))
+        begun = _begun(done, parts)
+        if begun is None:
+            begun, chain = 0, CHAIN_START
+        # What was begun is gone on with, from where it ended; what comes after it begins at its own first sample
+        rest = parts if not begun else [(parts[begun - 1][0], done[-1][2], parts[begun - 1][2]), *parts[begun:]]
+        for length, first, end in rest:
+            chain = chain_samples(run.feed_at(number, length), chain, first, end)
+        known[amendments] = parts, chain
+        if chain != entry["chain"]:
+            raise ValueError(
+                f"{run.ledger.path}, line {number + 1}: {entry['consumed_samples']} samples have chain {chain}, the "
+                f"run recorded {entry['chain']}: it was trained on other rows than plan and ledger now say"
+            )
+        yield f"position {entry['consumed_samples']}{_lengths(parts)}: chain {chain} holds"
+
+
+def _parts(run: Run, number: int) -> list[Part]:
+    """What the chain of a position, entry `number` of the ledger, goes over. ValueError where a part does not begin
+    where the one before it ends, at the next whole sample."""
+    entry = run.ledger.entries[number]
+    whole = (run.first_sequence_length, 0, entry["consumed_samples"])
+    parts = [(length, first, end) for length, first, end in entry.get("parts", [whole])]
+    for (length, _, end), (next_length, first, _) in pairwise(parts):
+        if first != carried_over(end, length, next_length):
+            raise ValueError(
+                f"{run.ledger.path}, line {number + 1}: sample {first} of {next_length} tokens does not follow sample "
+                f"{end - 1} of {length}: it was written by another program, or altered"
+            )
+    return parts
+
+
+def _begun(done: list[Part], parts: list[Part]) -> int | None:
+    """How many of `parts` hold all that `done` holds, the last of them perhaps more; None where they do not."""
+    count = len(done)
+    if count > len(parts) or done[:-1] != parts[: count - 1]:
+        return None
+    goes_on = not done or (done[-1][:2] == parts[count - 1][:2] and done[-1][2] <= parts[count - 1][2])
+    return count if goes_on else None
+
+
+def _lengths(parts: list[Part]) -> str:
+    """Words on the parts where there are several."""
+    if len(parts) == 1:
+        return ""
+    told = ", then ".join(f"samples {first} to {end - 1} of {length} tokens" for length, first, end in parts)
+    return f" ({told})"
 
 
 def verify_ledger_of_checkpoints(run: Run) -> Iterator[str]:

@@ -5,7 +5,7 @@ nothing here computes one that is not also a function there.
 """
 
 from k2_megatron.config import Config
-from k2_megatron.config.flops import flops_per_token, hardware_flops_per_token
+from k2_megatron.config.flops import flops_of_tokens, flops_per_token, hardware_flops_per_token
 from k2_megatron.plan.memory import ELEMENT_BYTES, MAIN_WEIGHT_BYTES, rank_memory
 from k2_megatron.plan.parameters import model_parameters, rank_parameters
 from k2_megatron.plan.schedule import bubble, chunks_in_flight
@@ -86,24 +86,33 @@ def _on(value: bool) -> str:
 def _batches(config: Config) -> tuple[str, list[str]]:
     model, train = config.model, config.train
     lines = [f"{train.steps:,} steps, {config.total_samples:,} samples of {model.sequence_length:,} tokens"]
+    if train.history:
+        lines = [
+            f"{train.steps:,} steps, to before sample {config.total_samples:,} of {model.sequence_length:,} tokens"
+        ]
     lines.append(f"{config.total_tokens:,} tokens in all, {config.tokens_per_step:,} a step at the full batch")
-    for stage in config.batch_stages:
-        micro_batches = config.micro_batches_at(stage.first_step)
-        lines.append(
-            f"from step {stage.first_step:,}: global batch {stage.global_batch:,} = {micro_batches} "
-            f"micro-batches of {train.micro_batch} on {config.parallel.data} data-parallel ranks"
-        )
+    present = train.history[-1].first_step if train.history else 0
+    for stage in config.stages:
+        begin = f"from step {stage.first_step:,}"
+        if train.history:
+            begin += f", sample {stage.first_sample:,} of {stage.sequence_length:,} tokens"
+        line = f"{begin}: global batch {stage.global_batch:,}"
+        if stage.first_step >= present:  # those before it were done, in whatever layout
+            micro_batches = config.micro_batches_at(stage.first_step)
+            ranks = f"{config.parallel.data} data-parallel ranks"
+            line += f" = {micro_batches} micro-batches of {train.micro_batch} on {ranks}"
+        lines.append(line)
     return "batches", lines
 
 
 def _flops(config: Config) -> tuple[str, list[str]]:
-    lines = []
+    lines, tokens = [], config.tokens_by_length_at(config.train.steps)
     for attention in ("full", "causal"):
         model_flops = flops_per_token(config.model, attention)
         hardware = hardware_flops_per_token(config.model, attention, config.train.recompute)
         extra = f", {hardware:.4g} with what is recomputed" if hardware != model_flops else ""
         lines.append(
-            f"{model_flops:.4g} a token, {model_flops * config.total_tokens:.4g} in all, "
+            f"{model_flops:.4g} a token, {flops_of_tokens(config.model, tokens, attention):.4g} in all, "
             f"attention counted {attention}{extra}"
         )
     return "model FLOPs (three forward passes' worth)", lines

@@ -1,7 +1,7 @@
 """How long training takes on a given device at a given utilization: arithmetic, not a prediction of the utilization."""
 
 from k2_megatron.config import Config
-from k2_megatron.config.flops import flops_per_token
+from k2_megatron.config.flops import flops_of_tokens
 from k2_megatron.runtime.devices import Device, peak_bf16_flops
 
 PLANNED_DEVICES = ("A100", "H100")
@@ -16,5 +16,5 @@ def training_seconds(config: Config, device_name: str, utilization: float) -> fl
     peak = peak_bf16_flops(Device("cuda", 0, "nccl", device_name))
     if peak is None:
         raise ValueError(f"device {device_name!r}: its peak is not known; add it to k2_megatron/runtime/devices.py")
-    flops = flops_per_token(config.model, "full") * config.total_tokens
+    flops = flops_of_tokens(config.model, config.tokens_by_length_at(config.train.steps), "full")
     return flops / (config.world_size * peak * utilization)

@@ -4,7 +4,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from k2_megatron.config import Config
+from k2_megatron.config import Config, batch
 from k2_megatron.data.feed import Feed, open_feed
 from k2_megatron.data.ledger import CHAIN_START, Ledger, LedgerNotWritten
 from k2_megatron.data.tokenizer import load_tokenizer
@@ -25,18 +25,36 @@ class RunData:
         self.ledger = ledger
         self._writer = writer
         self.chain = CHAIN_START
+        self._from_step = 0  # where this life of the run began
 
     def consumed(self, first_sample: int, end_sample: int) -> None:
         """Tell of samples first_sample ... end_sample - 1; they follow those told before."""
         if self._writer:
             self.chain = self.ledger.chain(self.chain, first_sample, end_sample)
 
-    def record_position(self, step: int, consumed_samples: int, retry_seconds: float) -> None:
+    def record_position(self, config: Config, step: int) -> None:
         """Write the position reached and its chain into the ledger, before a checkpoint of it is saved: what was
-        consumed is so whether or not the save succeeds. What the disk refuses is tried again for `retry_seconds`."""
-        if self._writer:
-            record = partial(self.ledger.record_position, consumed_samples, self.chain, step=step)
-            persist(record, retry_seconds, LedgerNotWritten, _tell)
+        consumed is so whether or not the save succeeds. What the disk refuses is tried again."""
+        if not self._writer:
+            return
+        lines = [partial(self.ledger.append, "change", **change) for change in self._untold_change(config)]
+        parts = chain_parts(config, step)
+        more = {"parts": parts} if len(parts) > 1 else {}
+        lines.append(partial(self.ledger.record_position, parts[-1][2], self.chain, step=step, **more))
+        for line in lines:
+            persist(line, config.checkpoint.retry_seconds, LedgerNotWritten, _tell)
+
+    def _untold_change(self, config: Config) -> list[dict[str, int]]:
+        """The batch and length in which this life of the run goes on, where the ledger's last change tells of others or
+        of another beginning: it is not told of yet, or nothing else was saved of what is told."""
+        told, history, step = self.ledger.last_change, config.train.history, self._from_step
+        if told is None and not history:
+            return []
+        if told is not None and told["from_step"] >= (history[-1].first_step if history else 0):
+            now = _stage_line(config, told["from_step"])
+            if now == {key: told[key] for key in now}:
+                return []
+        return [_stage_line(config, step)]
 
     def position(self) -> dict:
         """What a checkpoint says of the data; the sample number itself is a function of the step."""
@@ -63,7 +81,27 @@ class RunData:
             raise CheckpointError(str(error)) from None
         if self._writer:
             self.ledger.continue_from(manifest)
-        self.chain = manifest["chain"]
+        self.chain, self._from_step = manifest["chain"], manifest["step"]
+
+
+def _stage_line(config: Config, step: int) -> dict[str, int]:
+    return {
+        "from_step": step,
+        "from_sample": config.consumed_samples_at(step),
+        "global_batch": config.global_batch_at(step),
+        "sequence_length": config.sequence_length_at(step),
+    }
+
+
+def chain_parts(config: Config, step: int) -> list[tuple[int, int, int]]:
+    """(sequence length, first sample, the one after the last) of what the updates 0 ... step - 1 read; batches do not
+    matter to the chain."""
+    found: list[tuple[int, int, int]] = []
+    for stage, first, end in batch.parts(config.stages, step):
+        if found and found[-1][0] == stage.sequence_length:
+            first = found.pop()[1]
+        found.append((stage.sequence_length, first, end))
+    return found
 
 
 def _tell(error: LedgerNotWritten, pause: float) -> None:
@@ -80,22 +118,23 @@ def open_run_data(config: Config, *, writer: bool = False) -> RunData:
     ledger = Ledger(Path(config.run.folder))
     # One prefix for both is split by document; two names are taken whole.
     split = config.data.train == config.data.held_out
-    train = _open(config, config.data.train, "train" if split else "all", ledger)
+    train = _open(config, config.data.train, "train" if split else "all", ledger, config.stages[0].sequence_length)
     _check_rows("data.train", config.data.train, train, config.total_samples, "train.steps or train.global_batch")
     held_out = None
     if config.train.evaluate_every_steps and config.data.held_out and config.train.evaluate_batches:
-        held_out = _open(config, config.data.held_out, "held_out" if split else "all", None)
+        held_out = _open(config, config.data.held_out, "held_out" if split else "all", None, None)
         needed = config.train.evaluate_batches * config.train.global_batch
         _check_rows("data.held_out", config.data.held_out, held_out, needed, "train.evaluate_batches")
     return RunData(train, held_out, ledger, writer=writer)
 
 
-def _open(config: Config, path: str, part: str, ledger: Ledger | None) -> Feed:
+def _open(config: Config, path: str, part: str, ledger: Ledger | None, row_length: int | None) -> Feed:
     return open_feed(
         path,
         sequence_length=config.model.sequence_length,
         seed=config.run.seed,
         vocab_size=config.model.vocab_size,
+        row_length=row_length,
         part=part,
         ledger=ledger,
     )

@@ -1,5 +1,6 @@
 """The run folder: one configuration for its whole life, and what is known about the code that fills it."""
 
+import contextlib
 import fcntl
 import platform
 import subprocess
@@ -10,11 +11,14 @@ from pathlib import Path
 from typing import IO
 
 import k2_megatron
-from k2_megatron.config import Config, load_config
+from k2_megatron.config import Config, load_run_config
 from k2_megatron.config.changes import changes
 from k2_megatron.data.ledger import Ledger
 from k2_megatron.runtime.durable import make_folder, write_file
+from k2_megatron.train.checkpoint_files import candidate_checkpoints
+from k2_megatron.train.checkpoint_manifest import CheckpointError, read_manifest
 from k2_megatron.train.journal import JOURNAL, read_events
+from k2_megatron.train.position import going_on_from
 from k2_megatron.train.watchdog import HEARTBEATS, read_heartbeats
 
 CONFIG = "config.toml"
@@ -22,25 +26,54 @@ CONFIG = "config.toml"
 TAKEOVER_SECONDS = 300.0
 
 
-def check_run_folder(config: Config, given: Collection[str] = ()) -> None:
-    """ValueError when the folder belongs to a training that this configuration does not describe.
+def check_run_folder(config: Config, given: Collection[str] = ()) -> list[str]:
+    """ValueError when the folder belongs to a training that this configuration does not describe; else what the last
+    start changed that no checkpoint has, and this one does not.
 
     `given` are the keys that --set names: what may be changed on purpose is, when it is among them.
     """
     folder = Path(config.run.folder)
     stored = folder / CONFIG
     if not stored.exists():
-        return
-    earlier = load_config(stored)
+        return []
+    earlier = load_run_config(stored)
     if earlier.fingerprint == config.fingerprint:
-        return
-    found = changes(config.model_dump(exclude_none=True), earlier.model_dump(exclude_none=True), given)
-    refused = [str(change) for change in found if change.outcome == "refused"]
-    if refused:
+        return []
+    now = config.model_dump(exclude_none=True)
+    refused = [
+        change for change in changes(now, earlier.model_dump(exclude_none=True), given) if change.outcome == "refused"
+    ]
+    manifest = _newest_manifest(folder) if refused else None
+    saved = changes(now, manifest["config"], given) if manifest and manifest.get("data", "") is not None else refused
+    differing = {change.key for change in saved}
+    wrong = [str(change) for change in refused if change.key in differing]
+    if wrong:
         raise ValueError(
-            f"{folder} holds a run of another configuration: {'; '.join(refused)}. "
+            f"{folder} holds a run of another configuration: {'; '.join(wrong)}. "
             "Give run.folder another name, or undo these changes to resume"
         )
+    return [
+        f"{change.key} = {change.was!r} of the last start was not saved; the run goes on with {change.now!r}"
+        for change in refused
+    ]
+
+
+def with_past(config: Config) -> Config:
+    """`config` as the run in its folder, if there is one, would go on with it after its newest checkpoint."""
+    manifest = _newest_manifest(Path(config.run.folder))
+    return going_on_from(config, manifest) if manifest else config
+
+
+def _newest_manifest(folder: Path) -> dict | None:
+    """Of the newest checkpoint that tells of itself; whether its files are sound is another question."""
+    try:
+        candidates, _ = candidate_checkpoints(folder / "checkpoints")
+    except CheckpointError:  # the start says so
+        return None
+    for candidate in candidates:
+        with contextlib.suppress(CheckpointError):
+            return read_manifest(candidate)
+    return None
 
 
 def refuse_lost_checkpoints(folder: Path) -> None:

@@ -8,6 +8,7 @@ from k2_megatron.config.changes import Change, changes
 from k2_megatron.train.checkpoint_manifest import MANIFEST, CheckpointError
 from k2_megatron.train.checkpoint_state import layout_name
 from k2_megatron.train.journal import read_events, read_steps
+from k2_megatron.train.position import change_at, change_text
 from k2_megatron.train.schedule import learning_rate_at
 from k2_megatron.train.start_from import require_same_shapes
 
@@ -40,7 +41,7 @@ def resume_changes(config: Config, manifest: dict, folder: Path, given: Collecti
 
 
 def resume_report(config: Config, manifest: dict, folder: Path, doubts: list[str], found: list[Change]) -> str:
-    """Where the run goes on, from what, and every setting that differs from the saved one."""
+    """Where the run goes on, from what, every setting that differs from the saved one; what it means to the data."""
     step = manifest["step"]
     lines = [*doubts, f"resuming from {folder}"]
     if manifest["layout"] != layout_name(config):
@@ -51,7 +52,9 @@ def resume_report(config: Config, manifest: dict, folder: Path, doubts: list[str
             f"  next: step {step + 1}, sample {config.consumed_samples_at(step)}, "
             f"learning rate {learning_rate_at(config, step):.4e}"
         )
-    return "\n".join([*lines, *(f"  {change.outcome}: {change}" for change in found)])
+    lines += [f"  {change.outcome}: {change}" for change in found]
+    moved = change_at(config, step)
+    return "\n".join([*lines, *([f"  {change_text(moved)}"] if moved else [])])
 
 
 def summary_text(config: Config, journal: Path) -> str:

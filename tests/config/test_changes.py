@@ -1,14 +1,14 @@
-"""What a changed key means to a run that has begun: every key of the schema stands in one of the three tables."""
+"""What a changed key means to a run that has begun: every key of the schema stands in one of the tables."""
 
 from k2_megatron.config import load_config
-from k2_megatron.config.changes import ACCEPTED, HARMLESS, REFUSED, SHAPES, changes, keys_given
+from k2_megatron.config.changes import ACCEPTED, ENDED, HARMLESS, RECORDED, REFUSED, SHAPES, changes, keys_given
 from k2_megatron.config.load import KEYS
 
 TOY = "examples/toy/toy.toml"
 
 
 def test_every_key_has_one_class():
-    tables = (HARMLESS, ACCEPTED, REFUSED)
+    tables = (HARMLESS, ACCEPTED, ENDED, REFUSED, RECORDED)
     assert sorted(KEYS) == sorted(key for table in tables for key in table)
     assert all(reason for table in tables for reason in table.values())
     assert len(SHAPES) == 6

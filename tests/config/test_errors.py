@@ -241,7 +241,8 @@ def test_mistake_is_named_with_value_and_remedy(kind, overrides, line):
 
 
 def test_every_check_is_triggered():
-    assert {check.__name__ for check in CHECKS} <= {kind for kind, _, _ in MISTAKES}
+    in_no_file = {"history_is_of_this_run"}  # test_history.py
+    assert {check.__name__ for check in CHECKS} - in_no_file <= {kind for kind, _, _ in MISTAKES}
 
 
 def test_all_problems_are_reported_at_once():

@@ -137,7 +137,7 @@ def test_step_names_source_file_line_and_text(folder, speeches):
     lines = list(step_lines(run, 3, characters=60))
     assert lines[0] == f"step 3: samples {2 * BATCH}..{3 * BATCH - 1}"
     assert sum(line.startswith("sample ") for line in lines) == BATCH
-    place, span = lines[2], run.feed_at(step.ledger_entries).describe(2 * BATCH)[0]
+    place, span = lines[2], run.feed_of(step).describe(2 * BATCH)[0]
     name = f"{span.source}.jsonl line {span.document + 1}"
     assert f"{span.source}  {span.file}:{span.document}  {name}  tokens " in place
     text = speeches[span.document + (20 if span.source == "new" else 0)]
@@ -149,7 +149,7 @@ def test_document_lists_every_step_that_saw_it(folder):
     run = Run(folder)
     expected: dict[str, list[str]] = {}
     for step in run.steps:
-        feed = run.feed_at(step.ledger_entries)
+        feed = run.feed_of(step)
         for sample in range(step.first, step.end):
             for span in {(span.file, span.document) for span in feed.describe(sample)}:
                 expected.setdefault(f"{span[0]}:{span[1]}", []).append(f"step {step.number}, sample {sample}")
@@ -236,8 +236,8 @@ def test_a_deferred_chunk_was_seen_before_the_rollback_and_not_after(folder):
     assert (before.number, after.number) == (6, 6)
     assert before.first == after.first
     assert before.ledger_entries < after.ledger_entries
-    one = run.feed_at(before.ledger_entries).tokens(before.first, BATCH)
-    other = run.feed_at(after.ledger_entries).tokens(after.first, BATCH)
+    one = run.feed_of(before).tokens(before.first, BATCH)
+    other = run.feed_of(after).tokens(after.first, BATCH)
     assert not (one == other).all()
     assert run.step(6) == after
 

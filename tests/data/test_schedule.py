@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k2_megatron.data.ledger import CHAIN_START, Ledger
-from k2_megatron.data.schedule import Amendment, Schedule, carried_over
+from k2_megatron.data.schedule import Amendment, Schedule
 from k2_megatron.train.checkpoint_manifest import CheckpointError
 from k2_megatron.train.run_data import RunData
 
@@ -73,13 +73,6 @@ def test_an_endless_schedule_skips_but_does_not_defer():
 def test_past_the_end_is_an_error():
     with pytest.raises(ValueError, match=r"lower train\.steps, or build a plan with more"):
         Schedule.of_chunks([1, 0], 10).positions(15, 6)
-
-
-def test_a_changed_length_goes_on_at_the_next_whole_sample():
-    assert carried_over(1000, 2048, 8192) == 250
-    assert carried_over(1001, 2048, 8192) == 251  # 3/4 of a sample is left out, nothing twice
-    assert carried_over(1001, 8192, 2048) == 4004
-    assert carried_over(1001, 2048, 2048) == 1001
 
 
 def test_ledger_round_trip(tmp_path):

@@ -126,8 +126,10 @@ def test_ledger_line_that_reached_the_file_and_not_the_disk_is_written_again(
 ):
     """On NFS it is fsync that says so, or close. The line of another process is refused nevertheless."""
     data = RunData(SimpleNamespace(fingerprint="00"), None, Ledger(tmp_path), writer=True)
-    for number in range(lines):
-        data.record_position(number, number, 0)
+    toy = load_config("examples/toy/toy.toml", ["checkpoint.retry_seconds=10"])
+    hasty = load_config("examples/toy/toy.toml", ["checkpoint.retry_seconds=0"])
+    for number in range(1, lines + 1):
+        data.record_position(hasty, number)
     fsync, truncate, answers = os.fsync, os.truncate, [error, error]
 
     def refuse(*arguments, call):
@@ -138,18 +140,18 @@ def test_ledger_line_that_reached_the_file_and_not_the_disk_is_written_again(
     monkeypatch.setattr(os, "fsync", partial(refuse, call=fsync))
     monkeypatch.setattr(os, "truncate", truncate if cut else partial(refuse, call=truncate))
     monkeypatch.setattr(durable.time, "sleep", lambda _seconds: None)
-    data.record_position(7, 70, 10.0)
+    data.record_position(toy, 7)
     told = capsys.readouterr().err.splitlines()
     assert told[0] == f"{data.ledger.path} is not written yet ([Errno {error}] refused); trying again in 1 s"
     assert "start again" not in "".join(told)
-    assert [entry["step"] for entry in Ledger(tmp_path).entries] == [*range(lines), 7]
+    assert [entry["step"] for entry in Ledger(tmp_path).entries] == [*range(1, lines + 1), 7]
 
     answers.append(error)
     with pytest.raises(LedgerNotWritten, match="make room or restore access, and start again"):
-        data.record_position(8, 80, 0)
+        data.record_position(hasty, 8)
     Ledger(tmp_path).amend("skip", chunk=3, from_sample=0, sequence_length=8, reason="by hand")
     with pytest.raises(ValueError, match="another process has appended"):
-        data.record_position(8, 80, 0)
+        data.record_position(hasty, 8)
 
 
 def _lose_the_file_system(folder: Path) -> None:

@@ -59,9 +59,10 @@ def amendment(
     """What the ledger is told: from the checkpoint on, skip or defer the samples read up to the trip, or the chunk in
     which the spike began. Each of the `times_before` that the run went back to this checkpoint doubles the samples up
     to this finding's trip, wherever that of an earlier one lay: a bad stretch of data is passed in few steps. How many
-    there are left is not looked at. ValueError where there are no chunks."""
+    there are left is not looked at. All is counted in the present sequence length, in which the run goes on, also from
+    a checkpoint of before it had that. ValueError where there are no chunks."""
     assert decision.checkpoint_step is not None and config.spikes.policy in ACTIONS, "only going back amends"
-    first = config.consumed_samples_at(decision.checkpoint_step)
+    first = config.position_at(decision.checkpoint_step)
     fields = {
         "action": ACTIONS[config.spikes.policy],
         "from_sample": first,
@@ -69,11 +70,11 @@ def amendment(
         "reason": decision.reason,
     }
     if config.spikes.scope == "batches":
-        count = (config.consumed_samples_at(finding.trip) - first) * 2**times_before
+        count = (config.position_at(finding.trip) - first) * 2**times_before
         return {**fields, "samples": (first, first + count)}
     if rows_per_chunk is None:
         raise ValueError(
             'spikes.scope = "chunk" needs data.train to be a plan, which has chunks; set spikes.scope = "batches"'
         )
-    row, _ = feed.row_range(config.consumed_samples_at(finding.onset - 1), 1)
+    row, _ = feed.row_range(config.position_at(finding.onset - 1), 1)
     return {**fields, "chunk": int(feed.schedule.positions(row, 1)[0]) // rows_per_chunk}

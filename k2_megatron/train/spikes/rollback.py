@@ -45,8 +45,8 @@ def go_back(config: Config, finding: Finding, decision: Decision, checkpoints: P
         raise StopRun(f"{decision.reason}. The dossier is in {checkpoints.parent / DOSSIERS}")
     try:
         assert decision.checkpoint_step is not None, "going back needs a checkpoint"
-        first = config.consumed_samples_at(decision.checkpoint_step)
-        before = sum(entry["from_sample"] == first for entry in own_amendments(data))
+        first = config.position_at(decision.checkpoint_step) * config.model.sequence_length  # in tokens
+        before = sum(entry["from_sample"] * entry["sequence_length"] == first for entry in own_amendments(data))
         fields = fitting_amendment(config, finding, decision, data, before)
     except ValueError as error:
         raise StopRun(f"{decision.reason}; going back is not possible: {error}") from None
@@ -68,12 +68,14 @@ def fitting_amendment(
     """The amendment of the configured policy, its samples doubled as often as the data allows, at most `times_before`.
     ValueError where the data has no chunks or no end to defer to, or where too few rows would be left, or none before
     the deferred ones."""
+    assert decision.checkpoint_step is not None, "going back needs a checkpoint"
     doubled = amendments_doubled(config, finding, decision, data, times_before)
+    after = config.going_on(decision.checkpoint_step, config.stages)
     for fields in doubled[:-1]:
         with contextlib.suppress(ValueError):
-            check_fits(config, fields, data)
+            check_fits(after, fields, data)
             return fields
-    check_fits(config, doubled[-1], data)
+    check_fits(after, doubled[-1], data)
     return doubled[-1]
 
 
@@ -87,7 +89,8 @@ def amendments_doubled(
 
 
 def check_fits(config: Config, fields: dict, data: RunData) -> None:
-    """ValueError where the data does not allow an amendment, or it would change nothing."""
+    """ValueError where the data does not allow an amendment, or it would change nothing, for a run that goes on as
+    `config` says."""
     after = data.train.after(fields)
     if after.total < data.train.row_range(0, config.total_samples)[1]:
         raise ValueError(

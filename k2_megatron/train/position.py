@@ -1,0 +1,66 @@
+"""Where a run goes on in its data after a checkpoint, also when its batch or its sequence length is another from there.
+
+In: the configuration of this start, and the manifest of the checkpoint. Out: the configuration to go on with, which
+knows what the run went through (train.history), so that the position stays a function of the step; what a change means.
+"""
+
+from typing import Any
+
+from k2_megatron.config import Config
+from k2_megatron.config.batch import samples_until, stages_of_saved
+from k2_megatron.data.ledger import Ledger
+from k2_megatron.train.checkpoint_manifest import CheckpointError
+
+# What decides, with the step, which samples are next
+KEYS = ("train.global_batch", "train.batch_ramp", "model.sequence_length")
+
+
+def going_on_from(config: Config, manifest: dict[str, Any]) -> Config:
+    """`config` with the past of a checkpoint. CheckpointError where that does not tell its batch and length."""
+    if (
+        manifest.get("data", "") is None
+    ):  # weights that tools/convert_checkpoint.py brought in: no run of ours read data
+        return config
+    try:
+        return config.going_on(manifest["step"], stages_of_saved(manifest["config"]))
+    except ValueError as error:
+        raise CheckpointError(f"the checkpoint of step {manifest['step']} cannot be gone on from: {error}") from None
+
+
+def taken_before(config: Config, ledger: Ledger) -> set[str]:
+    """The keys of batch and length, where a change to the present values was taken by --set once, and saved: a run that
+    was set back to before it goes on under it, and need not be told again."""
+    told = ledger.last_change
+    now = {"global_batch": config.train.global_batch, "sequence_length": config.model.sequence_length}
+    return set(KEYS) if told is not None and now == {key: told[key] for key in now} else set()
+
+
+def change_at(config: Config, step: int) -> dict[str, Any] | None:
+    """What changes in the data after `step` updates, [before, from then on]; None where nothing does."""
+    history = config.train.history or ()
+    if len(history) < 2 or history[-1].first_step != step:
+        return None
+    was, now = history[-2:]
+    read = samples_until(was, step)
+    return {
+        "from_step": step,
+        "global_batch": [was.global_batch, now.global_batch],
+        "sequence_length": [was.sequence_length, now.sequence_length],
+        "next_sample": [read, now.first_sample],
+        "tokens_left_out": now.first_sample * now.sequence_length - read * was.sequence_length,
+    }
+
+
+def change_text(change: dict[str, Any]) -> str:
+    """The same in words; steps are numbered from 1, as everywhere on the console."""
+    words = []
+    for key in ("global_batch", "sequence_length"):
+        was, now = change[key]
+        if was != now:
+            words.append(f"{key.replace('_', ' ')} {was:,} -> {now:,}")
+    read, first = change["next_sample"]
+    text = f"{', '.join(words)} from step {change['from_step'] + 1:,} on: next sample {first:,}"
+    was, now = change["sequence_length"]
+    if was != now:
+        text += f" of {now:,} tokens, after {read:,} of {was:,}; {change['tokens_left_out']:,} tokens left out"
+    return text
