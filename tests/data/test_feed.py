@@ -137,9 +137,21 @@ def test_a_shorter_context_is_parts_of_rows(plan_folder, factor):
             assert np.array_equal(sample, rows[number // factor, part : part + short + 1])
 
 
-def test_a_context_that_does_not_fit_the_plan_is_refused(plan_folder):
+@pytest.mark.parametrize("length", [LENGTH // 2, LENGTH * 3])
+def test_a_prefix_stays_cut_as_the_run_began(token_prefix, length):
+    began = open_small(token_prefix)
+    feed = open_small(token_prefix, sequence_length=length, row_length=LENGTH)
+    assert feed.fingerprint == began.fingerprint
+    assert feed.fingerprint != open_small(token_prefix, sequence_length=length).fingerprint
+    tokens = began.tokens(0, 24)[:, :-1].reshape(-1)
+    assert np.array_equal(feed.tokens(1, 3)[:, :-1].reshape(-1), tokens[length : 4 * length])
+
+
+def test_a_context_that_does_not_fit_the_rows_is_refused(plan_folder, token_prefix):
     with pytest.raises(ValueError, match="48 is neither a multiple nor a divisor of the plan's 32; build a plan"):
         open_small(plan_folder, sequence_length=48)
+    with pytest.raises(ValueError, match=r"48 is neither .* of this run's first, 32; begin a new run with checkpoint"):
+        open_small(token_prefix, sequence_length=48, row_length=32)
 
 
 def test_amendments_move_what_is_to_come(plan_folder, tmp_path):
@@ -212,6 +224,10 @@ def test_files_of_megatrons_own_tool_need_no_manifest(token_prefix, tmp_path):
     ("arguments", "message"),
     [
         ({"path": "nowhere"}, r"nowhere\.bin: no such file; make it with tools/preprocess_data\.py"),
+        (
+            {"path": "blend.toml", "row_length": 16},
+            r"blend\.toml: this run began with model\.sequence_length 16, and mcore",
+        ),
         ({"part": "some"}, "part 'some': one of all, train, held_out"),
         ({"sequence_length": 10**6}, "too few for one row of 1000001; give more text"),
         ({"part": "held_out", "held_out_fraction": 1e-9}, "the held_out part has 0 tokens"),

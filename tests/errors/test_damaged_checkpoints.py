@@ -1,6 +1,5 @@
 """A checkpoint that is damaged is never trained on: the run takes the one before it and says why."""
 
-import json
 import os
 import shutil
 from pathlib import Path

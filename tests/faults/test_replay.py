@@ -194,6 +194,15 @@ def test_steps_are_repeated_under_the_settings_of_their_time(run, replayed):
     assert "train.micro_batch, optimizer.learning_rate changed after step 6" in said
 
 
+def test_steps_around_a_changed_batch_and_length_are_repeated_under_theirs(run, replayed):
+    folder = run(fault=partial(_leave_after, 6))
+    run("train.global_batch=16", "model.sequence_length=64", folder=folder)
+    for step, expected in ((5, "steps 4 to 6"), (8, "steps 7 to 9"), (2, "steps 1 to 3")):
+        code, said = replayed(folder, step)
+        assert code == 0, said
+        assert f"equal to the bit: {expected}" in said
+
+
 def _leave_after(step: int) -> None:
     import pretrain_k2
 

@@ -4,15 +4,18 @@ The data is a prefix, whose rows of 32 tokens stand in one order: a change cuts 
 """
 
 import hashlib
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
 import data_changes
 import numpy
 import pytest
-from rank_processes import Outcome, Rank, results_of, run_pretrain, run_ranks
+from rank_processes import REPOSITORY, Outcome, Rank, results_of, run_pretrain, run_ranks
 from run_results import events_of, steps_of
 from small_run import overrides
 
@@ -274,7 +277,10 @@ def test_killed_before_a_save_the_run_goes_on_as_it_was(copy, small_config):
     other = Path(shutil.copytree(copy, copy.with_name("other") / "run"))
     (outcome,) = life(small_config, copy, 5, {})
     results_of([outcome])
-    assert "train.global_batch = 16 of the last start was not saved; the run goes on with 8" in outcome.stdout
+    assert (
+        "train.global_batch = 16 of the last start is not in the newest checkpoint; the run goes on with 8"
+        in outcome.stdout
+    )
     assert [steps_of(copy)[step]["samples"] for step in (3, 4, 5)] == [[16, 24], [24, 32], [32, 40]]
     results_of(life(small_config, other, 5, given))
     assert [steps_of(other)[step]["samples"] for step in (3, 4, 5)] == [[16, 24], [12, 28], [28, 44]]
@@ -331,3 +337,19 @@ def test_a_run_that_goes_back_to_before_the_change_goes_on_under_it(small_config
     assert "position 20 (samples 0 to 7 of 32 tokens, then samples 4 to 19 of 64" in "\n".join(
         verify_lines(Run(run), contents=False)
     )
+
+
+def test_set_back_by_hand_to_before_the_change(changed, small_config, tmp_path):
+    """The samples to skip are counted in the present length; the file with the old values goes on under them."""
+    run = Path(shutil.copytree(changed[0], tmp_path / "run"))
+    command = [sys.executable, str(REPOSITORY / "tools/roll_back.py"), str(run)]
+    command += ["--before", "4", "--to", "7", "--skip", "batches", "--reason", "x"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (amendment,) = Ledger(run).amendments  # from token 768 to 30 * 96 + 2 * 4 * 96 = 3648
+    assert (amendment["from_sample"], amendment["samples"], amendment["sequence_length"]) == (8, [8, 38], 96)
+    results_of(life(small_config, run, 4, {}))
+    assert steps_of(run)[4]["samples"] == [24, 32]
+    plain = open_feed(Run(run).config.data.train, sequence_length=LENGTH, seed=7, vocab_size=256).tokens(0, 120)
+    assert numpy.array_equal(Run(run).feed.tokens(24, 6), plain[114:120])
+    assert "position 32: chain" in "\n".join(verify_lines(Run(run), contents=False))
