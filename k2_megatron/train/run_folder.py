@@ -53,7 +53,8 @@ def check_run_folder(config: Config, given: Collection[str] = ()) -> list[str]:
             "Give run.folder another name, or undo these changes to resume"
         )
     return [
-        f"{change.key} = {change.was!r} of the last start is not in the newest checkpoint; the run goes on with {change.now!r}"
+        f"{change.key} = {change.was!r} of the last start is not in the newest checkpoint; the run goes on with "
+        f"{change.now!r}"
         for change in refused
     ]
 

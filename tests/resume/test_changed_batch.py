@@ -4,10 +4,9 @@ The data is a prefix, whose rows of 32 tokens stand in one order: a change cuts 
 """
 
 import hashlib
-import os
+import importlib.util
 import shutil
 import signal
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -323,6 +322,7 @@ def test_a_run_that_goes_back_to_before_the_change_goes_on_under_it(small_config
     assert killed.exit_code == -signal.SIGKILL, killed.stderr
     (back,) = events_of(run, "rollback")
     assert (back["step"], back["position_change"]["next_sample"]) == (1, [8, 4])
+    assert "model.sequence_length" in {change["key"] for change in back["changes"]}, "as replay.py reads it"
     (amendment,) = Ledger(run).amendments  # step 1: 256 tokens; steps 3 and 4: 16 samples of 64 from token 512 on
     assert (amendment["from_sample"], amendment["samples"], amendment["sequence_length"]) == (4, [4, 24], 64)
     edited = with_lines(small_config, tmp_path, sequence_length=64)
@@ -339,13 +339,15 @@ def test_a_run_that_goes_back_to_before_the_change_goes_on_under_it(small_config
     )
 
 
-def test_set_back_by_hand_to_before_the_change(changed, small_config, tmp_path):
+def test_set_back_by_hand_to_before_the_change(changed, small_config, tmp_path, monkeypatch):
     """The samples to skip are counted in the present length; the file with the old values goes on under them."""
     run = Path(shutil.copytree(changed[0], tmp_path / "run"))
-    command = [sys.executable, str(REPOSITORY / "tools/roll_back.py"), str(run)]
-    command += ["--before", "4", "--to", "7", "--skip", "batches", "--reason", "x"]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    specification = importlib.util.spec_from_file_location("roll_back", REPOSITORY / "tools" / "roll_back.py")
+    tool = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(tool)
+    arguments = ["--before", "4", "--to", "7", "--skip", "batches", "--reason", "x"]
+    monkeypatch.setattr(sys, "argv", ["roll_back.py", str(run), *arguments])
+    assert tool.main() == 0
     (amendment,) = Ledger(run).amendments  # from token 768 to 30 * 96 + 2 * 4 * 96 = 3648
     assert (amendment["from_sample"], amendment["samples"], amendment["sequence_length"]) == (8, [8, 38], 96)
     results_of(life(small_config, run, 4, {}))
