@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -23,7 +23,7 @@ def _keys(table: type[BaseModel], prefix: str = "") -> Iterator[str]:
         yield f"{prefix + key:<24} {_default(field.default)}"
         yield f"    {_one_line(field.description)}"
         for part in (field.annotation, *get_args(field.annotation)):
-            if isinstance(part, type) and issubclass(part, BaseModel):
+            if isinstance(part, type) and get_origin(part) is None and issubclass(part, BaseModel):
                 yield from _keys(part, f"{prefix}{key}.")
 
 

@@ -294,19 +294,19 @@ def test_killed_between_ledger_and_checkpoint_no_line_contradicts_another(copy, 
     assert killed.exit_code == -signal.SIGKILL
     assert [entry["event"] for entry in Ledger(copy).entries] == ["position", "change", "position"]
     other = Path(shutil.copytree(copy, copy.with_name("other") / "run"))
+    results_of(life(small_config, other, 5, given))
     for until in (4, 5):
         results_of(life(small_config, copy, until, {}))
-        results_of(life(small_config, other, until, given))
     changes = [entry for entry in Ledger(copy).entries if entry["event"] == "change"]
     assert [(entry["from_step"], entry["from_sample"], entry["global_batch"]) for entry in changes] == [
         (3, 12, 16),
         (3, 24, 8),
     ]
     assert [entry["event"] for entry in Ledger(other).entries].count("change") == 1
-    for folder, last in ((copy, 40), (other, 44)):
+    for folder, last, positions in ((copy, 40, 4), (other, 44, 3)):
         assert Ledger(folder).positions[-1]["consumed_samples"] == last
         lines = "\n".join(verify_lines(Run(folder), contents=False))
-        assert lines.count("chain") == 4
+        assert lines.count("chain") == positions
 
 
 SPIKES = {"spikes.policy": "skip", "spikes.scope": "batches", "spikes.max_rollbacks": 1, "checkpoint.every_steps": 1}
