@@ -123,8 +123,7 @@ def hash_file(path: Path) -> dict:
 def verify_files(folder: Path, manifest: dict, part: int = 0, parts: int = 1) -> list[str]:
     """Problems of the `part`-th of `parts` shares of the checkpoint's files: missing, truncated, altered.
 
-    A rank's share is what it wrote, or would have written: in the same layout that is what it loads afterwards, from
-    memory that holds it now.
+    A rank's share is what it wrote: in the same layout it loads most of that afterwards, from memory that holds it now.
     """
     problems = []
     for name in [name for name in sorted(manifest["files"]) if _writer_of(name) % parts == part]:
