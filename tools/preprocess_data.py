@@ -17,8 +17,8 @@ import time
 from k2_megatron.data.encoder import ENCODERS
 from k2_megatron.data.preprocess import preprocess
 from k2_megatron.data.progress import ConsoleProgress
-from k2_megatron.data.readers import find_sources
 from k2_megatron.data.shards import Job
+from k2_megatron.data.sources import find_sources
 
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 DEFAULT_SHARD_BYTES = 256 << 20

@@ -10,7 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from k2_megatron.data.readers import documents, find_sources
+from k2_megatron.data.readers import documents
+from k2_megatron.data.sources import find_sources
 from k2_megatron.data.training import train_byte_level_bpe
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as parquet
 
-from k2_megatron.data import readers
+from k2_megatron.data import sources
 from k2_megatron.data.json_lines import Piece, take_texts
 from k2_megatron.data.long_texts import LONG_TEXT_BYTES
-from k2_megatron.data.readers import READ_BYTES, Source, why_not_text
+from k2_megatron.data.sources import READ_BYTES, Source, why_not_text
 from k2_megatron.data.texts import Texts
 
 DECODED_BYTES, DECODED_ROWS = 2 << 20, 128  # at once: bytes by the mean of a row group, at most so many rows
@@ -56,20 +56,20 @@ def _rows_at_a_time(file: Any, group: int, keys: Sequence[str]) -> int:
 def _pieces_of_batches(
     batches: Iterable[Any], keys: Sequence[str], shard: int, make_room: Callable[[], None]
 ) -> Iterator[Piece]:
-    """Pieces of about `readers.PIECE_BYTES` of text out of batches of rows; a long row is one of its own where it has
+    """Pieces of about `sources.PIECE_BYTES` of text out of batches of rows; a long row is one of its own where it has
     but one column."""
     texts, raw, piece, size = _empty_piece(keys, shard)
     for row in (row for batch in batches for row in zip(*(batch.column(key) for key in keys), strict=True)):
         row_bytes = sum(map(_bytes_of, row))
-        if LONG_TEXT_BYTES < row_bytes <= readers.MAX_DOCUMENT_BYTES and len(keys) == 1:
+        if LONG_TEXT_BYTES < row_bytes <= sources.MAX_DOCUMENT_BYTES and len(keys) == 1:
             if piece.lines:
                 yield piece
             make_room()
             yield _long_row(keys[0], row[0], shard)
             texts, raw, piece, size = _empty_piece(keys, shard)
             continue
-        if row_bytes > readers.MAX_DOCUMENT_BYTES:
-            reason = f"longer than {readers.MAX_DOCUMENT_BYTES >> 20} MiB"
+        if row_bytes > sources.MAX_DOCUMENT_BYTES:
+            reason = f"longer than {sources.MAX_DOCUMENT_BYTES >> 20} MiB"
         else:
             record = {key: value.as_py() for key, value in zip(keys, row, strict=True)}
             reason = take_texts(record, keys, texts)
@@ -79,7 +79,7 @@ def _pieces_of_batches(
             raw += [record[key].encode() for key in keys]
             size += row_bytes
         piece.lines += 1
-        if size >= readers.PIECE_BYTES:
+        if size >= sources.PIECE_BYTES:
             yield piece
             texts, raw, piece, size = _empty_piece(keys, shard)
     if piece.lines:

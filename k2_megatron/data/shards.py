@@ -21,7 +21,8 @@ from k2_megatron.data.encoder import Encoder, first_difference, make_encoder
 from k2_megatron.data.indexed import token_dtype
 from k2_megatron.data.json_lines import Piece
 from k2_megatron.data.long_texts import Slicer, apart
-from k2_megatron.data.readers import Source, pieces
+from k2_megatron.data.readers import pieces
+from k2_megatron.data.sources import Source
 from k2_megatron.data.store import TokenWriter, read_sealed, write_sealed
 from k2_megatron.data.texts import Texts, beginnings
 from k2_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer

@@ -12,7 +12,8 @@ from typing import Any
 
 import xxhash
 
-from k2_megatron.data.readers import Source, pieces, source_at
+from k2_megatron.data.readers import pieces
+from k2_megatron.data.sources import Source, source_at
 
 WHOLE = 1 << 62  # bytes of a shard: the file is one
 

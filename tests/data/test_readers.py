@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from k2_megatron.data import readers
+from k2_megatron.data import sources
 from k2_megatron.data.json_lines import parse_lines
-from k2_megatron.data.readers import documents, find_sources, pieces
+from k2_megatron.data.readers import documents, pieces
+from k2_megatron.data.sources import find_sources
 from k2_megatron.data.zstandard_file import ZstandardFile
 
 TEXTS = ["one", "", "two\nlines", "naïve 🙂 <s>", "x" * 500, "last"]
@@ -110,7 +111,7 @@ def test_shards_are_cut_at_the_same_lines_whatever_the_compression(
     (folder / "a.jsonl").write_bytes(content)
     (folder / "a.jsonl.gz").write_bytes(gzip.compress(content))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "PIECE_BYTES", piece_bytes)
+        patch.setattr(sources, "PIECE_BYTES", piece_bytes)
         plain = shards_of(folder / "a.jsonl", shard_bytes, plain=True)
         packed = shards_of(folder / "a.jsonl.gz", shard_bytes, plain=False)
     assert plain == packed
@@ -132,8 +133,8 @@ def test_parquet_pieces_are_bounded_by_bytes_and_too_long_rows_rejected(tmp_path
     texts[500] = "y" * 300_001
     parquet.write_table(arrow.table({"text": texts, "body": texts}), tmp_path / "a.parquet", use_dictionary=["body"])
     (source,) = find_sources([str(tmp_path / "a.parquet")])
-    monkeypatch.setattr(readers, "PIECE_BYTES", 400_000)
-    monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 300_000)
+    monkeypatch.setattr(sources, "PIECE_BYTES", 400_000)
+    monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 300_000)
     for key in ("text", "body"):
         found, line = [], 0
         for piece in pieces(source, [key], 1 << 30, 0, None):
@@ -165,8 +166,8 @@ def test_bad_lines_are_listed_with_reasons():
 
 @pytest.mark.parametrize("at_end", [False, True])
 def test_a_line_without_end_is_rejected_within_bounds(tmp_path, monkeypatch, at_end):
-    monkeypatch.setattr(readers, "PIECE_BYTES", 64)
-    monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 256)
+    monkeypatch.setattr(sources, "PIECE_BYTES", 64)
+    monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 256)
     long = json.dumps({"text": "y" * 5000}).encode()
     after = b"" if at_end else b'\n{"text": "after"}\n'
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n' + long + after)
@@ -254,7 +255,7 @@ def test_zstandard_gives_bounded_content_at_a_time():
     assert len(packed) < 16 << 10
     tracemalloc.start()
     try:
-        file = io.BufferedReader(ZstandardFile(io.BytesIO(packed)), readers.READ_BYTES)
+        file = io.BufferedReader(ZstandardFile(io.BytesIO(packed)), sources.READ_BYTES)
         assert file.read(3 << 20) == bytes(3 << 20)
         peak = tracemalloc.get_traced_memory()[1]
     finally:

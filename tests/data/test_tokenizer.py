@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from k2_megatron.data import encoder as encoders
 from k2_megatron.data import gigatoken_encoder
 from k2_megatron.data.encoder import PROBE, first_difference, make_encoder
-from k2_megatron.data.readers import documents, find_sources
+from k2_megatron.data.readers import documents
+from k2_megatron.data.sources import find_sources
 from k2_megatron.data.tokenizer import load_tokenizer
 from k2_megatron.data.training import train_byte_level_bpe
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from k2_megatron.data.preprocess import preprocess
-from k2_megatron.data.readers import find_sources
 from k2_megatron.data.shards import Job
+from k2_megatron.data.sources import find_sources
 
 ROOT = Path(__file__).parents[2]
 TOY = ROOT / "examples/toy"

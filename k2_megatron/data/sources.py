@@ -1,0 +1,118 @@
+"""Text files as sources: which files are meant, what each is, its bytes as they were before compression.
+
+In: paths, folders and globs. Out: `Source`s in the order of their names, and how much of one is held in memory at once.
+"""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import gzip
+import io
+import lzma
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, cast
+
+PIECE_BYTES = 2 << 20  # smaller ones cost no time, larger ones leave less memory to the encoder's words
+READ_BYTES = 1 << 20
+MAX_DOCUMENT_BYTES = 64 << 20  # a longer line is rejected, so that a worker's memory stays bounded
+KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "txt"}
+COMPRESSIONS = (".gz", ".zst", ".xz")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file. `name` is its path below what was asked for: the same on every machine."""
+
+    name: str
+    path: str
+    kind: str  # "jsonl", "parquet" or "txt"
+    compression: str  # "", ".gz", ".zst" or ".xz"
+    size: int  # bytes on disk
+    modified_ns: int  # when its content last changed, as the file system tells
+
+    @property
+    def splittable(self) -> bool:
+        """Whether a worker can start in the middle of it."""
+        return self.kind == "jsonl" and not self.compression
+
+
+def find_sources(inputs: Sequence[str], output_prefix: str | None = None) -> list[Source]:
+    """Every text file that `inputs` (files, folders, globs) name, in the order of their names; what a job writes under
+    `output_prefix` is none, should it lie among them. ValueError where there is no text file."""
+    found: dict[str, Source] = {}
+    for asked in inputs:
+        folder, paths = _files_of(asked)
+        paths = [path for path in paths if not (output_prefix and _is_output(path, output_prefix))]
+        sources = [source_at(path, os.path.relpath(path, folder or ".")) for path in paths]
+        chosen = [source for source in sources if source is not None]
+        if not chosen:
+            raise ValueError(
+                f"{asked}: no text file there; give .jsonl, .parquet or .txt files (.gz, .zst, .xz compressed or not)"
+            )
+        for source in chosen:
+            other = found.setdefault(source.name, source)
+            if os.path.realpath(other.path) != os.path.realpath(source.path):
+                raise ValueError(f"{other.path} and {source.path} have one name; give the folder that holds both")
+    return [found[name] for name in sorted(found)]
+
+
+def _files_of(asked: str) -> tuple[str, list[str]]:
+    """(the folder below which sources are named, the files there); a name that exists is no pattern."""
+    if os.path.isdir(asked):
+        folder, paths = asked, sorted(str(path) for path in Path(asked).rglob("*"))
+    elif os.path.exists(asked):
+        folder, paths = os.path.dirname(asked), [asked]
+    else:
+        wildcards = [asked.index(mark) for mark in "*?[" if mark in asked]
+        folder, paths = os.path.dirname(asked[: min(wildcards, default=None)]), glob.glob(asked, recursive=True)
+    return folder, [path for path in paths if os.path.isfile(path)]
+
+
+def _is_output(path: str, prefix: str) -> bool:
+    """Whether preprocessing under `prefix` writes a file of this name that looks like text."""
+    name, begin = os.path.realpath(path), os.path.join(os.path.realpath(os.path.dirname(prefix)), "")
+    begin += os.path.basename(prefix)
+    manifest = name.startswith(begin + "_") and name.endswith("_document.manifest.json")
+    return manifest or name == begin + ".rejects.jsonl" or name.startswith(os.path.join(begin + ".shards", ""))
+
+
+def source_at(path: str, name: str) -> Source | None:
+    """One file as a source; None where its name is not that of a text."""
+    base, suffix = os.path.splitext(path)
+    compression = suffix if suffix in COMPRESSIONS else ""
+    kind = KINDS.get(os.path.splitext(base)[1] if compression else suffix)
+    if kind is None or (kind == "parquet" and compression):
+        return None
+    facts = os.stat(path)
+    return Source(name, path, kind, compression, facts.st_size, facts.st_mtime_ns)
+
+
+def decompressed(source: Source, raw: IO[bytes]) -> IO[bytes]:
+    """The uncompressed bytes of a source whose file is open as `raw`."""
+    if source.compression == ".gz":
+        return cast(IO[bytes], gzip.open(raw, "rb"))
+    if source.compression == ".xz":
+        return lzma.open(raw, "rb")
+    if source.compression == ".zst":
+        from k2_megatron.data.zstandard_file import ZstandardFile
+
+        return cast(IO[bytes], io.BufferedReader(ZstandardFile(raw), READ_BYTES))
+    return raw
+
+
+def why_not_text(content: bytes | memoryview) -> str:
+    """ "" where the content is the text of one document, not too long."""
+    if len(content) > MAX_DOCUMENT_BYTES:
+        return f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB"
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        for first in range(0, len(content) + 1, READ_BYTES):  # a string of the whole could take four bytes a character
+            part = content[first : first + READ_BYTES]
+            decoder.decode(part, final=first + READ_BYTES > len(content))
+    except UnicodeDecodeError as error:
+        return f"not UTF-8: {error.reason}"
+    return ""
