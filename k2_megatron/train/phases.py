@@ -260,11 +260,11 @@ def _by_formula(
     last stage, and of one that has the last stage alone to be compared with, whose ranks have more to do."""
     last = max(stages)
     is_last = stages[rank] == last
-    if stages.count(stages[rank]) > 1 or not (is_last or set(stages) == {stages[rank], last}):
+    others = [number for number, stage in enumerate(stages) if stage != stages[rank]]
+    if not others or stages.count(stages[rank]) > 1 or not (is_last or set(stages) == {stages[rank], last}):
         return {}
     factor = 1 + OUTPUT_MARGIN * output_share if is_last else 1.0
     reports = [by_rank, *earlier[-(FEWEST_REPORTS - 1) :]]
-    others = [number for number, stage in enumerate(stages) if stage != stages[rank]]
     usual_in = [
         {phase: factor * median(report[other][phase] for other in others) for phase in _but_rows(report[rank])}
         for report in reports

@@ -84,6 +84,7 @@ SHARE = 0.1  # of a stage's layers: an output layer whose FLOPs are so many may 
         (ranks((0.5, 2.0, 2.0, 0.1, 0.0), (0.0, 1.2, 2.4, 0.1, 0.0)), [0, 1], (0, "forward", 1.67)),
         (ranks((0.5, 1.7, 2.0, 0.1, 0.0), (0.0, 1.2, 2.4, 0.1, 0.0)), [0, 1], None),
         (ranks(ALIKE, ALIKE, (0.0, 1.0, 9.0, 0.1, 0.0), (0.0, 1.0, 9.0, 0.1, 0.0)), [0, 0, 1, 1], None),
+        (ranks(ALIKE), [0], None),  # nobody to be compared with
     ],
 )
 def test_rank_alone_in_the_last_stage_is_slow_from_the_start(by_rank, stages, expected):
