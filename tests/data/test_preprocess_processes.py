@@ -67,7 +67,7 @@ def test_sigkill_of_everything_loses_only_open_shards(tmp_path, speeches, toy_to
 
 def at_its_first_shard(tmp_path, speeches, toy_tokenizer, tool_environment) -> subprocess.Popen:
     """The tool with two workers and much to do, when a shard is finished."""
-    write_jsonl(tmp_path / "in.jsonl", speeches * 40)
+    write_jsonl(tmp_path / "in.jsonl", speeches * 200)  # a fifth of it was once done before the signal came
     arguments = ["--input", tmp_path, "--tokenizer", toy_tokenizer, "--output-prefix", tmp_path / "out" / "x"]
     process = tool([*arguments, "--workers", 2, "--shard-size", "64K"], tool_environment)
     while process.poll() is None and not list(tmp_path.glob("out/x.shards/*.json")):
