@@ -286,7 +286,7 @@ int launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, size_t s
   emulation::launch(grid, threads, shared_bytes, [&] { kernel(arguments...); });
   return cudaSuccess;
 #else
-  if (shared_bytes > 48 * 1024) {  // beyond this a kernel must be told once a device; telling it again costs nothing
+  if (shared_bytes > 0) {  // with its static memory beyond 48 KiB it must be told once a device; again costs nothing
     const cudaError_t error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(shared_bytes));

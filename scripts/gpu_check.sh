@@ -8,7 +8,7 @@
 # The machine brings Python 3.10 to 3.12, torch with CUDA, nvcc and g++; it needs no network. What else is missing comes
 # as wheels from the folder WHEELS (default: wheels/, if it exists), unpacked into a temporary folder on PYTHONPATH, so
 # that nothing is installed; `pip download --no-deps` on a machine with the same Python gets them:
-#   build and tests   pybind11 setuptools>=77 pytest rich numpy
+#   build and tests   pybind11 setuptools>=77 pytest pluggy iniconfig packaging pygments rich numpy
 #   train_step        megatron-core==0.16.1 transformers and its needs, and pydantic pydantic-core annotated-types
 #                     typing-inspection orjson xxhash zstandard psutil tensorboard
 #   peers to measure  liger-kernel
@@ -67,12 +67,17 @@ export PYTHONUNBUFFERED=1
 
 # What is missing, by name, before anything else is tried.
 part needs 20 "$python" - <<'END'
-import importlib.util, sys, torch
+import importlib, sys, torch
 print("Python", sys.version.split()[0], "torch", torch.__version__, "CUDA", torch.version.cuda)
 print("GPU", torch.cuda.get_device_name(), torch.cuda.get_device_capability())
-missing = [name for name in ("pybind11", "setuptools", "pytest", "rich", "numpy") if not importlib.util.find_spec(name)]
+missing = []
+for name in ("pybind11", "setuptools", "pytest", "rich.progress", "rich.table", "numpy"):
+    try:
+        importlib.import_module(name)  # which tells of what it needs itself, too
+    except ImportError as error:
+        missing.append(error.name or name)
 if missing:
-    sys.exit(f"missing: {', '.join(missing)}; add their wheels")
+    sys.exit(f"missing: {', '.join(sorted(set(missing)))}; add their wheels")
 import setuptools
 print("setuptools", setuptools.__version__)
 if int(setuptools.__version__.split(".")[0]) < 77:
@@ -97,7 +102,7 @@ part kernels 70 "$python" -m benchmarks.kernels --no-compile --results "$results
 part compiled 65 "$python" -m benchmarks.kernels --quick --results "$results/beside_torch_compile"
 part train_step 25 "$python" -m benchmarks.train_step --output "$results/train_step.json"
 # Last: under the sanitizer Python alone takes half of its time to start.
-part sanitizer 70 "${pytest[@]}" tests/kernels/test_sanitized_gpu.py
+part sanitizer 55 "${pytest[@]}" tests/kernels/test_sanitized_gpu.py
 
 echo "results in $results; $failed parts failed"
 exit "$failed"

@@ -179,16 +179,29 @@ def _special_ids(tokenizer: Path | None, aside: Path, kept: dict[str, Any]) -> d
         return {}
     from k2_megatron.data.tokenizer import load_tokenizer
 
-    found = load_tokenizer(str(aside / "tokenizer.json"))
-    if alone:
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": found.decode([found.end_of_document]),
-            "clean_up_tokenization_spaces": False,
-        }
-        (aside / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    path = str(aside / "tokenizer.json")
     # K2 begins no sequence with a special token, so there is no bos_token_id to speak of.
-    return {} if "eos_token_id" in kept else {"bos_token_id": None, "eos_token_id": found.end_of_document}
+    own = {} if "eos_token_id" in kept else {"bos_token_id": None, "eos_token_id": load_tokenizer(path).end_of_document}
+    if alone:
+        piece = _end_piece(path, {**kept, **own}["eos_token_id"])
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        settings |= {"eos_token": piece} if piece is not None else {}
+        (aside / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    return own
+
+
+def _end_piece(path: str, end: int | list[int] | None) -> str | None:
+    """The piece that ends a text: the special one of the model's id (or ids), else one of the usual names."""
+    from tokenizers import Tokenizer
+
+    from k2_megatron.data.tokenizer import END_OF_DOCUMENT_PIECES
+
+    tokenizer = Tokenizer.from_file(path)
+    added = tokenizer.get_added_tokens_decoder()
+    ends = [added[number] for number in (end if isinstance(end, list) else [end]) if number in added]
+    special = [piece.content for piece in ends if piece.special]
+    usual = [piece for piece in END_OF_DOCUMENT_PIECES if tokenizer.token_to_id(piece) is not None]
+    return next(iter([*special, *usual]), None)
 
 
 def _manifest(

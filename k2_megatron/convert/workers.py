@@ -45,8 +45,8 @@ class Workers:
             return
         self._pool = self._pool or process_pool(self.count)
         pickled = pickle.dumps(run)  # once: the tables of a large checkpoint, which it holds, are megabytes
-        pending = {self._pool.submit(_run_pickled, pickled, task): task for task in tasks}
-        try:
+        try:  # a process may also have died since the phase before
+            pending = {self._pool.submit(_run_pickled, pickled, task): task for task in tasks}
             for done in as_completed(pending):
                 yield pending[done], done.result()
         except BrokenProcessPool:

@@ -2,10 +2,11 @@
 
 In: an encoder, its tokenizer and a text. Out: ids, slice after slice. A text may be cut where no piece of the
 vocabulary stands in it across the cut (then no merge reaches over it: each merge's result is a piece) and where, at
-this very cut, the text around it gives the same ids in two parts as in one. Looked for are single spaces and newlines
-between other characters, then other places. What a pre-tokenizer splits at decides over more than the text around, so
-that with one those are only places between two letters without case (Chinese, Japanese, Thai): any that keeps runs of
-letters together goes on with such a run as it would begin it. A text without such places is encoded whole.
+this very cut, the text around it gives the same ids in two parts as in one. Looked for are single
+spaces and newlines between other characters, then other places. What a pre-tokenizer splits at decides over more than
+the text around, so that with one those are only places between two letters without case (Chinese, Japanese, Thai): any
+that keeps runs of letters together goes on with such a run as it would begin it. A text without such places is encoded
+whole.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ LONG_TEXT_BYTES = 2 << 20  # longer ones are sliced
 SLICE_BYTES = 1 << 20
 WINDOW_BYTES = 1 << 10  # on either side of a cut that are encoded twice
 TRIED_PLACES = 20  # of a kind, for one cut, before it is looked for a slice later
+READ_PLACES = 400  # between two characters, of which those are tried over which no piece is seen to reach
 Encode = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 
 
@@ -51,6 +53,7 @@ class Slicer:
         self._pieces = frozenset(tokenizer.pieces())
         self._longest = max(map(len, self._pieces))
         self._caseless_only = tokenizer.splits_words
+        self._never = tokenizer.splits_by_count  # what stands behind a cut would be counted anew
 
     def _ids(self, text: np.ndarray) -> np.ndarray:
         return self._encode(Texts(text, np.array([0, len(text)], dtype=np.int64)))[0]
@@ -58,7 +61,7 @@ class Slicer:
     def encode(self, text: np.ndarray) -> Iterator[np.ndarray]:
         """The ids of a text (its UTF-8 as uint8 [bytes]), in one or more arrays."""
         start, drop = 0, 0
-        while len(text) - start > LONG_TEXT_BYTES:
+        while len(text) - start > LONG_TEXT_BYTES and not self._never:
             found = self._find(text, start + SLICE_BYTES)
             if found is None:
                 break
@@ -74,7 +77,7 @@ class Slicer:
                 matches = pattern.finditer(text[first : first + SLICE_BYTES + 2].data)
                 places = (first + match.start() for match in matches)
                 if pattern is BETWEEN:
-                    places = (place for place in islice(places, 20 * TRIED_PLACES) if self._may_part(text, place))
+                    places = (place for place in islice(places, READ_PLACES) if self._may_part(text, place))
                 for place in islice(places, TRIED_PLACES):
                     cut = self._cut_at(text, place, CUTS[1:] if pattern is BETWEEN else CUTS)
                     if cut is not None:
@@ -93,15 +96,17 @@ class Slicer:
     def _cut_at(self, text: np.ndarray, place: int, cuts: Sequence[Cut]) -> Cut | None:
         """How to go on behind a cut at `place` where it changes no id."""
         begin, end = _window(text, place)
-        parts = [(begin, end), (begin, place), (place, end), (min(place + 1, end), end)]
+        behind_cuts = sorted({min(place + cut.skip, end) for cut in cuts})
+        parts = [(begin, end), (begin, place), *((first, end) for first in behind_cuts)]
         offsets = np.cumsum([0, *(last - first for first, last in parts)], dtype=np.int64)
         ids, lengths = self._encode(Texts(np.concatenate([text[first:last] for first, last in parts]), offsets))
         whole, left, *rights = np.split(ids, np.cumsum(lengths)[:-1])
         for cut in cuts:
-            right = rights[cut.skip]
-            if not np.array_equal(whole, np.concatenate([left, right[cut.drop :]])):
+            right = rights[behind_cuts.index(min(place + cut.skip, end))]
+            kept = right[cut.drop :]
+            if not np.array_equal(whole, np.concatenate([left, kept])):
                 continue
-            before, dropped, behind = map(self._written, (left, right[: cut.drop], right[cut.drop :]))
+            before, dropped, behind = map(self._written, (left, right[: cut.drop], kept))
             if (begin and len(before) < self._longest) or len(behind) < self._longest:
                 continue  # a piece may reach out of what is looked at
             if not self._reached_over(before, behind) and not self._reached_over(dropped, behind):

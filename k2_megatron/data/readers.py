@@ -1,6 +1,6 @@
 """Text files to documents: JSON lines (plain, .gz, .zst, .xz), parquet, and plain text (one document a file).
 
-In: sources. Out: `Piece`s of about 2 MiB, each of whole documents of one shard.
+In: sources. Out: `Piece`s of 2 to 4 MiB, each of whole documents of one shard.
 A shard is a fixed range of a source's uncompressed bytes: a line belongs to the shard in which its first byte lies.
 Shards therefore depend on the sources and the shard size alone, never on workers, parts of a job, or compression.
 """
@@ -113,14 +113,15 @@ class LineReader:
             return block, False
         last_line = block.rfind(b"\n") + 1
         lines = bytearray(block)  # grows where it lies, unlike bytes
-        block = b""
+        block, has_room = b"", False
         while not lines.endswith(b"\n"):
             part = self.file.readline(sources.PIECE_BYTES)
             self.position += len(part)
             if not part:
                 break  # the file ends without a newline
-            if len(part) == sources.PIECE_BYTES and len(lines) - last_line <= sources.PIECE_BYTES:
+            if len(part) == sources.PIECE_BYTES and not has_room:
                 self._make_room()
+                has_room = True
             lines += part
             if len(lines) - last_line > sources.MAX_DOCUMENT_BYTES:
                 if not part.endswith(b"\n"):

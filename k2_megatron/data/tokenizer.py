@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+# In the settings of a pre-tokenizer: what counts characters, and what counts digits alone, as many do.
+_COUNTED_DIGITS = re.compile(r"(\\\\p\{N\w?\}|\\\\d|\[0-9\])\{\d+(,\d*)?\}")
+_COUNTED = re.compile(r'"FixedLength"|\{\d+(,\d*)?\}')
 
 # The piece that ends a document, in the order they are looked for when the tokenizer's own files do not name it.
 END_OF_DOCUMENT_PIECES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|eot|>", "<eod>", "<eos>")
@@ -76,6 +81,12 @@ class HuggingFaceTokenizer:
         """Whether text is split before the pieces of each part are looked for."""
         return self.backend.pre_tokenizer is not None
 
+    @property
+    def splits_by_count(self) -> bool:
+        """Whether text other than numbers is split after so many characters, counted from where it begins."""
+        settings = json.dumps(json.loads(self.backend.to_str())["pre_tokenizer"])
+        return _COUNTED.search(_COUNTED_DIGITS.sub("", settings)) is not None
+
 
 class SentencePieceTokenizer:
     """A sentencepiece `.model`."""
@@ -115,7 +126,7 @@ class SentencePieceTokenizer:
     def piece_at(self, token: int) -> str:
         return self.backend.id_to_piece(token)
 
-    splits_words = False
+    splits_words = splits_by_count = False
 
 
 def load_tokenizer(

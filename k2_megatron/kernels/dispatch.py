@@ -75,7 +75,24 @@ def _cannot_run(module) -> str:
         return "{} has compute capability {}.{}; the kernels need {}.{}".format(
             torch.cuda.get_device_name(), *capability, *LEAST_CAPABILITY
         )
+    if not _is_built_for(capability, module.architectures):
+        return (
+            f"k2_megatron._cuda was built for {module.architectures}, and {torch.cuda.get_device_name()} has compute "
+            "capability {}.{}; build it again, with K2_CUDA_ARCHITECTURES={}{} or without that variable".format(
+                *capability, *capability
+            )
+        )
     return ""
+
+
+def _is_built_for(capability: tuple[int, int], architectures: str) -> bool:
+    """Machine code serves devices of its own major version from its minor one on; PTX (compute_) all later ones."""
+    for architecture in architectures.replace(",", " ").split():
+        kind, _, digits = architecture.partition("_")
+        built = int(digits[:-1]), int(digits[-1])
+        if built <= capability and (kind == "compute" or built[0] == capability[0]):
+            return True
+    return False
 
 
 def choose_backend(op: str, requested: str, device_type: str) -> Choice:

@@ -16,9 +16,11 @@ from conversions import (
     write_llama,
 )
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from k2_megatron.convert.errors import ConversionError
+from k2_megatron.convert.export_model import _special_ids
 from k2_megatron.data.tokenizer import load_tokenizer
 from k2_megatron.evaluate.continue_text import continue_tokens
 from k2_megatron.evaluate.one_process import loaded_model
@@ -217,3 +219,21 @@ def test_an_old_config_json_means_what_it_says(tmp_path: Path) -> None:
     with torch.no_grad():
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "back")(tokens).logits
         assert torch.equal(model(tokens).logits, again)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "end", "expected"),
+    [
+        (["a", "<|im_end|>"], 1, "<|im_end|>"),  # no name that we know
+        (["a", "</s>", "<|eot_id|>"], [2, 1], "<|eot_id|>"),  # the model's own before the usual one
+        (["a", "</s>"], 0, "</s>"),
+        (["a", "b"], 1, None),
+    ],
+)
+def test_a_tokenizer_that_came_alone_is_told_the_end_of_the_model(tmp_path: Path, pieces, end, expected) -> None:
+    backend = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    for piece in pieces[1:]:
+        (backend.add_special_tokens if piece.startswith("<") else backend.add_tokens)([piece])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert _special_ids(tmp_path / "tokenizer.json", tmp_path, {"eos_token_id": end}) == {}
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()).get("eos_token") == expected

@@ -9,6 +9,7 @@ import pytest
 from conversions import import_model, write_llama
 
 from k2_megatron.convert import workers
+from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.reshard import reshard
 
 MODULES = "import_model, export_model, reshard, verify, describe, legacy_check, compare, to_torch_dist, to_hugging_face"
@@ -19,6 +20,16 @@ def test_commands_and_their_workers_import_no_torch() -> None:
     code = f"from k2_megatron.convert import {MODULES}; import sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_a_process_that_dies_between_two_phases_is_told(tmp_path: Path) -> None:
+    with workers.Workers(2) as processes:
+        assert dict(processes.each(abs, [-1, -2])) == {-1: 1, -2: 2}
+        for process in processes._pool._processes.values():
+            process.kill()
+            process.join()
+        with pytest.raises(ConversionError, match="a worker process died"):
+            list(processes.each(abs, [-1, -2]))
 
 
 def test_one_pool_serves_all_phases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from k2_megatron.data import long_texts
 from k2_megatron.data.encoder import make_encoder
@@ -79,8 +79,8 @@ def utf8(text: str) -> np.ndarray:
     return np.frombuffer(text.encode(), dtype=np.uint8)
 
 
-def slices(tokenizer, text: str) -> tuple[list[list[int]], list[int]]:
-    encode = make_encoder(tokenizer).encode
+def slices(tokenizer, text: str, encoder: str = "auto") -> tuple[list[list[int]], list[int]]:
+    encode = make_encoder(tokenizer, encoder).encode
     found = [ids.tolist() for ids in Slicer(encode, tokenizer).encode(utf8(text))]
     return found, encode([text])[0].tolist()
 
@@ -95,12 +95,19 @@ def test_slices_have_the_ids_of_the_whole(tokenizer, seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("kind", ["toy_tokenizer", "unspaced_sentencepiece", "unspaced_byte_level"])
-def test_text_without_spaces_is_sliced_with_the_ids_of_the_whole(request, kind, seed):
+@pytest.mark.parametrize(
+    ("kind", "encoder"),
+    [
+        *((kind, "auto") for kind in ("toy_tokenizer", "unspaced_sentencepiece", "unspaced_byte_level")),
+        ("unspaced_sentencepiece", "sentencepiece"),
+        ("unspaced_byte_level", "tokenizers"),
+    ],
+)
+def test_text_without_spaces_is_sliced_with_the_ids_of_the_whole(request, kind, encoder, seed):
     draw = random.Random(seed)
     lines = [text[draw.randrange(len(text)) :] for text in draw.choices(UNSPACED, k=100)]
     tokenizer = load_tokenizer(request.getfixturevalue(kind))
-    found, whole = slices(tokenizer, "".join(lines))
+    found, whole = slices(tokenizer, "".join(lines), encoder)
     assert [token for part in found for token in part] == whole
     assert len(found) > 2
 
@@ -122,6 +129,31 @@ def test_no_cut_where_a_piece_of_the_vocabulary_reaches_over_it(tmp_path):
     text = ("a" * 301 + " ") * 20
     found = [token for ids in Slicer(encode, tokenizer).encode(utf8(text)) for token in ids.tolist()]
     assert found == encode([text])[0].tolist() == ([2] * 150 + [3]) * 20
+
+
+GPT4_PATTERN = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"  # cl100k's, nearly
+
+
+@pytest.mark.parametrize("between", ["", " "])
+@pytest.mark.parametrize(
+    ("splitter", "counts"),
+    [
+        (pre_tokenizers.FixedLength(5), True),
+        (pre_tokenizers.Split(Regex(r"\p{L}{1,5}|\s"), "isolated"), True),
+        (pre_tokenizers.Split(Regex(GPT4_PATTERN), "isolated"), False),
+    ],
+)
+def test_no_cut_where_a_pre_tokenizer_counts(tmp_path, splitter, counts, between):
+    """Words of five characters from the beginning of a text on: what stands behind a cut would be counted anew."""
+    text = between.join(UNSPACED[0][:-1].replace(",", "") for _ in range(100))
+    pairs = [("人", "人"), ("人", "生"), ("自", "由")]
+    pieces = [*sorted(set(text)), *("".join(pair) for pair in pairs), "</s>"]
+    backend = Tokenizer(models.BPE(vocab={piece: number for number, piece in enumerate(pieces)}, merges=pairs))
+    backend.pre_tokenizer = splitter
+    backend.save(str(tmp_path / "tokenizer.json"))
+    found, whole = slices(load_tokenizer(tmp_path / "tokenizer.json"), text)
+    assert [token for part in found for token in part] == whole
+    assert (len(found) == 1) == counts
 
 
 def test_long_texts_are_taken_apart_in_order():

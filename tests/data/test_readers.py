@@ -178,6 +178,20 @@ def test_a_line_without_end_is_rejected_within_bounds(tmp_path, monkeypatch, at_
     assert sum(piece.lines for piece in found) == 3 - at_end
 
 
+@pytest.mark.parametrize("begin", [10, 60, 100, 120])
+def test_room_is_made_once_before_a_long_line_wherever_it_begins(tmp_path, monkeypatch, begin):
+    """Of a block that is larger than what is read at once."""
+    monkeypatch.setattr(sources, "PIECE_BYTES", 64)
+    before = json.dumps({"text": ""}).encode()
+    before = before.replace(b'""', b'"' + b"x" * (begin - len(before) - 1) + b'"') + b"\n"
+    (tmp_path / "a.jsonl").write_bytes(before + json.dumps({"text": "y" * 1000}).encode() + b"\n")
+    (source,) = find_sources([str(tmp_path / "a.jsonl")])
+    made = []
+    found = list(pieces(source, ["text"], 1 << 30, 0, None, lambda: made.append(1), 128))
+    assert sum(piece.lines for piece in found) == 2
+    assert len(made) == 1
+
+
 def test_documents_stops_at_a_bad_line(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\nbroken\n')
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2: not JSON"):

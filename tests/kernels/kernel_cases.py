@@ -199,7 +199,7 @@ RUNNERS: dict[str, Callable[[Inputs, str], Results]] = {
 _IN_FP32 = [
     *(
         Case("rms_norm", shape)
-        for shape in [(0, 8), (1, 1), (3, 7), (2, 3, 31), (5, 64), (4, 257), (300, 33), (3, 8192)]
+        for shape in [(0, 8), (1, 1), (3, 7), (2, 3, 31), (5, 64), (4, 257), (300, 33), (2, 4096), (3, 8192)]
     ),
     *(Case("rms_norm", shape, options={"add": True}) for shape in [(0, 8), (1, 3), (2, 3, 31), (4, 257), (5, 1024)]),
     Case("rms_norm", (2, 65_536), options={"add": True}),

@@ -29,7 +29,7 @@ from k2_megatron.kernels.swiglu import swiglu
 def built(monkeypatch):
     """Pretends which extensions are built: built(cpu="", cuda="reason")."""
 
-    module = SimpleNamespace(device_count=lambda: 1)
+    module = SimpleNamespace(device_count=lambda: 1, architectures="sm_80,sm_90,compute_90")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
 
     def pretend(**reasons):
@@ -81,19 +81,27 @@ def test_a_request_that_cannot_be_met(op, requested, device, message, built, mon
 
 
 @pytest.mark.parametrize(
-    ("devices", "capability", "reason"),
+    ("devices", "capability", "built", "reason"),
     [
-        (0, (9, 0), r"_cuda finds no device though torch \(CUDA .*\) does: the driver is too old"),
-        (1, (7, 5), r"Turing has compute capability 7\.5; the kernels need 8\.0"),
+        (0, (9, 0), "sm_90", r"_cuda finds no device though torch \(CUDA .*\) does: the driver is too old"),
+        (1, (7, 5), "sm_80", r"Turing has compute capability 7\.5; the kernels need 8\.0"),
+        (1, (8, 0), "sm_90", r"built for sm_90, and Turing has compute capability 8\.0; .* K2_CUDA_ARCHITECTURES=80"),
+        (1, (8, 0), "sm_86", "built for sm_86"),
+        (1, (10, 0), "sm_90", "built for sm_90"),
+        (1, (8, 6), "sm_80", None),
+        (1, (12, 0), "sm_80,sm_90,compute_90", None),
     ],
 )
-def test_a_device_on_which_our_kernels_cannot_run(monkeypatch, devices, capability, reason):
-    module = SimpleNamespace(device_count=lambda: devices)
+def test_a_device_on_which_our_kernels_cannot_run(monkeypatch, devices, capability, built, reason):
+    module = SimpleNamespace(device_count=lambda: devices, architectures=built)
     monkeypatch.setattr(dispatch, "extension", lambda backend: (module, ""))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Turing")
     choice = choose_backend("rms_norm", "auto", "cuda")
+    if reason is None:
+        assert choice.backend == "cuda"
+        return
     assert choice.backend == "torch"
     assert re.search(reason, choice.reason)
     with pytest.raises(ValueError, match=reason):
