@@ -239,7 +239,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
             if passed_over > config.spikes.not_finite_steps:
                 raise StopNotFinite(
                     f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, "
-                    f"{len(attempts.earlier) + 1} times; {in_words(told)}. The update was not applied; its "
+                    f"{attempts.earlier_not_finite + 1} times; {in_words(told)}. The update was not applied; its "
                     f"batch is samples {first_sample} to {consumed - 1}. The last save was step {saved_step}"
                 )
             count_as_update(optimizer)

@@ -109,6 +109,8 @@ def carried_over(samples: int, sequence_length: int, new_sequence_length: int) -
 def going_on(planned: Sequence[Stage], done: Sequence[Stage], step: int) -> tuple[Stage, ...] | None:
     """The history of a run that went through `done` for `step` updates, and goes on as a run of the stages `planned`
     would at that step; None where `planned` itself tells all of it."""
+    if step == 0:
+        return None
     now, before = stage_at(planned, step), stage_at(done, step)
     past = [stage for stage in done if stage.first_step < step]
     if past and (now.global_batch, now.sequence_length) != (before.global_batch, before.sequence_length):
@@ -118,6 +120,15 @@ def going_on(planned: Sequence[Stage], done: Sequence[Stage], step: int) -> tupl
     else:
         past = [stage for stage in done if stage.first_step <= step]
     return None if past == [stage for stage in planned if stage.first_step <= step] else tuple(past)
+
+
+def last_change(history: Sequence[Stage], planned: Sequence[Stage]) -> Stage | None:
+    """The last stage of a history that somebody's change began; a ramp's growth is none."""
+    for was, now in reversed(list(pairwise(history))):
+        grown = [stage_at(planned, now.first_step + more).global_batch for more in (-1, 0)]
+        if was.sequence_length != now.sequence_length or [was.global_batch, now.global_batch] != grown:
+            return now
+    return None
 
 
 def follows(history: Sequence[Stage], planned: Sequence[Stage]) -> bool:

@@ -107,8 +107,8 @@ def sharded_optimizer_needs_replicas(tree: Any) -> Iterator[Problem]:
 
 def comparing_needs_replicas(tree: Any) -> Iterator[Problem]:
     every = tree.train.compare_replicas_every_steps
-    if every is not None and tree.parallel.data * tree.parallel.context == 1:
-        remedy = "has no effect with one data-parallel rank, which has no replica to compare with: remove it"
+    if every is not None and tree.parallel.tensor * tree.parallel.data * tree.parallel.context == 1:
+        remedy = "has no effect with one rank a stage, which holds nothing that another holds as well: remove it"
         yield Problem("train.compare_replicas_every_steps", every, remedy)
 
 

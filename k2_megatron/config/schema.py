@@ -182,8 +182,8 @@ class Train(Section):
     deterministic: bool = False
     """Ask every library for bitwise repeatable algorithms, at some cost in speed."""
     compare_replicas_every_steps: PositiveInt | None = None
-    """Compare the weights (and moments, unless sharded) of data-parallel replicas, to the bit, before the update of
-    every so many steps; left out: before each save alone."""
+    """Compare the weights (and moments, unless sharded) of data-parallel replicas, and what tensor-parallel ranks hold
+    alike, to the bit, before the update of every so many steps; left out: before each save alone."""
     evaluate_every_steps: PositiveInt | None = None
     """Evaluate on data.held_out after every so many steps, and after the last; left out: never."""
     evaluate_batches: PositiveInt | None = None
@@ -259,8 +259,9 @@ class Spikes(Section):
     suspect_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 10.0
     """A step whose loss or gradient norm is more than this many times the median of the window is computed again before
     it is applied, at most twice: what a machine did wrong in passing leaves no trace. With 1e30 none ever is."""
-    not_finite_reruns: Annotated[int, Field(ge=0, le=2)] = 1
-    """How often a step whose loss or gradient is not finite is computed again, in the same way."""
+    not_finite_reruns: CountInt = 1
+    """How often a step whose loss or gradient is not finite is computed again, in the same way; more than twice is as
+    twice."""
     not_finite_steps: CountInt = 0
     """Steps in a row that stay not finite which are passed over (no update); one more stops."""
 

@@ -135,6 +135,12 @@ class Config(BaseModel):
         history = batch.going_on(planned, done, step)
         return self.model_copy(update={"train": self.train.model_copy(update={"history": history})})
 
+    @property
+    def last_change(self) -> batch.Stage | None:
+        """The stage that began when batch or length were changed last; None in a run that kept them."""
+        planned = batch.stages_of(self.train.global_batch, self.model.sequence_length, self.train.batch_ramp, None)
+        return batch.last_change(self.train.history or (), planned)
+
     # Checkpoints
 
     @property

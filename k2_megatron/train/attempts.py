@@ -48,7 +48,12 @@ class Attempts:
         """Whether `result` is the last."""
         if result.updated or result.difference is not None or len(self.earlier) + 1 >= MOST:
             return True
-        return not result.finite and sum(not one.finite for one in self.earlier) >= self.not_finite_reruns
+        return not result.finite and self.earlier_not_finite >= self.not_finite_reruns
+
+    @property
+    def earlier_not_finite(self) -> int:
+        """How many of the computations before the last were not finite."""
+        return sum(not one.finite for one in self.earlier)
 
 
 def _alike(one: StepResult, loss: float, grad_norm: float) -> bool:

@@ -124,9 +124,13 @@ def verify_files(folder: Path, manifest: dict, part: int = 0, parts: int = 1) ->
     """Problems of the `part`-th of `parts` shares of the checkpoint's files: missing, truncated, altered.
 
     A rank's share is what it wrote: in the same layout it loads most of that afterwards, from memory that holds it now.
+    What no rank of a run wrote (a conversion's files) is dealt out evenly.
     """
     problems = []
-    for name in [name for name in sorted(manifest["files"]) if _writer_of(name) % parts == part]:
+    writers = {name: _writer_of(name) for name in sorted(manifest["files"])}
+    others = [name for name, writer in writers.items() if writer is None]
+    own = [name for name, writer in writers.items() if writer is not None and writer % parts == part]
+    for name in [*own, *others[part::parts]]:
         try:
             problem = _problem_of_file(folder / name, manifest["files"][name])
         except OSError as error:
@@ -136,10 +140,10 @@ def verify_files(folder: Path, manifest: dict, part: int = 0, parts: int = 1) ->
     return problems
 
 
-def _writer_of(name: str) -> int:
-    """The rank that wrote a file of tensors, "__RANK_NUMBER.distcp"; rank 0 writes all others."""
+def _writer_of(name: str) -> int | None:
+    """The rank that wrote a file of tensors, "__RANK_NUMBER.distcp"; None of any other file."""
     found = re.fullmatch(r"__(\d+)_\d+\.distcp", name)
-    return int(found.group(1)) if found else 0
+    return int(found.group(1)) if found else None
 
 
 def _problem_of_file(path: Path, expected: dict) -> str | None:

@@ -17,12 +17,11 @@ KEYS = ("train.global_batch", "train.batch_ramp", "model.sequence_length")
 
 def going_on_from(config: Config, manifest: dict[str, Any]) -> Config:
     """`config` with the past of a checkpoint. CheckpointError where that does not tell its batch and length."""
-    if (
-        manifest.get("data", "") is None
-    ):  # weights that tools/convert_checkpoint.py brought in: no run of ours read data
-        return config
+    # What tools/convert_checkpoint.py brought in is of no run of ours: its configuration has no stages that were trained.
+    imported = manifest.get("data", "") is None
     try:
-        return config.going_on(manifest["step"], stages_of_saved(manifest["config"]))
+        done = config.stages if imported else stages_of_saved(manifest["config"])
+        return config.going_on(manifest["step"], done)
     except ValueError as error:
         raise CheckpointError(f"the checkpoint of step {manifest['step']} cannot be gone on from: {error}") from None
 
@@ -31,14 +30,20 @@ def taken_before(config: Config, ledger: Ledger) -> set[str]:
     """The keys of batch and length, where a change to the present values was taken by --set once, and saved: a run that
     was set back to before it goes on under it, and need not be told again."""
     told = ledger.last_change
-    now = {"global_batch": config.train.global_batch, "sequence_length": config.model.sequence_length}
-    return set(KEYS) if told is not None and now == {key: told[key] for key in now} else set()
+    if told is None:
+        return set()
+    now = {
+        "global_batch": config.global_batch_at(told["from_step"]),
+        "sequence_length": config.model.sequence_length,
+    }
+    return set(KEYS) if now == {key: told[key] for key in now} else set()
 
 
 def change_at(config: Config, step: int) -> dict[str, Any] | None:
     """What changes in the data after `step` updates, [before, from then on]; None where nothing does."""
     history = config.train.history or ()
-    if len(history) < 2 or history[-1].first_step != step:
+    changed = config.last_change
+    if changed is None or changed != history[-1] or changed.first_step != step:
         return None
     was, now = history[-2:]
     read = samples_until(was, step)

@@ -47,10 +47,10 @@ class RunData:
     def _untold_change(self, config: Config) -> list[dict[str, int]]:
         """The batch and length in which this life of the run goes on, where the ledger's last change tells of others or
         of another beginning: it is not told of yet, or nothing else was saved of what is told."""
-        told, history, step = self.ledger.last_change, config.train.history, self._from_step
-        if told is None and not history:
+        told, changed, step = self.ledger.last_change, config.last_change, self._from_step
+        if told is None and changed is None:
             return []
-        if told is not None and told["from_step"] >= (history[-1].first_step if history else 0):
+        if told is not None and told["from_step"] >= (changed.first_step if changed else 0):
             now = _stage_line(config, told["from_step"])
             if now == {key: told[key] for key in now}:
                 return []

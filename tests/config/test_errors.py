@@ -95,8 +95,8 @@ MISTAKES = [
     ),
     (
         "comparing_needs_replicas",
-        ["train.compare_replicas_every_steps=5"],
-        "train.compare_replicas_every_steps = 5: has no effect with one data-parallel rank",
+        ["train.compare_replicas_every_steps=5", "parallel.tensor=1", "parallel.sequence=false"],
+        "train.compare_replicas_every_steps = 5: has no effect with one rank a stage",
     ),
     (
         "sequence_length_splits",

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from k2_megatron.config import Config, load_config, load_run_config
 from k2_megatron.config.batch import carried_over, stages_of_saved
 from k2_megatron.config.changes import changes, keys_given
+from k2_megatron.data.ledger import Ledger
+from k2_megatron.train.position import KEYS, change_at, going_on_from, taken_before
 
 TOY = "examples/toy/toy.toml"  # global batch 16, 256 tokens
 RAMP = "train.batch_ramp={start=4, increment=4, samples=96}"  # 4 from step 0, 8 from 8, 12 from 12, 16 from 15
@@ -98,6 +100,36 @@ def test_a_change_ends_a_ramp_and_a_length_leaves_it_its_steps():
     assert [longer.consumed_samples_at(step) for step in (9, 12, 15)] == [20, 20 + 3 * 8, 20 + 3 * 8 + 3 * 12]
     later = load_config(TOY, [RAMP, "model.sequence_length=512"]).going_on(13, longer.stages)
     assert later.stages == longer.stages
+
+
+def test_a_ramp_that_grows_is_no_change():
+    """Length changed at step 3, resumed at 8, where the ramp grows, and at 10."""
+    settings = [RAMP, "model.sequence_length=512"]
+    changed = load_config(TOY, settings).going_on(3, load_config(TOY, [RAMP]).stages)
+    for step in (8, 10):
+        later = load_config(TOY, settings).going_on(step, changed.stages)
+        assert [stage.first_step for stage in later.train.history] == [0, 3, 8]
+        assert later.last_change == later.train.history[1]
+        assert change_at(later, step) is None
+    assert change_at(changed, 3)["sequence_length"] == [256, 512]
+    assert load_config(TOY, settings).last_change is None
+
+
+def test_a_change_during_a_ramp_is_known_again(tmp_path):
+    ledger = Ledger(tmp_path)
+    config = load_config(TOY, [RAMP, "model.sequence_length=512"])
+    assert taken_before(config, ledger) == set()
+    ledger.append("change", from_step=3, from_sample=6, global_batch=4, sequence_length=512)
+    assert taken_before(config, ledger) == set(KEYS)
+    assert taken_before(load_config(TOY, [RAMP]), ledger) == set()
+
+
+def test_back_at_an_imported_checkpoint_nothing_of_the_past_is_left():
+    """A spike rollback to where the run began, after its length was changed."""
+    planned = load_config(TOY, ["model.sequence_length=128"])
+    config = planned.going_on(100, load_config(TOY).stages)
+    assert config.train.history is not None
+    assert going_on_from(config, {"step": 0, "data": None, "config": {}}) == planned
 
 
 @pytest.mark.parametrize(

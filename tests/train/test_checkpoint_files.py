@@ -184,13 +184,14 @@ def test_shares_of_the_files_cover_each_file_once(saved):
 
 
 def test_share_of_a_rank_is_what_it_wrote(tmp_path):
-    """And what it loads in the same layout, so that it is read from the storage once."""
+    """And what it loads in the same layout, so that it is read from the storage once; others are dealt evenly."""
     written = [f"__{rank}_{number}.distcp" for rank in range(12) for number in range(2)]
-    manifest = {"files": {name: {} for name in [*written, ".metadata", "common.pt"]}}
+    converted = [f"__3_weights_layer{layer}.distcp" for layer in range(10, 20)]
+    others = [".metadata", *converted, "common.pt"]
+    manifest = {"files": {name: {} for name in [*written, *others]}}
     missing = [verify_files(tmp_path, manifest, rank, 12) for rank in range(12)]
     for rank, problems in enumerate(missing):
-        others = [".metadata", "common.pt"] if rank == 0 else []
-        expected = [f"{tmp_path / name} is missing" for name in [*written[2 * rank : 2 * rank + 2], *others]]
+        expected = [f"{tmp_path / name} is missing" for name in [*written[2 * rank : 2 * rank + 2], others[rank]]]
         assert sorted(problems) == sorted(expected)
 
 
