@@ -17,7 +17,7 @@ KEYS = ("train.global_batch", "train.batch_ramp", "model.sequence_length")
 
 def going_on_from(config: Config, manifest: dict[str, Any]) -> Config:
     """`config` with the past of a checkpoint. CheckpointError where that does not tell its batch and length."""
-    # What tools/convert_checkpoint.py brought in is of no run of ours: its configuration has no stages that were trained.
+    # What tools/convert_checkpoint.py brought in is of no run of ours: its stages were not trained here.
     imported = manifest.get("data", "") is None
     try:
         done = config.stages if imported else stages_of_saved(manifest["config"])
