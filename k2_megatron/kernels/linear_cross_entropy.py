@@ -124,7 +124,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, weight, labels, lse = ctx.saved_tensors
         _refuse_autocast(hidden)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=lse.dtype)
+        is_one_chunk = 0 < len(hidden) <= ctx.chunk_tokens
+        if not is_one_chunk:
+            grad_weight = torch.zeros_like(weight, dtype=lse.dtype)
         logits, ctx.last_logits = ctx.last_logits, None  # None again where the graph is retained
         for start in reversed(range(0, len(hidden), ctx.chunk_tokens)):
             chunk = slice(start, start + ctx.chunk_tokens)
@@ -132,7 +134,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits = hidden[chunk] @ weight.t()
             grad_logits = ctx.steps.gradient(logits, labels[chunk], lse[chunk], grad_loss[chunk], ctx.settings)
             torch.mm(grad_logits, weight, out=grad_hidden[chunk])
-            _add_product_(grad_weight, grad_logits, hidden[chunk])
+            if is_one_chunk:  # the GEMM's fp32 sums are all: it rounds them itself, and a CPU has no mixed GEMM
+                grad_weight = grad_logits.t() @ hidden
+            else:
+                _add_product_(grad_weight, grad_logits, hidden[chunk])
             logits = grad_logits = None  # before the next are made
         if ctx.reduce_hidden_gradient and ctx.group is not None and ctx.group.size() > 1:
             dist.all_reduce(grad_hidden, group=ctx.group)
