@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import psutil
 import pytest
@@ -67,9 +68,12 @@ def test_sigkill_of_everything_loses_only_open_shards(tmp_path, speeches, toy_to
 
 def at_its_first_shard(tmp_path, speeches, toy_tokenizer, tool_environment) -> subprocess.Popen:
     """The tool with two workers and much to do, when a shard is finished."""
-    write_jsonl(tmp_path / "in.jsonl", speeches * 200)  # a fifth of it was once done before the signal came
+    write_jsonl(tmp_path / "in.jsonl", speeches * 40)
     arguments = ["--input", tmp_path, "--tokenizer", toy_tokenizer, "--output-prefix", tmp_path / "out" / "x"]
-    process = tool([*arguments, "--workers", 2, "--shard-size", "64K"], tool_environment)
+    arguments += ["--workers", 2, "--shard-size", "64K"]
+    # A shell's background jobs ignore SIGINT, and so would this process where the tests are one.
+    heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = tool(arguments, tool_environment, preexec_fn=heard)
     while process.poll() is None and not list(tmp_path.glob("out/x.shards/*.json")):
         time.sleep(0.002)
     return process
