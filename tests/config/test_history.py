@@ -102,6 +102,11 @@ def test_a_change_ends_a_ramp_and_a_length_leaves_it_its_steps():
     assert later.stages == longer.stages
 
 
+def test_copies_of_tensor_ranks_alone_may_be_compared():
+    config = load_config(TOY, ["train.compare_replicas_every_steps=5"])
+    assert (config.parallel.tensor, config.parallel.data, config.train.compare_replicas_every_steps) == (2, 1, 5)
+
+
 def test_a_ramp_that_grows_is_no_change():
     """Length changed at step 3, resumed at 8, where the ramp grows, and at 10."""
     settings = [RAMP, "model.sequence_length=512"]
