@@ -26,10 +26,16 @@ from k2_megatron.train.checkpoint_manifest import (
 
 
 def first_cause(error: BaseException) -> str:
-    """An error of saving or loading in one line; torch's CheckpointException carries the first cause of each rank."""
+    """An error of saving or loading in one line; torch's CheckpointException carries the first cause of each rank.
+
+    Raises KeyboardInterrupt when that is what a rank was told: torch.distributed.checkpoint catches it as it catches
+    errors, and whoever does not want to wait would be told that the checkpoint is bad.
+    """
     from torch.distributed.checkpoint.api import CheckpointException  # conversions publish, and do without torch
 
     if isinstance(error, CheckpointException):
+        if any(isinstance(cause, KeyboardInterrupt) for cause, _trace in error.failures.values()):
+            raise KeyboardInterrupt
         rank, (cause, _trace) = next(iter(error.failures.items()))
         if isinstance(cause, CheckpointError):
             return str(cause)

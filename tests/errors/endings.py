@@ -2,7 +2,7 @@
 
 from rank_processes import Outcome
 
-MISTAKE, STOPPED, NOT_FINITE = 2, 3, 5  # exit codes: the user's mistake; a stop for a reason
+MISTAKE, STOPPED, NOT_FINITE, INTERRUPTED = 2, 3, 5, 130  # exit codes: the user's mistake; a stop for a reason
 
 
 def says_one_line(outcomes: list[Outcome], exit_code: int, *parts: str) -> None:

@@ -5,13 +5,16 @@ import errno
 import json
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from endings import MISTAKE, says_one_line
+from endings import INTERRUPTED, MISTAKE, says_one_line
 
+from k2_megatron.train import checkpoint_reader
 from k2_megatron.train.checkpoint_files import complete_checkpoints
+from k2_megatron.train.checkpoint_hashing import HashingWriter
 from k2_megatron.train.checkpoint_manifest import manifest_text, read_manifest, verify_files
 from k2_megatron.train.journal import read_events
 
@@ -196,3 +199,35 @@ def test_failed_save_in_the_background_ends_every_rank_at_the_same_step(attempt,
     outcomes = attempt({**settings, "parallel.pipeline": 2}, 2, None, no_space_left_and_rank_1_slow_to_know)
     says_one_line(outcomes, MISTAKE, "step 5 could not be saved", "No space left on device")
     assert (newest.parent / "latest").read_text() == "step_00000004\n"
+
+
+def asked_twice_in(place: type, call: str) -> None:
+    """Have `call` of a class find SIGINT sent twice to its process."""
+    whole = getattr(place, call)
+
+    def interrupted(*given, **named):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return whole(*given, **named)
+
+    setattr(place, call, interrupted)
+
+
+def asked_twice_while_loading() -> None:
+    asked_twice_in(checkpoint_reader._Planner, "load_bytes")
+
+
+def asked_twice_while_saving() -> None:
+    asked_twice_in(HashingWriter, "finish")
+
+
+@pytest.mark.parametrize("when", [asked_twice_while_loading, asked_twice_while_saving])
+def test_whoever_does_not_wait_is_not_told_of_a_bad_checkpoint(attempt, newest, when):
+    """torch.distributed.checkpoint catches KeyboardInterrupt as it does errors, and makes it one of its own."""
+    longer = {**SETTINGS, "train.steps": 8}
+    outcomes = attempt(longer, fault=when)
+    says_one_line(outcomes, INTERRUPTED, "interrupted; start again to resume from the last save")
+    assert complete_checkpoints(newest.parent)[0] == newest
+    (outcome,) = attempt(longer)
+    assert outcome.exit_code == 0, outcome.stderr
+    assert (last_resume(newest.parent)["step"], last_resume(newest.parent)["doubts"]) == (6, [])
