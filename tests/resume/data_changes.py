@@ -9,16 +9,19 @@ import numpy
 
 def fed_rows_are_kept(folder: Path) -> None:
     """Every call of the training feed leaves its rows in `folder`, in a file named by length and first sample."""
+    from k2_megatron.data.blended import BlendedFeed
     from k2_megatron.data.feed import Feed
 
-    tokens = Feed.tokens
+    def kept(tokens):
+        def and_keep(self, first_sample, count):
+            rows = tokens(self, first_sample, count)
+            numpy.save(folder / f"{self.fingerprint}_{self.sequence_length}_{first_sample}.npy", rows)
+            return rows
 
-    def and_keep(self, first_sample, count):
-        rows = tokens(self, first_sample, count)
-        numpy.save(folder / f"{self.fingerprint}_{self.sequence_length}_{first_sample}.npy", rows)
-        return rows
+        return and_keep
 
-    Feed.tokens = and_keep
+    for feed in (Feed, BlendedFeed):
+        feed.tokens = kept(feed.tokens)
 
 
 def killed_in_step_5() -> None:

@@ -355,3 +355,25 @@ def test_set_back_by_hand_to_before_the_change(changed, small_config, tmp_path, 
     plain = open_feed(Run(run).config.data.train, sequence_length=LENGTH, seed=7, vocab_size=256).tokens(0, 120)
     assert numpy.array_equal(Run(run).feed.tokens(24, 6), plain[114:120])
     assert "position 32: chain" in "\n".join(verify_lines(Run(run), contents=False))
+
+
+def test_run_on_a_blend_takes_another_batch_and_no_other_length(small_config, text_folder, tmp_path):
+    """Its rows are mcore's, which cuts and shuffles them by the length: they cannot be cut anew."""
+    sources = "".join(
+        f'[[sources]]\nprefix = "{text_folder / name}"\nweight = {weight}\n'
+        for name, weight in (("train", 3.0), ("held_out", 1.0))
+    )
+    blend = tmp_path / "blend.toml"
+    blend.write_text(f'samples = 120\ncache = "{tmp_path / "cache"}"\n{sources}')
+    folder, rows, data = tmp_path / "run", tmp_path / "rows", {"data.train": blend}
+    rows.mkdir()
+    keeps = partial(data_changes.fed_rows_are_kept, rows)
+    results_of(life(small_config, folder, 3, data, fault=keeps))
+    results_of(life(small_config, folder, 5, {**data, "train.global_batch": 16}, fault=keeps))
+    assert [steps_of(folder)[step]["samples"] for step in (1, 3, 4, 5)] == [[0, 8], [16, 24], [24, 40], [40, 56]]
+    whole = open_feed(blend, sequence_length=LENGTH, seed=7, vocab_size=256).tokens(0, 56)
+    assert numpy.array_equal(fed(folder, rows)[LENGTH], whole[:, :-1].reshape(-1))
+    assert "position 56: chain" in "\n".join(verify_lines(Run(folder), contents=False))
+    (outcome,) = life(small_config, folder, 9, {**data, "train.global_batch": 16, "model.sequence_length": 64})
+    assert outcome.exit_code == 2
+    assert "began with model.sequence_length 32, and mcore cuts and shuffles blended" in outcome.stderr
