@@ -22,14 +22,14 @@ import torch.distributed as distributed
 
 from k2_megatron.config import Config, load_config
 from k2_megatron.config.changes import CHANGEABLE, keys_given
-from k2_megatron.config.flops import flops_per_token, output_share
+from k2_megatron.config.flops import output_share
 from k2_megatron.data.ledger import Ledger
 from k2_megatron.kernels.dispatch import OPS, choose_backend
 from k2_megatron.model import build_model
 from k2_megatron.plan import plan_text
 from k2_megatron.plan.dry_run import dry_run_text
 from k2_megatron.runtime.cpu_stand_in import cpu_stands_in_for_cuda
-from k2_megatron.runtime.devices import Device, find_device, peak_bf16_flops
+from k2_megatron.runtime.devices import Device, find_device
 from k2_megatron.runtime.groups import build_groups, connect, disconnect
 from k2_megatron.runtime.launch import (
     RankEnvironment,
@@ -46,19 +46,19 @@ from k2_megatron.train.checkpoint import find_checkpoint, load_checkpoint
 from k2_megatron.train.checkpoint_files import apply_retention, remove_unfinished
 from k2_megatron.train.checkpoint_manifest import CheckpointError, read_manifest
 from k2_megatron.train.checkpoint_save import CheckpointWriter, SaveResult
-from k2_megatron.train.checkpoint_state import layout_name, part_bytes
+from k2_megatron.train.checkpoint_state import part_bytes
+from k2_megatron.train.events import change_fields, checkpoint_fields, resume_fields, start_fields, step_fields
 from k2_megatron.train.journal import Journal
 from k2_megatron.train.layer_norms import ActivationSquares
 from k2_megatron.train.not_finite import computed_in_vain, count_as_update, in_words, where_not_finite
 from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
 from k2_megatron.train.phases import StepPhases, StragglerReports
-from k2_megatron.train.position import change_at, going_on_from, taken_before
+from k2_megatron.train.position import going_on_from, taken_before
 from k2_megatron.train.replicas import compare_replicas, stop_when_different
 from k2_megatron.train.run_data import open_run_data
 from k2_megatron.train.run_folder import (
     check_run_folder,
     hold_run_folder,
-    provenance,
     refuse_lost_checkpoints,
     with_past,
     write_config,
@@ -143,16 +143,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
     chunks = wrap_model(config, build_model(config, kernels, groups.collection), groups.collection)
     optimizer = build_optimizer(config, chunks, kernels, groups.collection)
     activations = ActivationSquares(groups, chunks, config.model.layers, kernels["adamw"], device.torch)
-    journal.write(
-        "start",
-        layout=layout_name(config),
-        launcher=environment.launcher,
-        device=device.name,
-        kernels={choice.op: f"{choice.backend}: {choice.reason}" for choice in choices},
-        data=data.fingerprint,
-        model_flops="6 per matrix parameter and token + causal attention (Narayanan et al. 2021, halved for causality)",
-        **provenance(),
-    )
+    journal.write("start", **start_fields(config, environment.launcher, device, choices, data.fingerprint))
 
     # Resume from it, whatever layout wrote it
     step, origin, passed_over = 0, None, 0  # passed_over: steps without an update since the last one
@@ -165,25 +156,14 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
         data.resume_at(manifest)
         spikes.resume_at(manifest)
         step, origin, passed_over = manifest["step"], manifest.get("origin"), manifest.get("passed_over", 0)
-        learning_rate, next_sample = learning_rate_at(config, step), config.consumed_samples_at(step)
-        journal.write(
-            "resume",
-            step=step,
-            checkpoint=newest.name,
-            doubts=doubts,
-            saved_layout=manifest["layout"],
-            learning_rate=learning_rate,
-            next_sample=next_sample,
-            changes=[vars(change) for change in found],
-            position_change=change_at(config, step),
-        )
+        journal.write("resume", **resume_fields(config, manifest, newest, doubts, found))
         views.say(resume_report(config, manifest, newest, [*not_saved, *doubts], found))
     saved_step = kept_step = step  # published; the same, or still being written
     leaving = "--until"
     how = {"asynchronous": config.checkpoint.asynchronous, "retry_seconds": config.checkpoint.retry_seconds}
     saver = CheckpointWriter(checkpoints, groups, part_bytes=part_bytes(chunks, groups), **how)
     reports = StragglerReports(groups, output_share(config.model, config.parallel.pipeline))
-    peak, checkpoint_seconds = peak_bf16_flops(device), 0.0
+    checkpoint_seconds = 0.0
 
     # The loop: one step, what is told of it, then the rare events
     while step < min(until, config.train.steps):
@@ -191,8 +171,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
             leaving = signal
             break
         watchdog.at(STEP, step)
-        learning_rate = learning_rate_at(config, step)
-        set_learning_rate(optimizer, learning_rate, config.optimizer.weight_decay)
+        set_learning_rate(optimizer, learning_rate_at(config, step), config.optimizer.weight_decay)
         measured = activations if (step + 1) % config.log.layers_every_steps == 0 else None
         every = config.log.phases_every_steps
         phases = StepPhases(device.torch) if every and (step + 1) % every == 0 else None
@@ -207,25 +186,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
         result, seconds = settle(attempts, attempt, chunks, tell)
         step += 1
         consumed = config.consumed_samples_at(step)
-        tokens_per_second = (consumed - first_sample) * config.model.sequence_length / seconds
-        flops_per_second = tokens_per_second * flops_per_token(config.model, "causal") / groups.world_size
-        event = {
-            "step": step,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
-            "highest_sample_loss": max(result.sample_losses),
-            "learning_rate": learning_rate,
-            "consumed_samples": consumed,
-            "consumed_tokens": config.consumed_tokens_at(step),
-            "samples": [first_sample, consumed],
-            "sequence_length": config.model.sequence_length,
-            "step_seconds": seconds,
-            "data_seconds": result.data_seconds,
-            "tokens_per_second": tokens_per_second,
-            "model_flops_utilization": flops_per_second / peak if peak else None,
-        }
-        if result.layers:
-            event["layers"] = result.layers.rounded()
+        event = step_fields(config, step, result, seconds, device)
         stop_when_different(result.difference, step, saved_step, journal)
         tell_of_doubts(attempts, result, step, first_sample, chunks, groups, journal, views.say)
         if result.updated:
@@ -272,15 +233,8 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
                 spikes.resume_at(manifest)
                 if is_writer:
                     write_config(config)
-                journal.write(
-                    "rollback",
-                    from_step=step,
-                    step=manifest["step"],
-                    amendment=amended,
-                    ledger=data.ledger.mark(),
-                    changes=[vars(change) for change in found],
-                    position_change=change_at(config, manifest["step"]),
-                )
+                went_back = {"step": manifest["step"], "amendment": amended, "ledger": data.ledger.mark()}
+                journal.write("rollback", from_step=step, **went_back, **change_fields(config, manifest["step"], found))
                 step = saved_step = kept_step = manifest["step"]
                 passed_over = manifest.get("passed_over", 0)  # one that an earlier version saved has none
                 continue
@@ -353,16 +307,7 @@ def tell_of_save(saved: SaveResult | None, journal: Journal) -> int | None:
     """Write a save that has come to its end into the journal; its step."""
     if saved is None:
         return None
-    journal.write(
-        "checkpoint",
-        step=saved.step,
-        checkpoint=saved.folder.name,
-        stall_seconds=saved.stall_seconds,
-        seconds=saved.seconds,
-        bytes=saved.bytes,
-        bytes_per_second=saved.bytes / saved.seconds,
-        weights=saved.weights,
-    )
+    journal.write("checkpoint", **checkpoint_fields(saved))
     return saved.step
 
 
