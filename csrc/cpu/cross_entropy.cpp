@@ -1,15 +1,19 @@
 // Vocab-parallel cross-entropy: the CPU twin of csrc/cross_entropy.cu. Definitions and shapes are in ops.h.
 //
-// Statistics read each logit once from memory and take one exponential of it: a row goes by in blocks that stay in the
-// first-level cache, each block's maximum is found first, and the running sum is rescaled at most once a block. The
-// gradient reads and writes each logit once.
+// Statistics read each logit once and take one exponential of it, of its distance from a guess at the row's maximum:
+// that of the first columns. A block that exceeds the guess by so much that sums might overflow becomes the new guess,
+// and is walked again. The gradient reads and writes each logit once.
+#include "exponential.h"
 #include "parallel.h"
+#include "prefetch.h"
 #include "streaming.h"
 
 namespace k2::cpu::K2_ISA {
 namespace {
 
-constexpr int64_t kBlock = 1024;  // columns; 4 KiB of fp32
+constexpr int64_t kBlock = 1024;  // columns after which running sums are closed, for the sake of their rounding error
+constexpr int64_t kGuess = 64;    // columns whose maximum is taken for the row's at first
+constexpr float kHeadroom = 60.0f;  // e^60 times any number of columns is far from infinity
 constexpr float kInfinity = __builtin_inff();
 
 float exp(float x) {
@@ -29,34 +33,66 @@ struct Statistics {
   float maximum, exp_sum, sum;
 };
 
-// Over [0, columns) of one row. The maximum passes over NaN, which the sum of exponentials then carries.
+// What a vector of columns gathers: the maximum, which passes over NaN, the sum of exp(logit - shift), which carries
+// it, and the sum of the logits.
+struct Gathered {
+  Vec largest = splat(-kInfinity), exp_sum = splat(0.0f), sum = splat(0.0f);
+
+  template <bool kSum, class Lanes>
+  void add(Vec logit, Vec shift, Lanes lanes) {
+    if constexpr (kSum) sum = sum + logit;
+    if constexpr (!Lanes::kWhole) logit = choose(lanes, logit, splat(-kInfinity));
+    largest = max(logit, largest);
+    exp_sum = exp_sum + exp_for_sum(logit - shift);
+  }
+};
+
+template <bool kSum, class T>
+Gathered gather(const T* block, int64_t length, float at) {
+  const Vec shift = splat(at > -kInfinity ? at : 0.0f);
+  Gathered one, other;
+  for_twice_lanes(length, [&](int64_t i, auto lanes) {
+    prefetch_stream(block + i, lanes);
+    if constexpr (std::is_same_v<decltype(lanes), Twice>) {
+      const Vec2 logits = load(block + i, lanes);
+      one.add<kSum>(logits.one, shift, Full{});
+      other.add<kSum>(logits.other, shift, Full{});
+    } else {
+      one.add<kSum>(load(block + i, lanes), shift, lanes);
+    }
+  });
+  return {max(one.largest, other.largest), one.exp_sum + other.exp_sum, one.sum + other.sum};
+}
+
+template <class T>
+float maximum_of(const T* row, int64_t columns) {
+  Vec largest = splat(-kInfinity);
+  for_lanes(columns, [&](int64_t i, auto lanes) {
+    largest = max(choose(lanes, load(row + i, lanes), splat(-kInfinity)), largest);
+  });
+  return max(largest);
+}
+
+// Over [0, columns) of one row.
 template <bool kSum, class T>
 Statistics row_statistics(const T* row, int64_t columns) {
-  float maximum = -kInfinity;
+  float maximum = -kInfinity, shift = maximum_of(row, columns < kGuess ? columns : kGuess);
   Vec exp_sum = splat(0.0f), sum_of_logits = splat(0.0f);
   for (int64_t begin = 0; begin < columns; begin += kBlock) {
-    const T* block = row + begin;
     const int64_t length = columns - begin < kBlock ? columns - begin : kBlock;
-    Vec largest = splat(-kInfinity), block_sum = splat(0.0f);
-    for_lanes(length, [&](int64_t i, auto lanes) {
-      const Vec logit = load(block + i, lanes);
-      largest = max(choose(lanes, logit, splat(-kInfinity)), largest);
-      if constexpr (kSum) block_sum = block_sum + logit;
-    });
-    if constexpr (kSum) sum_of_logits = sum_of_logits + block_sum;
-    const float block_maximum = max(largest);
-    if (block_maximum > maximum) {
-      if (maximum > -kInfinity) exp_sum = exp_sum * splat(exp(maximum - block_maximum));
-      maximum = block_maximum;
+    Gathered found = gather<kSum>(row + begin, length, shift);
+    const float largest = max(found.largest);
+    if (largest > shift + kHeadroom) {
+      exp_sum = exp_sum * splat(exp(shift - largest));
+      shift = largest;
+      found = gather<kSum>(row + begin, length, shift);
     }
-    const Vec shift = splat(maximum > -kInfinity ? maximum : 0.0f);
-    Vec block_exp = splat(0.0f);
-    for_lanes(length, [&](int64_t i, auto lanes) {
-      block_exp = block_exp + choose(lanes, exp(load(block + i, lanes) - shift), splat(0.0f));
-    });
-    exp_sum = exp_sum + block_exp;
+    maximum = largest > maximum ? largest : maximum;
+    exp_sum = exp_sum + found.exp_sum;
+    if constexpr (kSum) sum_of_logits = sum_of_logits + found.sum;
   }
-  return {maximum, sum(exp_sum), kSum ? sum(sum_of_logits) : 0.0f};
+  const float of_maximum = maximum > shift ? sum(exp_sum) * exp(shift - maximum) : sum(exp_sum);
+  return {maximum, of_maximum, kSum ? sum(sum_of_logits) : 0.0f};
 }
 
 template <class T>
@@ -99,8 +135,9 @@ void row_gradient(const T* logits, T* gradient, int64_t columns, int64_t target,
     at_target = grad_loss * (probability * softmax_factor - uniform - (1.0f - terms.label_smoothing));
   }
   const Vec shift = splat(lse), factor = splat(grad_loss * softmax_factor), constant = splat(-grad_loss * uniform);
-  for_lanes(columns, [&](int64_t i, auto lanes) {
-    put<kStreaming>(gradient + i, fma(exp(load(logits + i, lanes) - shift), factor, constant), lanes);
+  for_twice_lanes(columns, [&](int64_t i, auto lanes) {
+    prefetch_stream(logits + i, lanes);
+    put<kStreaming>(gradient + i, fma(exp_for<T>(load(logits + i, lanes) - shift), factor, constant), lanes);
   });
   if (owned) {
     fence();
@@ -122,7 +159,7 @@ struct GradientRows {
 template <class T>
 void gradient_of_rows(const GradientRows<T>& op, const Terms& terms, int threads) {
   const int64_t bytes = 2 * op.rows * op.columns * static_cast<int64_t>(sizeof(T));
-  const bool aligned = op.gradient_stride % kLanes == 0;
+  const bool aligned = op.gradient_stride * sizeof(T) % 64 == 0;
   const bool streaming_pays = aligned && op.gradient != op.logits && worth_streaming(op.gradient, op.rows, op.columns);
   with_truth(streaming_pays, [&](auto streaming) {
     parallel_ranges(op.rows, bytes, threads, [&](int64_t first, int64_t last) {

@@ -15,8 +15,8 @@ namespace {
 template <bool kResidual, bool kStreaming, class T, class Gamma>
 float normalize_row(const T* x, const T* residual, const Gamma* gamma, T* h, T* y, int64_t hidden, float epsilon,
                     float offset) {
-  const float squares = blocked_sum(hidden, [&](int64_t i, auto lanes, Vec& to) {
-    Vec value = load(x + i, lanes);
+  const float squares = blocked_sum(hidden, [&](int64_t i, auto lanes, auto& to) {
+    auto value = load(x + i, lanes);
     if constexpr (kResidual) {
       store(h + i, value + load(residual + i, lanes), lanes);
       value = load(h + i, lanes);
@@ -26,10 +26,10 @@ float normalize_row(const T* x, const T* residual, const Gamma* gamma, T* h, T* 
   const double mean_square = static_cast<double>(squares) / static_cast<double>(hidden);
   const float rstd = static_cast<float>(1.0 / __builtin_sqrt(mean_square + static_cast<double>(epsilon)));
   const T* normalized = kResidual ? h : x;
-  for_lanes(hidden, [&](int64_t column, auto lanes) {
-    prefetch(x + column, hidden);
-    if constexpr (kResidual) prefetch(residual + column, hidden);
-    const Vec weight = load(gamma + column, lanes) + splat(offset);
+  for_twice_lanes(hidden, [&](int64_t column, auto lanes) {
+    prefetch_row(x + column, hidden, lanes);
+    if constexpr (kResidual) prefetch_row(residual + column, hidden, lanes);
+    const auto weight = load_beside<T>(gamma + column, lanes) + splat(offset);
     put<kStreaming>(y + column, load(normalized + column, lanes) * splat(rstd) * weight, lanes);
   });
   return rstd;
@@ -65,41 +65,51 @@ struct Backward {
   int64_t hidden;
   float offset;
 
-  // kRows consecutive rows: the mean of g * xhat of each, then grad_x, and grad_y * xhat added into partial (fp32 [H]).
+  template <class Lanes>
+  auto weight_at(int64_t column, Lanes lanes) const {
+    return load_beside<T>(gamma + column, lanes) + splat(offset);
+  }
+
+  // kRows consecutive rows: the mean of g * xhat of each, then grad_x, and grad_y * xhat added into partial (fp32 [H],
+  // in the order of T).
   template <int kRows, bool kStreaming>
   void rows_at(int64_t row, float* partial) const {
     const int64_t at = row * hidden;
     Vec scale[kRows], mean[kRows];
     for (int r = 0; r < kRows; ++r) scale[r] = splat(rstd[row + r]), mean[r] = splat(0.0f);
     for (int64_t begin = 0; begin < hidden; begin += kDotBlock) {
-      Vec dot[kRows];
+      Vec2 dot[kRows];
       for (int r = 0; r < kRows; ++r) dot[r] = splat(0.0f);
-      for_lanes(hidden - begin < kDotBlock ? hidden - begin : kDotBlock, [&](int64_t within, auto lanes) {
-        const Vec weight = load(gamma + begin + within, lanes) + splat(offset);
+      for_twice_lanes(hidden - begin < kDotBlock ? hidden - begin : kDotBlock, [&](int64_t within, auto lanes) {
+        const auto weight = weight_at(begin + within, lanes);
         for (int r = 0; r < kRows; ++r) {
           const int64_t i = at + r * hidden + begin + within;
-          dot[r] = fma(load(grad_y + i, lanes) * weight, load(x + i, lanes) * scale[r], dot[r]);
+          add_product(dot[r], load(grad_y + i, lanes) * weight, load(x + i, lanes) * scale[r]);
         }
       });
-      for (int r = 0; r < kRows; ++r) mean[r] = mean[r] + dot[r];
+      for (int r = 0; r < kRows; ++r) mean[r] = mean[r] + (dot[r].one + dot[r].other);
     }
     for (int r = 0; r < kRows; ++r) mean[r] = splat(sum(mean[r]) / static_cast<float>(hidden));
 
-    for_lanes(hidden, [&](int64_t column, auto lanes) {
-      const Vec weight = load(gamma + column, lanes) + splat(offset);
-      Vec grad_gamma = partial ? load(partial + column, lanes) : splat(0.0f);
+    for_twice_lanes(hidden, [&](int64_t column, auto lanes) {
+      const auto weight = weight_at(column, lanes);
+      auto grad_gamma = partial ? load(partial + column, lanes) : decltype(weight){splat(0.0f)};
+      std::remove_const_t<decltype(weight)> result[kRows];
       for (int r = 0; r < kRows; ++r) {
         const int64_t i = at + r * hidden + column;
-        prefetch(grad_y + i, kRows * hidden);
-        prefetch(x + i, kRows * hidden);
-        if (grad_h) prefetch(grad_h + i, kRows * hidden);
-        const Vec grad = load(grad_y + i, lanes), normalized = load(x + i, lanes) * scale[r];
+        prefetch_row(grad_y + i, kRows * hidden, lanes);
+        prefetch_row(x + i, kRows * hidden, lanes);
+        const auto grad = load(grad_y + i, lanes), normalized = load(x + i, lanes) * scale[r];
         grad_gamma = fma(grad, normalized, grad_gamma);
-        Vec result = fma(grad, weight, -(normalized * mean[r])) * scale[r];
-        if (grad_h) result = result + load(grad_h + i, lanes);
-        put<kStreaming>(grad_x + i, result, lanes);
+        result[r] = fma(grad, weight, -(normalized * mean[r])) * scale[r];
+        if (grad_h) {
+          prefetch_row(grad_h + i, kRows * hidden, lanes);
+          result[r] = result[r] + load(grad_h + i, lanes);
+        }
       }
       if (partial) store(partial + column, grad_gamma, lanes);
+      // All loads first: rows lie a multiple of 4 KiB apart, and a load waits for a store at its address modulo that.
+      for (int r = 0; r < kRows; ++r) put<kStreaming>(grad_x + at + r * hidden + column, result[r], lanes);
     });
   }
 
@@ -115,17 +125,17 @@ struct Backward {
 };
 
 // grad_gamma = the partial sums [partial_rows, H], added in order.
-template <class Gamma>
+template <class T, class Gamma>
 void add_partial_rows(const float* workspace, Gamma* grad_gamma, int64_t partial_rows, int64_t hidden, int threads) {
-  constexpr int64_t kColumns = 256;
+  constexpr int64_t kColumns = 256;  // whole steps of rows_at, which orders them
   const int64_t pieces = (hidden + kColumns - 1) / kColumns;
   parallel_ranges(pieces, partial_rows * hidden * 4, threads, [&](int64_t first, int64_t last) {
     const int64_t begin = first * kColumns, end = last * kColumns < hidden ? last * kColumns : hidden;
-    for_lanes(end - begin, [&](int64_t i, auto lanes) {
-      Vec total = splat(0.0f);
-      for (int64_t part = 0; part < partial_rows; ++part)
+    for_twice_lanes(end - begin, [&](int64_t i, auto lanes) {
+      auto total = load(workspace + begin + i, lanes);
+      for (int64_t part = 1; part < partial_rows; ++part)
         total = total + load(workspace + part * hidden + begin + i, lanes);
-      store(grad_gamma + begin + i, total, lanes);
+      store_beside<T>(grad_gamma + begin + i, total, lanes);
     });
   });
 }
@@ -146,7 +156,7 @@ void backward(const Backward<T, Gamma>& op, Gamma* grad_gamma, float* workspace,
       }
     });
   });
-  if (grad_gamma) add_partial_rows(workspace, grad_gamma, partial_rows, op.hidden, threads);
+  if (grad_gamma) add_partial_rows<T>(workspace, grad_gamma, partial_rows, op.hidden, threads);
 }
 
 // Runs body(T{}, Gamma{}); gamma is fp32 or of the tensors' own type.

@@ -31,6 +31,7 @@ constexpr int kLanes = 16;
 // 0.
 struct Full {
   static constexpr bool kWhole = true;
+  static constexpr int kLength = kLanes;
 };
 struct Part {
   static constexpr bool kWhole = false;
@@ -47,27 +48,6 @@ struct Part {
 #endif
 
 namespace k2::cpu::K2_ISA {
-
-// e^x to 1 ulp for x <= 89 (infinity above 88.73), the range that softmax and sigmoid need: x = n ln2 + r, |r| <= ln2 /
-// 2, e^r by a degree-6 minimax polynomial (relative error 0.05 half-ulps, fitted by Lawson's iteration), times 2^n with
-// gradual underflow. Below -104 the result is 0; NaN passes.
-inline Vec exp(Vec x) {
-  x = max(splat(-104.0f), x);              // max returns its second argument for NaN
-  const Vec shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-  const Vec shifted = fma(x, splat(1.44269504f), shifter);
-  const Vec n = shifted - shifter;
-  Vec r = fma(n, splat(-0.693145751953125f), x);  // ln2 in two parts; n times the first part is exact
-  r = fma(n, splat(-1.42860677e-6f), r);
-  Vec p = fma(splat(0x1.6a23d0p-10f), r, splat(0x1.123a20p-7f));
-  p = fma(p, r, splat(0x1.5558f2p-5f));
-  p = fma(p, r, splat(0x1.555492p-3f));
-  p = fma(p, r, splat(0x1.fffffcp-2f));
-  p = fma(p, r * r, r);
-  return scale_by_power_of_two(p + splat(1.0f), n, shifted);
-}
-
-// 1 / (1 + e^-x); 0 where e^-x overflows.
-inline Vec sigmoid(Vec x) { return splat(1.0f) / (splat(1.0f) + exp(min(splat(89.0f), -x))); }
 
 // Thirty-two values in a row as sixteen pairs (even, odd), and back; bf16 has its own where that is cheaper. kStreaming:
 // non-temporal, for addresses that are multiples of 64 bytes.
@@ -95,25 +75,6 @@ inline void for_lanes(int64_t length, Body&& body) {
   int64_t i = 0;
   for (; i + kLanes <= length; i += kLanes) body(i, Full{});
   if (i < length) body(i, Part{static_cast<int>(length - i)});
-}
-
-// A sum over [0, length) that add(i, lanes, to) gathers into `to`: four running sums, closed every kSumBlock elements,
-// which keeps the error of long rows near that of a pairwise sum.
-constexpr int64_t kSumBlock = 2048;
-
-template <class Add>
-inline float blocked_sum(int64_t length, Add&& add) {
-  Vec total = splat(0.0f);
-  for (int64_t begin = 0; begin < length; begin += kSumBlock) {
-    const int64_t end = length - begin < kSumBlock ? length : begin + kSumBlock;
-    Vec parts[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
-    int64_t i = begin;
-    for (; i + 4 * kLanes <= end; i += 4 * kLanes)
-      for (int part = 0; part < 4; ++part) add(i + part * kLanes, Full{}, parts[part]);
-    for_lanes(end - i, [&](int64_t rest, auto lanes) { add(i + rest, lanes, parts[0]); });
-    total = total + ((parts[0] + parts[1]) + (parts[2] + parts[3]));
-  }
-  return sum(total);
 }
 
 // A truth value known to the compiler.

@@ -1,7 +1,9 @@
 // SwiGLU on packed [gate | up]: the CPU twin of csrc/swiglu.cu. Definitions and shapes are in ops.h.
 //
 // Memory traffic per output element: forward 3, backward 5 elements. Backward evaluates the sigmoid once.
+#include "exponential.h"
 #include "parallel.h"
+#include "prefetch.h"
 #include "streaming.h"
 
 namespace k2::cpu::K2_ISA {
@@ -15,9 +17,11 @@ void forward(const T* packed, T* out, int64_t rows, int64_t columns, int threads
       for (int64_t row = first; row < last; ++row) {
         const T *gates = packed + 2 * row * columns, *ups = gates + columns;
         T* to = out + row * columns;
-        for_lanes(columns, [&](int64_t i, auto lanes) {
-          const Vec gate = load(gates + i, lanes), up = load(ups + i, lanes);
-          put<streaming.value>(to + i, gate * sigmoid(gate) * up, lanes);
+        for_twice_lanes(columns, [&](int64_t i, auto lanes) {
+          prefetch_stream(gates + i, lanes);
+          prefetch_stream(ups + i, lanes);
+          const auto gate = load(gates + i, lanes), up = load(ups + i, lanes);
+          put<streaming.value>(to + i, gate / one_plus_exp_minus<T>(gate) * up, lanes);
         });
       }
     });
@@ -35,10 +39,14 @@ void backward(const T* grad_out, const T* packed, T* grad_packed, int64_t rows, 
       for (int64_t row = first; row < last; ++row) {
         const T *gates = packed + 2 * row * columns, *ups = gates + columns, *grads = grad_out + row * columns;
         T *grad_gates = grad_packed + 2 * row * columns, *grad_ups = grad_gates + columns;
-        for_lanes(columns, [&](int64_t i, auto lanes) {
-          const Vec gate = load(gates + i, lanes), up = load(ups + i, lanes), grad = load(grads + i, lanes);
-          const Vec s = sigmoid(gate), grad_times_s = grad * s;
-          put<streaming.value>(grad_gates + i, grad_times_s * up * fma(gate, one - s, one), lanes);
+        for_twice_lanes(columns, [&](int64_t i, auto lanes) {
+          prefetch_stream(gates + i, lanes);
+          prefetch_stream(ups + i, lanes);
+          prefetch_stream(grads + i, lanes);
+          using V = decltype(load(gates + i, lanes));
+          const V gate = load(gates + i, lanes), up = load(ups + i, lanes), grad = load(grads + i, lanes);
+          const V s = V{one} / one_plus_exp_minus<T>(gate), grad_times_s = grad * s;
+          put<streaming.value>(grad_gates + i, grad_times_s * up * fma(gate, one - s, V{one}), lanes);
           put<streaming.value>(grad_ups + i, grad_times_s * gate, lanes);
         });
       }

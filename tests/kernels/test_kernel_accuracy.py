@@ -18,6 +18,7 @@ from k2_megatron.kernels.dispatch import extension
 from k2_megatron.kernels.gradient_norm import gradient_statistics
 from k2_megatron.kernels.rms_norm import rms_norm
 from k2_megatron.kernels.rotary import rotary, rotary_tables
+from k2_megatron.kernels.swiglu import swiglu
 
 
 @pytest.mark.parametrize("backend", COMPILED)
@@ -73,6 +74,18 @@ def rotate_what_is_not_finite(backend="cpu"):
     return found
 
 
+def swiglu_of_what_is_extreme(backend="cpu"):
+    """{dtype: (swiglu, its gradient)} where sigmoid is 0, 1 or NaN, whole steps and the rest of a row alike."""
+    found = {}
+    gates = torch.tensor([0.0, -0.0, 1e-30, 60.0, -60.0, 88.9, -88.9, 3e4, -3e4, torch.inf, -torch.inf, torch.nan])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        packed = torch.cat([gates.repeat(4), torch.full((48,), -1.5)])[None].to(dtype).requires_grad_()
+        out = swiglu(packed, backend=backend)
+        (gradient,) = torch.autograd.grad(out, packed, torch.full_like(out, 0.75))
+        found[str(dtype)[6:]] = torch.cat([out.detach(), gradient], dim=1)
+    return found
+
+
 def gradient_statistics_of_all_dtypes():
     """{dtype and size: (sum of squares and count, the tensor)}; odd sizes, several chunks, an infinity, subnormals."""
     found = {}
@@ -86,11 +99,13 @@ def gradient_statistics_of_all_dtypes():
 
 RUN_ALL_CASES = """
 import sys, torch
-from test_kernel_accuracy import CASES, THREADED, gradient_statistics_of_all_dtypes, rotate_what_is_not_finite
+from test_kernel_accuracy import (CASES, THREADED, gradient_statistics_of_all_dtypes, rotate_what_is_not_finite,
+                                  swiglu_of_what_is_extreme)
 results = {
     str(case): {name: value.detach() for name, value in case.run("cpu").items()} for case in [*CASES, *THREADED]
 }
 results["rotate what is not finite"] = rotate_what_is_not_finite()
+results["swiglu of what is extreme"] = swiglu_of_what_is_extreme()
 results["gradient statistics"] = {name: found for name, (found, _) in gradient_statistics_of_all_dtypes().items()}
 torch.save(results, sys.argv[1])
 """
@@ -124,6 +139,17 @@ def test_every_instruction_set_keeps_nan_infinities_and_subnormals_apart(by_inst
             assert torch.equal(found.isnan(), expected.isnan()), f"{instruction_set}: {name}"
             limits = torch.finfo(found.dtype)
             torch.testing.assert_close(found, expected, rtol=limits.eps, atol=limits.tiny * limits.eps, equal_nan=True)
+
+
+@on_cpu
+def test_every_instruction_set_has_the_same_limits_of_swiglu(by_instruction_set):
+    for name, expected in swiglu_of_what_is_extreme("torch").items():
+        for instruction_set, results in by_instruction_set.items():
+            found = results["swiglu of what is extreme"][name]
+            torch.testing.assert_close(
+                found, expected, rtol=torch.finfo(found.dtype).eps, atol=1e-30, equal_nan=True,
+                msg=lambda text, where=f"{instruction_set}, {name}": f"{where}: {text}",
+            )  # fmt: skip
 
 
 @on_cpu
@@ -161,6 +187,33 @@ def test_infinite_logits_are_masked_and_nan_shows(backend):
     assert leaf.grad[0, 4] == 0
     assert loss.isnan().tolist() == [False, True, False]
     assert leaf.grad.isnan().any(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", COMPILED)
+def test_the_maximum_may_stand_anywhere_in_a_row(backend, dtype):
+    """Logits far below those that come later, far above, and after columns that are masked: nothing over- or
+    underflows, in a row of several blocks."""
+    columns = 2500
+    leaf = torch.randn(4, columns, generator=torch.Generator().manual_seed(1))
+    slope = torch.linspace(0, 400, columns)
+    leaf[0] += slope
+    leaf[1] -= slope
+    leaf[2] -= 150
+    leaf[2, :1100] = -torch.inf
+    leaf[3, 1300] = torch.inf
+    leaf = leaf.to(backend, dtype).requires_grad_()
+    labels = torch.tensor([5, 1200, 2000, 7], device=backend)
+    loss = vocab_parallel_cross_entropy(leaf * 1, labels, backend=backend)
+    loss[:3].sum().backward()
+    wide = leaf.detach().double().requires_grad_()
+    exact = torch.nn.functional.cross_entropy(wide[:3], labels[:3], reduction="none")
+    exact.sum().backward()
+    rounding_of_lse = 2.0**-16  # half a unit in the last place of 400, a whole one of -142
+    torch.testing.assert_close(loss[:3].detach().double(), exact.detach(), rtol=2e-7, atol=rounding_of_lse)
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(leaf.grad[:3].double(), wide.grad[:3], rtol=rounding, atol=rounding_of_lse)
+    assert loss[3].isnan()
 
 
 @pytest.mark.parametrize("backend", COMPILED)
