@@ -4,8 +4,6 @@
 // the first-level cache; q and k are read and written once. bf16 is computed thirty-two values at a time, even and odd
 // ones apart, since 16-bit halves of a word are cheaper to part and join than neighbours are to widen and narrow: in
 // either pairing the arithmetic would otherwise take longer than the memory.
-#include <type_traits>
-
 #include "parallel.h"
 #include "prefetch.h"
 #include "streaming.h"
@@ -47,12 +45,14 @@ inline void turn(Vec& first, Vec& second, const float* cosines, const float* sin
   first = turned;
 }
 
-// Pairs (x[i], x[i + half]) for i from 0 to pairs - 1; x and to may be the same.
+// Pairs (x[i], x[i + half]) for i from 0 to pairs - 1; x and to may be the same. `ahead` elements on lies the next row.
 template <bool kStreaming, class T>
-void rotate_halves(const T* x, T* to, int64_t half, const TableRow& row, int64_t pairs) {
+inline void rotate_halves(const T* x, T* to, int64_t half, const TableRow& row, int64_t pairs, int64_t ahead) {
   int64_t i = 0;
   if constexpr (kSplitsHalves<T>) {
     for (; i + 2 * kLanes <= pairs; i += 2 * kLanes) {
+      prefetch_row(x + i, ahead, Twice{});
+      prefetch_row(x + half + i, ahead, Twice{});
       Vec first_even, first_odd, second_even, second_odd;
       load_pairs(x + i, first_even, first_odd);
       load_pairs(x + half + i, second_even, second_odd);
@@ -64,6 +64,8 @@ void rotate_halves(const T* x, T* to, int64_t half, const TableRow& row, int64_t
   }
   for_lanes(pairs - i, [&](int64_t rest, auto lanes) {
     const int64_t at = i + rest;
+    prefetch_row(x + at, ahead, lanes);
+    prefetch_row(x + half + at, ahead, lanes);
     Vec first = load(x + at, lanes), second = load(x + half + at, lanes);
     turn(first, second, row.cosine + at, row.sine + at);
     put<kStreaming>(to + at, first, lanes);
@@ -71,9 +73,9 @@ void rotate_halves(const T* x, T* to, int64_t half, const TableRow& row, int64_t
   });
 }
 
-// Pairs (x[2i], x[2i + 1]) for i from 0 to pairs - 1; x and to may be the same.
+// Pairs (x[2i], x[2i + 1]) for i from 0 to pairs - 1; x and to may be the same. `ahead` elements on lies the next row.
 template <bool kStreaming, class T>
-void rotate_pairs(const T* x, T* to, const TableRow& row, int64_t pairs) {
+inline void rotate_pairs(const T* x, T* to, const TableRow& row, int64_t pairs, int64_t ahead) {
   const auto rotate_sixteen = [&](const T* from, T* into, int64_t i, auto streaming) {
     Vec first, second;
     load_pairs(from, first, second);
@@ -82,6 +84,7 @@ void rotate_pairs(const T* x, T* to, const TableRow& row, int64_t pairs) {
   };
   for_lanes(pairs, [&](int64_t i, auto lanes) {
     if constexpr (decltype(lanes)::kWhole) {
+      prefetch_row(x + 2 * i, ahead, Twice{});
       rotate_sixteen(x + 2 * i, to + 2 * i, i, Truth<kStreaming>{});
     } else {
       T rest[2 * kLanes] = {};
@@ -128,8 +131,20 @@ bool is_streamed(const Heads<T>& heads, const Shape& shape, bool interleaved) {
          whole_lines(to.n) && whole_lines(interleaved ? shape.rotary_dim : shape.rotary_dim / 2);
 }
 
-// One token: its heads of q and k, k's after the heads of q that attend to it, the order of megatron-core's QKV rows in
-// memory.
+// Calls visit(is_key, n) for every head of a token: k's after the heads of q that attend to it, the order of
+// megatron-core's QKV rows in memory. There is one call, so that what it does is compiled into the loop.
+template <class Visit>
+inline void for_heads(int64_t q_heads, int64_t k_heads, Visit&& visit) {
+  int64_t q = 0, k = 0, next_key = k_heads > 0 ? q_heads / k_heads : q_heads + 1;  // the head of q that k waits for
+  for (int64_t head = 0; head < q_heads + k_heads; ++head) {
+    const bool is_key = q >= next_key;
+    visit(is_key, is_key ? k : q);
+    if (is_key) next_key = ++k < k_heads ? q_heads * (k + 1) / k_heads : q_heads + 1;
+    else ++q;
+  }
+}
+
+// One token: its heads of q and k.
 template <bool kInterleaved, bool kStreaming, class T>
 void rotate_token(const Heads<T>& q, const Heads<T>& k, const Table& table, const Shape& shape, int64_t s, int64_t b,
                   float sign) {
@@ -137,6 +152,7 @@ void rotate_token(const Heads<T>& q, const Heads<T>& k, const Table& table, cons
   const int64_t position = table.positions ? table.positions[s * shape.batch + b] : s;
   const bool is_known = position >= 0 && position < table.rows;
   const int64_t half = shape.rotary_dim / 2, tail = shape.head_dim - shape.rotary_dim;
+  const bool starts_row = b + 1 == shape.batch;  // of the next token
   TableRow row;
   for (int64_t begin = 0; begin < half; begin += kTablePairs) {
     const int64_t pairs = half - begin < kTablePairs ? half - begin : kTablePairs;
@@ -146,22 +162,17 @@ void rotate_token(const Heads<T>& q, const Heads<T>& k, const Table& table, cons
     } else {  // a position outside of the table shows in the loss
       for (int64_t i = 0; i < pairs; ++i) row.cosine[i] = row.sine[i] = __builtin_nanf("");
     }
-    const auto rotate = [&](const Heads<T>& heads, int64_t n) {
+    for_heads(q.count, k.count, [&](bool is_key, int64_t n) {
+      const Heads<T>& heads = is_key ? k : q;
       const Strides& strides = heads.from_strides;
       const T* from = heads.from + strides.at(s, b, n);
       T* to = heads.to + heads.to_strides.at(s, b, n);
-      prefetch(from, b + 1 < shape.batch ? strides.b : strides.s - (shape.batch - 1) * strides.b, shape.rotary_dim);
-      if constexpr (kInterleaved) rotate_pairs<kStreaming>(from + 2 * begin, to + 2 * begin, row, pairs);
-      else rotate_halves<kStreaming>(from + begin, to + begin, half, row, pairs);
+      const int64_t ahead = starts_row ? strides.s - b * strides.b : strides.b;
+      if constexpr (kInterleaved) rotate_pairs<kStreaming>(from + 2 * begin, to + 2 * begin, row, pairs, ahead);
+      else rotate_halves<kStreaming>(from + begin, to + begin, half, row, pairs, ahead);
       if (begin == 0 && tail > 0 && from != to)
         std::memcpy(to + shape.rotary_dim, from + shape.rotary_dim, tail * sizeof(T));
-    };
-    int64_t n = 0;
-    for (int64_t group = 0; group < k.count; ++group) {
-      for (; n < q.count * (group + 1) / k.count; ++n) rotate(q, n);
-      rotate(k, group);
-    }
-    for (; n < q.count; ++n) rotate(q, n);
+    });
   }
 }
 
