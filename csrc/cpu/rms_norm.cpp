@@ -15,7 +15,7 @@ namespace {
 template <bool kResidual, bool kStreaming, class T, class Gamma>
 float normalize_row(const T* x, const T* residual, const Gamma* gamma, T* h, T* y, int64_t hidden, float epsilon,
                     float offset) {
-  const float squares = blocked_sum(hidden, [&](int64_t i, auto lanes, auto& to) {
+  const float squares = blocked_sum<T>(hidden, [&](int64_t i, auto lanes, auto& to) {
     auto value = load(x + i, lanes);
     if constexpr (kResidual) {
       store(h + i, value + load(residual + i, lanes), lanes);
@@ -26,7 +26,7 @@ float normalize_row(const T* x, const T* residual, const Gamma* gamma, T* h, T* 
   const double mean_square = static_cast<double>(squares) / static_cast<double>(hidden);
   const float rstd = static_cast<float>(1.0 / __builtin_sqrt(mean_square + static_cast<double>(epsilon)));
   const T* normalized = kResidual ? h : x;
-  for_twice_lanes(hidden, [&](int64_t column, auto lanes) {
+  for_steps_of<T>(hidden, [&](int64_t column, auto lanes) {
     prefetch_row(x + column, hidden, lanes);
     if constexpr (kResidual) prefetch_row(residual + column, hidden, lanes);
     const auto weight = load_beside<T>(gamma + column, lanes) + splat(offset);
