@@ -23,6 +23,7 @@ inline Vec2 operator-(Vec2 a, Vec2 b) { return {a.one - b.one, a.other - b.other
 inline Vec2 operator*(Vec2 a, Vec2 b) { return {a.one * b.one, a.other * b.other}; }
 inline Vec2 operator/(Vec2 a, Vec2 b) { return {a.one / b.one, a.other / b.other}; }
 inline Vec2 fma(Vec2 a, Vec2 b, Vec2 c) { return {fma(a.one, b.one, c.one), fma(a.other, b.other, c.other)}; }
+inline Vec2 fms(Vec2 a, Vec2 b, Vec2 c) { return {fms(a.one, b.one, c.one), fms(a.other, b.other, c.other)}; }
 inline Vec2 min(Vec2 a, Vec2 b) { return {min(a.one, b.one), min(a.other, b.other)}; }
 inline Vec2 max(Vec2 a, Vec2 b) { return {max(a.one, b.one), max(a.other, b.other)}; }
 
@@ -98,34 +99,6 @@ template <class T, class Body>
 inline void for_steps_of(int64_t length, Body&& body) {
   if constexpr (sizeof(T) < sizeof(float)) for_twice_lanes(length, body);
   else for_lanes(length, body);
-}
-
-// A sum over [0, length) that add(i, lanes, to) gathers into `to`: four running sums, closed every kSumBlock elements,
-// which keeps the error of long rows near that of a pairwise sum. T: as in for_steps_of.
-constexpr int64_t kSumBlock = 2048;
-
-template <class T, class Add>
-inline float blocked_sum(int64_t length, Add&& add) {
-  Vec total = splat(0.0f);
-  for (int64_t begin = 0; begin < length; begin += kSumBlock) {
-    const int64_t end = length - begin < kSumBlock ? length : begin + kSumBlock;
-    Vec2 first = splat(0.0f), second = splat(0.0f);
-    int64_t i = begin;
-    for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
-      if constexpr (sizeof(T) < sizeof(float)) {
-        add(i, Twice{}, first);
-        add(i + 2 * kLanes, Twice{}, second);
-      } else {
-        add(i, Full{}, first.one);
-        add(i + kLanes, Full{}, first.other);
-        add(i + 2 * kLanes, Full{}, second.one);
-        add(i + 3 * kLanes, Full{}, second.other);
-      }
-    }
-    for_lanes(end - i, [&](int64_t rest, auto lanes) { add(i + rest, lanes, first.one); });
-    total = total + ((first.one + first.other) + (second.one + second.other));
-  }
-  return sum(total);
 }
 
 }  // namespace k2::cpu::K2_ISA
