@@ -101,7 +101,9 @@ def encode_share(tokenizer_path: str, path: Path, share: tuple[int, int], limit:
     from k2_megatron.data.tokenizer import load_tokenizer
 
     keep_freed_memory()
-    gigatoken_encoder.LARGE_PROCESS_BYTES = 1 << 60  # the texts in memory are no reason to forget words
+    gigatoken_encoder.MANY_WORDS_BYTES = gigatoken_encoder.FEWER_WORDS_BYTES = (
+        1 << 60
+    )  # the texts in memory are no reason to forget words
     encoder = encoders.make_encoder(load_tokenizer(tokenizer_path))
     encode = encoder.reference if own else encoder.encode
     batches = batches_of(path, share, limit)

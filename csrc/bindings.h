@@ -62,7 +62,7 @@ void bind(pybind11::module_& module, const char* name, int64_t (*function)(Param
 }  // namespace k2
 
 // The table of contents: of the CPU's module alone, and of both.
-#define K2_BIND_CPU(BIND) BIND(fingerprint) BIND(json_texts) BIND(narrow_ids)
+#define K2_BIND_CPU(BIND) BIND(fingerprint) BIND(json_texts) BIND(narrow_ids) BIND(unpack_block)
 #define K2_BIND_ALL(BIND)         \
   BIND(rms_norm_forward)          \
   BIND(rms_norm_backward)         \

@@ -127,20 +127,25 @@ enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
 //   values: rows x columns of itemsize 2, 4 or 8 bytes, row_stride elements from row to row; bits are sign-extended.
 //   index of element (r, c) = first_index + r * index_stride + c, its linear index in the whole tensor.
 //
-// Two of preprocessing, single-threaded whatever `threads` says (each of its workers is a process):
+// Three of preprocessing, single-threaded whatever `threads` says (each of its workers is a process):
 // json_texts: from the `size` bytes of JSON lines at block + cursor[0] on, the string under `key` of each, unescaped to
 //   UTF-8 at text + offsets[cursor[1]]; per line cursor[1] grows by one, offsets[cursor[1]] is set and cursor[0] moves to
 //   the next line. Stops at the first line that it leaves to the caller (cursor[0] < size): blank, bad, without the key,
 //   or unusual. `text` has size + 32 bytes.
 // narrow_ids: documents of lengths[i] ids end to end, each that is not empty followed by `end` (-1: by nothing), as
 //   uint16 (itemsize 2) or int32.
+// unpack_block: a part of a block of Snappy (format 0, behind its length) or LZ4 (1) goes on from
+//   in + state[0] to out + state[1], until either lacks room or bytes (fewer than 5 may be left of a tag). `out` still
+//   holds the last 64 KiB before. state [7]: both positions, what is under way, and 1 where a copy begins before `out`.
 #define K2_CPU_OPS(RESULT, WHERE)                                                                                      \
   RESULT fingerprint(const void* values, int64_t itemsize, int64_t rows, int64_t columns, int64_t row_stride,          \
                      int64_t first_index, int64_t index_stride, uint64_t key, uint64_t* sum, WHERE);                   \
   RESULT json_texts(const void* block, int64_t size, const void* key, int64_t key_size, void* text, int64_t* offsets,  \
                     int64_t* cursor, WHERE);                                                                           \
   RESULT narrow_ids(const uint32_t* ids, const int64_t* lengths, int64_t documents, int64_t end, void* out,            \
-                    int64_t itemsize, WHERE);
+                    int64_t itemsize, WHERE);                                                                          \
+  RESULT unpack_block(int64_t format, const void* in, int64_t in_size, void* out, int64_t out_size, int64_t* state,    \
+                      WHERE);
 
 #define K2_ALL_OPS(RESULT, WHERE) \
   K2_RMS_NORM(RESULT, WHERE)      \

@@ -89,7 +89,7 @@ def main() -> int:
     try:
         job = Job(
             sources=tuple(find_sources(options.input, options.output_prefix)),
-            keys=tuple(options.json_keys),
+            keys=tuple(dict.fromkeys(options.json_keys)),
             tokenizer_path=options.tokenizer,
             end_of_document_piece=options.eod_token,
             special_pieces=options.special_tokens_in_text,

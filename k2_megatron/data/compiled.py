@@ -1,10 +1,13 @@
-"""The compiled half of preprocessing: two functions of k2_megatron._cpu (csrc/ops.h), or None: then numpy, orjson."""
+"""The compiled part of preprocessing: three functions of k2_megatron._cpu (csrc/ops.h), or None: then numpy, orjson and
+arrow."""
 
 from __future__ import annotations
 
 import importlib
 from functools import cache
 from types import ModuleType
+
+FUNCTIONS = ("json_texts", "narrow_ids", "unpack_block")
 
 
 @cache
@@ -15,4 +18,4 @@ def compiled() -> ModuleType | None:
         module = importlib.import_module("k2_megatron._cpu")
     except ImportError:
         return None
-    return module if hasattr(module, "json_texts") and hasattr(module, "narrow_ids") else None
+    return module if all(hasattr(module, name) for name in FUNCTIONS) else None

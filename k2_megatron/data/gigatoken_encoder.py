@@ -22,9 +22,11 @@ import psutil
 from k2_megatron.data.texts import Texts
 from k2_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 
-LARGE_PROCESS_BYTES = 190 << 20  # of a worker that may take 300 MB: the table of words doubles when it is full
+# Of a worker that may take 300 MB. The table of words doubles when it is full, at 0.4, 0.8 and 1.6 million words, which
+# takes 65, 131 and 233 MB meanwhile: words are forgotten before the last, beside a long text before the last but one.
+LARGE_PROCESS_BYTES = 180 << 20
+MANY_WORDS_BYTES, FEWER_WORDS_BYTES = 80 << 20, 36 << 20
 FEW_BYTES, MANY_BYTES = 2 << 20, 4 << 20  # of text at once: 8 MiB of new words took 328 MB
-IDS_BEFORE_FORGETTING = 4_000_000  # should the tokenizer alone be so large, words are not forgotten at every call
 
 
 def release_freed_memory() -> None:
@@ -51,7 +53,8 @@ class GigatokenEncode:
         self._backend: Any = None  # the old one's memory goes first
         release_freed_memory()
         self._backend = gigatoken.Tokenizer.from_json(self._settings)
-        self._ids_since = 0
+        release_freed_memory()  # or the table would grow into it unseen
+        self._bytes_without_words = _resident_bytes()
 
     @property
     def bytes_at_once(self) -> int:
@@ -63,10 +66,16 @@ class GigatokenEncode:
         with _imported_as("awkward", self._arrays):
             given = texts if isinstance(texts, Texts) else list(texts)
             ids, lengths = self._backend.encode_batch(given, parallel=False)
-        self._ids_since += len(ids)
-        if self._ids_since > IDS_BEFORE_FORGETTING and psutil.Process().memory_info().rss > LARGE_PROCESS_BYTES:
+        resident = _resident_bytes()
+        self._bytes_without_words = min(self._bytes_without_words, resident)  # a long text has gone meanwhile
+        words = FEWER_WORDS_BYTES if resident > LARGE_PROCESS_BYTES else MANY_WORDS_BYTES
+        if resident - self._bytes_without_words > words:
             self.forget()
         return ids, lengths
+
+
+def _resident_bytes() -> int:
+    return psutil.Process().memory_info().rss
 
 
 def gigatoken_settings(tokenizer: HuggingFaceTokenizer | SentencePieceTokenizer) -> str:

@@ -74,7 +74,7 @@ def scan_lines(scanner: ModuleType, block: bytes | bytearray, key: str, shard: i
     rejected: list[tuple[int, str]] = []
     while True:
         results = (content.ctypes.data, offsets.ctypes.data, cursor.ctypes.data)
-        scanner.json_texts(_address(block), len(block), _address(name), len(name), *results, 1)
+        scanner.json_texts(address(block), len(block), address(name), len(name), *results, 1)
         position, documents = (int(value) for value in cursor)
         line = documents + len(blank) + len(rejected)
         if position >= len(block):
@@ -93,7 +93,7 @@ def scan_lines(scanner: ModuleType, block: bytes | bytearray, key: str, shard: i
         cursor[:] = end, documents
 
 
-def _address(content: bytes | bytearray) -> int:
+def address(content: bytes | bytearray | memoryview) -> int:
     return np.frombuffer(content, dtype=np.uint8).ctypes.data if content else 0
 
 
@@ -126,7 +126,11 @@ def take_texts(record: object, keys: Sequence[str], texts: dict[str, list[str]])
         return f"not an object but {type(record).__name__}"
     for key in keys:
         if type(record.get(key)) is not str:
-            return f"{key!r} is {type(record[key]).__name__}, not a string" if key in record else f"has no {key!r}"
+            return not_a_string(key, record[key]) if key in record else f"has no {key!r}"
     for key in keys:
         texts[key].append(record[key])
     return ""
+
+
+def not_a_string(key: str, value: object) -> str:
+    return f"{key!r} is {type(value).__name__}, not a string"

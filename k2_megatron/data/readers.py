@@ -11,12 +11,14 @@ import io
 import lzma
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import IO
 
 import numpy as np
 
 from k2_megatron.data import sources
 from k2_megatron.data.json_lines import Piece, parse_lines
+from k2_megatron.data.long_lines import LONG_LINE_BYTES, parse_long_line
 from k2_megatron.data.sources import Source, decompressed, why_not_text
 from k2_megatron.data.texts import Texts
 
@@ -150,13 +152,32 @@ def _line_pieces(
                     return  # the end of the file
                 shard += 1
                 continue
-            piece = parse_lines(block, keys, shard)
-            if dropped:
-                piece.rejected.append((piece.lines, f"longer than {sources.MAX_DOCUMENT_BYTES >> 20} MiB"))
-                piece.lines += 1
-            piece.consumed = raw.tell() if source.compression else reader.position
+            found = _pieces_of_block(block, keys, shard)
             block = b""  # of a long document: in memory often enough
-            yield piece
+            for piece in chain(found, [_dropped_line(keys, shard)] if dropped else []):
+                piece.consumed = raw.tell() if source.compression else reader.position
+                yield piece
+
+
+def _pieces_of_block(block: bytes | bytearray, keys: Sequence[str], shard: int) -> Iterator[Piece]:
+    """One, or two where the last line is long; the block is kept no longer than the pieces are."""
+    last_line = block.rfind(b"\n", 0, max(0, len(block) - 1)) + 1
+    line = memoryview(block)[last_line:] if len(block) - last_line > LONG_LINE_BYTES else memoryview(b"")
+    if len(block) > len(line):
+        piece = parse_lines(block[:last_line] if line else block, keys, shard)
+        if not line:
+            del block
+        yield piece
+    if line:
+        del block
+        piece = parse_long_line(line, keys, shard)
+        del line
+        yield piece
+
+
+def _dropped_line(keys: Sequence[str], shard: int) -> Piece:
+    reason = f"longer than {sources.MAX_DOCUMENT_BYTES >> 20} MiB"
+    return Piece(shard, {key: [] for key in keys}, lines=1, rejected=[(0, reason)])
 
 
 def _text_pieces(source: Source, keys: Sequence[str], make_room: Callable[[], None]) -> Iterator[Piece]:

@@ -214,11 +214,9 @@ class _OpenShard:
 
     def add(self, piece: Piece, disk_bytes: int) -> int:
         job, maker = self.maker.job, self.maker
-        for content in piece.raw:
-            self.hash.update(content)
-            self.text_bytes += len(content)
-        piece.raw = ()  # a long document is in memory often enough
-        count = len(piece.texts[job.keys[0]])
+        self._hash(piece)
+        texts_of_keys, piece.texts, piece.raw = dict(piece.texts), {}, ()  # a long document is in memory often enough
+        count = len(texts_of_keys[job.keys[0]])
         tokens = 0
         end = maker.tokenizer.end_of_document if job.append_end_of_document else None
         for key in job.keys if count else ():
@@ -226,7 +224,7 @@ class _OpenShard:
                 prefix = job.shard_output(key, self.source, self.number)
                 self.writers[key] = TokenWriter(prefix, token_dtype(maker.tokenizer.vocab_size))
             where = job.sources[self.source].path
-            for texts in apart(piece.texts[key]):
+            for texts in apart(texts_of_keys.pop(key)):
                 if isinstance(texts, np.ndarray):
                     tokens += self.writers[key].add_long(maker.encode_long(texts, where), end)
                 else:
@@ -237,6 +235,11 @@ class _OpenShard:
         self.documents += count
         self.disk_bytes += disk_bytes
         return tokens
+
+    def _hash(self, piece: Piece) -> None:
+        for content in piece.raw:
+            self.hash.update(content)
+            self.text_bytes += len(content)
 
     def close(self, last: bool) -> None:
         """Publish the shard's files, then its record."""

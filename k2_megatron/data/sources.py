@@ -104,10 +104,14 @@ def decompressed(source: Source, raw: IO[bytes]) -> IO[bytes]:
     return raw
 
 
-def why_not_text(content: bytes | memoryview) -> str:
+def why_not_text(content: bytes | bytearray | memoryview) -> str:
     """ "" where the content is the text of one document, not too long."""
     if len(content) > MAX_DOCUMENT_BYTES:
         return f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB"
+    return why_not_utf8(content)
+
+
+def why_not_utf8(content: bytes | bytearray | memoryview) -> str:
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         for first in range(0, len(content) + 1, READ_BYTES):  # a string of the whole could take four bytes a character

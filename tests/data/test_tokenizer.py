@@ -82,7 +82,7 @@ def test_gigatoken_needs_no_awkward_and_gets_much_text_where_it_keeps_no_words(r
 
 def test_an_encoder_that_forgets_gives_the_same_ids(toy_tokenizer, speeches, monkeypatch):
     monkeypatch.setattr(gigatoken_encoder, "LARGE_PROCESS_BYTES", 0)
-    monkeypatch.setattr(gigatoken_encoder, "IDS_BEFORE_FORGETTING", 1000)
+    monkeypatch.setattr(gigatoken_encoder, "FEWER_WORDS_BYTES", -(1 << 40))
     encode = encoders.GigatokenEncode(load_tokenizer(toy_tokenizer))
     made = [encode._backend]
     reference = make_encoder(load_tokenizer(toy_tokenizer), "tokenizers").encode

@@ -1,0 +1,189 @@
+"""A long line of JSON to its texts, so that memory holds the line and the texts and little else.
+
+In: one line. Out: a `Piece`, as parse_lines gives. What the compiled scanner leaves orjson would take apart into
+objects of up to four times the text, and an error of it holds the line once more. So it gets the line with a mark in
+place of each long string, which is as good JSON as the line if the strings are good, and the strings part by part.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import orjson
+
+from k2_megatron.data.compiled import compiled
+from k2_megatron.data.gigatoken_encoder import release_freed_memory
+from k2_megatron.data.json_lines import SPARE_BYTES, Piece, address, take_texts
+from k2_megatron.data.sources import why_not_utf8
+from k2_megatron.data.texts import Texts
+
+LONG_LINE_BYTES = 2 << 20
+LONG_STRING_BYTES = 64 << 10
+PART_BYTES = 1 << 20  # of a long string, at once
+# Not to be cut: an escape, and two of which the first is the upper half of a pair. Outside strings is no backslash.
+ESCAPE_OR_QUOTE = re.compile(rb'\\(?:u(?:[dD][89abAB]..\\u)?....|.)|"', re.DOTALL)
+NOT_UTF8 = "str is not valid UTF-8: surrogates not allowed"  # orjson's words, who looks for that first
+Fault = tuple[int, str]  # the character of a line, counted from 0, and what is wrong there
+
+
+@dataclass(frozen=True)
+class LongString:
+    """Bytes places[0]..places[-1] of a line, which may be cut at the others."""
+
+    places: Sequence[int]
+    mark: bytes  # that stands for it
+
+
+def parse_long_line(line: memoryview, keys: Sequence[str], shard: int) -> Piece:
+    """The document of one line; rejected or blank where it has none, with the reason that orjson gives (nearly, where
+    the line is cut in an escape)."""
+    release_freed_memory()  # that of the line while it grew
+    piece = Piece(shard, {key: [] for key in keys}, lines=1, raw=(line,))
+    scanned = _scanned(line, keys[0]) if len(keys) == 1 else None
+    found = {keys[0]: scanned} if scanned is not None else _read_in_parts(line, keys)
+    if not isinstance(found, str):
+        piece.texts = found
+    elif re.search(rb"\S", line) is None:
+        piece.blank.append(0)
+    else:
+        piece.rejected.append((0, found))
+    return piece
+
+
+def _scanned(line: memoryview, key: str) -> Texts | None:
+    """The text that the compiled scanner gives, if it does."""
+    scanner = compiled()
+    if scanner is None:
+        return None
+    name = key.encode()
+    content = np.empty(len(line) + SPARE_BYTES, dtype=np.uint8)
+    offsets, cursor = np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.int64)
+    results = (content.ctypes.data, offsets.ctypes.data, cursor.ctypes.data)
+    scanner.json_texts(address(line), len(line), address(name), len(name), *results, 1)
+    return Texts(content[: offsets[1]], offsets) if cursor[1] else None
+
+
+def _read_in_parts(line: memoryview, keys: Sequence[str]) -> dict[str, Texts] | str:
+    """The text under each key, or why there is none."""
+    if why_not_utf8(line):
+        return _not_json([(0, NOT_UTF8)])
+    strings = _long_strings(line)
+    outline: bytes | memoryview = _outline(line, strings)
+    if len(outline) > LONG_LINE_BYTES:  # of many short values: then there is no other way
+        strings, outline = [], line
+    texts: dict[str, list[str]] = {key: [] for key in keys}
+    try:
+        reason = take_texts(orjson.loads(outline), keys, texts)
+    except orjson.JSONDecodeError as error:
+        end = _fault_in_line(line, strings, error.pos)
+        return _not_json([(end, error.msg), *_faults_in_strings(line, strings)])
+    faults = _faults_in_strings(line, strings)
+    if faults or reason:
+        return _not_json(faults) if faults else reason
+    marks = {string.mark.decode(): string for string in strings}
+    return {key: _one_text(_unescaped(line, marks.get(text), text)) for key in keys for text in texts[key]}
+
+
+def _not_json(faults: Sequence[Fault]) -> str:
+    """The first counts."""
+    place, message = min(faults)
+    return f"not JSON: {message}: line 1 column {place + 1} (char {place})"
+
+
+def _long_strings(line: memoryview) -> list[LongString]:
+    """The long strings of a line; the last may have no end."""
+    mark = secrets.token_hex(16)  # that no string of the line begins with
+    found: list[LongString] = []
+
+    def add(places: Sequence[int], end: int) -> None:
+        if end - places[0] > LONG_STRING_BYTES:
+            found.append(LongString([*places, end], f"{mark}{len(found)}".encode()))
+
+    string: list[int] = []  # that a quote has begun
+    for match in ESCAPE_OR_QUOTE.finditer(line):
+        start, end = match.span()
+        _cut(line, string, start)
+        if line[start] != ord('"'):
+            if string and end - string[-1] >= PART_BYTES:
+                string.append(end)
+        elif not string:
+            string = [end]
+        else:
+            add(string, start)
+            string = []
+    if string:
+        _cut(line, string, len(line))
+        add(string, len(line))
+    return found
+
+
+def _cut(line: memoryview, string: list[int], end: int) -> None:
+    """Cut a string between characters, up to `end`; behind its last place are no escapes before that."""
+    while string and end - string[-1] > PART_BYTES:
+        place = string[-1] + PART_BYTES
+        string.append(next(at for at in range(place, 0, -1) if line[at] & 0xC0 != 0x80))
+
+
+def _outline(line: memoryview, strings: Sequence[LongString]) -> bytes:
+    """The line with the marks in place of the long strings."""
+    parts: list[bytes | memoryview] = []
+    behind = 0
+    for string in strings:
+        parts += [line[behind : string.places[0]], string.mark]
+        behind = string.places[-1]
+    return b"".join([*parts, line[behind:]])
+
+
+def _fault_in_line(line: memoryview, strings: Sequence[LongString], place: int) -> int:
+    """Which character of the line is character `place` of its outline."""
+    behind = 0
+    for string in strings:
+        before, end = _characters(line, behind, string.places[0]), string.places[-1]
+        if place <= before:
+            break
+        place -= before + len(string.mark)
+        behind = end
+    return _characters(line, 0, behind) + place
+
+
+def _faults_in_strings(line: memoryview, strings: Sequence[LongString]) -> list[Fault]:
+    """The first fault of the long strings."""
+    for string in strings:
+        for first, end in zip(string.places, string.places[1:], strict=False):
+            try:
+                _part(line, first, end)
+            except orjson.JSONDecodeError as error:
+                return [(_characters(line, 0, first) + error.pos - 1, error.msg)]
+    return []
+
+
+def _part(line: memoryview, first: int, end: int) -> str:
+    return orjson.loads(b"".join((b'"', line[first:end], b'"')))
+
+
+def _unescaped(line: memoryview, string: LongString | None, text: str) -> np.ndarray:
+    """The UTF-8 of a text that is a long string, or of the text itself."""
+    if string is None:
+        return np.frombuffer(text.encode(), dtype=np.uint8)
+    content = np.empty(string.places[-1] - string.places[0], dtype=np.uint8)  # what grows leaves holes behind
+    size = 0
+    for first, end in zip(string.places, string.places[1:], strict=False):
+        part = np.frombuffer(_part(line, first, end).encode(), dtype=np.uint8)
+        content[size : size + len(part)] = part
+        size += len(part)
+    return content[:size]
+
+
+def _characters(line: memoryview, first: int, end: int) -> int:
+    """How many characters begin in bytes first..end-1."""
+    content = np.frombuffer(line, dtype=np.uint8)
+    parts = (content[at : min(end, at + PART_BYTES)] for at in range(first, end, PART_BYTES))
+    return sum(int(np.count_nonzero(part & 0xC0 != 0x80)) for part in parts)
+
+
+def _one_text(content: np.ndarray) -> Texts:
+    return Texts(content, np.array([0, len(content)], dtype=np.int64))

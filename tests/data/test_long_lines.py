@@ -1,0 +1,83 @@
+"""A long line read in parts is what orjson makes of it whole: texts, and the reasons of rejected ones."""
+
+from __future__ import annotations
+
+import json
+import random
+import tracemalloc
+
+import pytest
+from test_json_lines import BAD, UNUSUAL, random_line
+
+from k2_megatron.data import json_lines, long_lines, readers
+from k2_megatron.data.json_lines import parse_every_line
+from k2_megatron.data.long_lines import parse_long_line
+from k2_megatron.data.readers import pieces
+from k2_megatron.data.sources import find_sources
+
+ESCAPED = b"\\ud83d\\ude42\\u00e9\\n"
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    """Nearly every string is a long one, in parts of a few bytes; without the scanner."""
+    monkeypatch.setattr(long_lines, "LONG_STRING_BYTES", 9)
+    monkeypatch.setattr(long_lines, "PART_BYTES", 7)
+    monkeypatch.setattr(long_lines, "compiled", lambda: None)
+
+
+def assert_same(line: bytes) -> None:
+    for keys in (["text"], ["text", "k0"]):
+        ours, whole = parse_long_line(memoryview(bytearray(line)), keys, 7), parse_every_line(line, keys, 7)
+        assert {key: list(ours.texts[key]) for key in keys} == whole.texts, line
+        assert (ours.lines, ours.blank, ours.rejected) == (1, whole.blank, whole.rejected), line
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_lines_in_every_form_whole_and_damaged(seed):
+    draw = random.Random(seed)
+    for _ in range(100):
+        line = random_line(draw).replace(b"\n", b"").replace(b"other", ESCAPED * draw.randrange(9))
+        assert_same(line or b" ")
+
+
+@pytest.mark.parametrize("line", [*UNUSUAL, *BAD, b" \t ", b'{"text": "cut off in a long string'])
+def test_unusual_and_bad_lines(line):
+    assert_same(line)
+
+
+def test_a_line_of_many_short_values_is_read_whole(monkeypatch):
+    monkeypatch.setattr(long_lines, "LONG_LINE_BYTES", 20)
+    assert_same(b'{"text": "long enough to be marked", "k0": "", "n": [' + b"1e5," * 20 + b"0]}")
+
+
+@pytest.mark.parametrize("keys", [["text"], ["text", "body"]])
+@pytest.mark.parametrize("end", [b"\n", b""])
+def test_a_long_last_line_is_a_piece_of_its_own(tmp_path, monkeypatch, keys, end):
+    monkeypatch.setattr(readers, "LONG_LINE_BYTES", 100)
+    short, long = b'{"text": "a", "body": "b"}\n', b'{"text": "%s", "n": 1e5, "body": "c"}' % (b"x" * 200)
+    (tmp_path / "a.jsonl").write_bytes(short * 3 + long + end)
+    found = list(pieces(find_sources([str(tmp_path)])[0], keys, 1 << 20, 0, None))
+    assert [piece.lines for piece in found] == [3, 1]
+    assert [list(piece.texts["text"]) for piece in found] == [["a"] * 3, ["x" * 200]]
+    assert b"".join(bytes(raw) for piece in found for raw in piece.raw) == short * 3 + long + end
+
+
+@pytest.mark.parametrize("what", ["texts", "cut", "without the key"])
+def test_memory_beside_a_long_line_and_its_texts_is_bounded(monkeypatch, what):
+    """A character beyond ASCII would make every other one of a str take four bytes."""
+    monkeypatch.setattr(long_lines, "LONG_STRING_BYTES", 1 << 16)
+    monkeypatch.setattr(long_lines, "PART_BYTES", 1 << 16)
+    size = 8 << 20
+    line = json.dumps({"text": "x" * size + "🙂", "body": "y" * size}, ensure_ascii=False)
+    line = line[:-2] if what == "cut" else line.replace("text", "other") if what == "without the key" else line
+    given = memoryview(line.encode())
+    tracemalloc.start()
+    try:
+        piece = parse_long_line(given, ["text", "body"], 0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(piece.rejected) == (what != "texts")
+    assert peak < (2 * size if what == "texts" else 0) + (8 << 20)
+    assert json_lines.parse_every_line(bytes(given), ["text", "body"], 0).rejected == piece.rejected

@@ -1,0 +1,239 @@
+"""Parquet's large pages are read a text at a time, with arrow's texts; damage is a named error in bounded memory."""
+
+from __future__ import annotations
+
+import errno
+import io
+import random
+import tempfile
+import tracemalloc
+
+import numpy as np
+import pyarrow as arrow
+import pyarrow.parquet as parquet
+import pytest
+
+from k2_megatron.data import parquet_rows, parquet_texts
+from k2_megatron.data.block_formats import BlockFile
+from k2_megatron.data.compiled import compiled
+from k2_megatron.data.parquet_pages import PageContent
+from k2_megatron.data.parquet_texts import text_chunk
+from k2_megatron.data.readers import pieces
+from k2_megatron.data.sources import find_sources
+
+pytestmark = pytest.mark.skipif(compiled() is None, reason="k2_megatron._cpu is not built")
+
+CODECS = ["none", "snappy", "gzip", "zstd", "lz4", "brotli"]
+PARTS = ["the union ", "State of", "é", "日本語", "🙂", "\n", "x"]
+
+
+def texts(seed: int, count: int, repeated: float, nulls: bool) -> list[str | None]:
+    """Some of few that come again, some that come once; empty, short, and long ones."""
+    draw = random.Random(seed)
+    pool = ["".join(draw.choices(PARTS, k=draw.choice([0, 1, 3, 400]))) for _ in range(20)]
+    pool += [None] * 8 if nulls else []
+    return [draw.choice(pool) if draw.random() < repeated else str(draw.random()) * 20 for _ in range(count)]
+
+
+def write(path, columns: dict[str, list[str | None]], **settings) -> None:
+    """Small pages, many of them; several row groups."""
+    fields = [arrow.field(name, arrow.string(), nullable=None in values) for name, values in columns.items()]
+    settings = {"row_group_size": 150, "data_page_size": 4000, "write_batch_size": 16, **settings}
+    parquet.write_table(arrow.table(columns, schema=arrow.schema(fields)), path, **settings)
+
+
+def read(path, keys, monkeypatch, largest: int, first_shard: int = 0):
+    """What the pieces hold, and their raw bytes; `largest`: of the pages that arrow still gets."""
+    (source,) = find_sources([str(path)])
+    asked = []
+    monkeypatch.setattr(parquet_rows, "ARROW_PAGE_BYTES", largest)
+    monkeypatch.setattr(parquet_rows, "_arrow_rows", lambda *call: asked.append(1) or ARROW_ROWS(*call))
+    found = list(pieces(source, keys, 20_000, first_shard, None))
+    assert bool(asked) == (largest > 0)
+    facts = [(piece.shard, piece.lines, piece.rejected, piece.consumed) for piece in found]
+    values = [[list(piece.texts[key]) for piece in found] for key in keys]
+    return facts, values, b"".join(bytes(part) for piece in found for part in piece.raw)
+
+
+ARROW_ROWS = parquet_rows._arrow_rows
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("codec", CODECS)
+def test_large_pages_give_arrows_pieces(tmp_path, monkeypatch, codec, version):
+    """Dictionaries kept, given up for plain pages, and none; with nulls and required; one column and two."""
+    columns = {
+        "few": texts(0, 400, 1.0, nulls=True),
+        "many": texts(1, 400, 0.5, nulls=True),
+        "plain": texts(2, 400, 0.5, nulls=False),
+    }
+    path = tmp_path / "a.parquet"
+    settings = {"compression": codec, "data_page_version": version, "dictionary_pagesize_limit": 3000}
+    write(path, columns, use_dictionary=["few", "many"], **settings)
+    for keys in (["few"], ["many"], ["plain"], ["plain", "many"]):
+        ours = read(path, keys, monkeypatch, 0)
+        assert ours == read(path, keys, monkeypatch, 1 << 30)
+        assert ours[0][-1][0] > 1, "several shards"
+        last = ours[0][-1][0]
+        after = read(path, keys, monkeypatch, 0, last)
+        assert after[0] == [facts for facts in ours[0] if facts[0] == last]
+    assert [text for piece in read(path, ["plain"], monkeypatch, 0)[1][0] for text in piece] == columns["plain"]
+
+
+def test_long_rows_are_pieces_of_their_own_under_one_key_and_two(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_rows, "LONG_TEXT_BYTES", 3000)
+    monkeypatch.setattr(parquet_rows.sources, "MAX_DOCUMENT_BYTES", 9000)
+    rows = ["a", "b" * 2000, "c" * 4000, "d", "e" * 10_000, "f" * 5000]
+    write(tmp_path / "a.parquet", {"text": rows, "body": rows[::-1]})
+    made = []
+    for largest in (0, 1 << 30):
+        for keys, lines in ((["text"], [2, 1, 2, 1]), (["text", "body"], [1, 1, 2, 1, 1])):
+            facts, values, raw = read(tmp_path / "a.parquet", keys, monkeypatch, largest)
+            assert sum(fact[1] for fact in facts) == 6
+            made.append((keys, facts, values, raw))
+            if len(keys) == 1:
+                assert [fact[1] for fact in facts] == lines
+                assert [(fact[1], reason) for fact in facts for _, reason in fact[2]] == [(2, "longer than 0 MiB")]
+    assert made[:2] == made[2:]
+
+
+@pytest.mark.parametrize("what", ["nested", "binary", "encoding", "codec", "too many texts"])
+def test_what_is_not_read_here_stays_with_arrow(tmp_path, monkeypatch, what):
+    path, values = tmp_path / "a.parquet", ["one", "two", None] * 50
+    if what == "nested":
+        parquet.write_table(arrow.table({"text": [[value] for value in values]}), path)
+    elif what == "encoding":
+        parquet.write_table(
+            arrow.table({"text": values}), path, use_dictionary=False, column_encoding={"text": "DELTA_BYTE_ARRAY"}
+        )
+    else:
+        kind = arrow.binary() if what == "binary" else arrow.string()
+        parquet.write_table(arrow.table({"text": arrow.array(values, kind)}), path)
+    if what == "codec":
+        monkeypatch.setattr("k2_megatron.data.parquet_pages.compiled", lambda: None)
+    if what == "too many texts":
+        monkeypatch.setattr(parquet_texts, "LARGEST_DICTIONARY", 1)
+    monkeypatch.setattr(parquet_rows, "ARROW_PAGE_BYTES", 0)
+    with open(path, "rb") as raw, parquet.ParquetFile(path) as file:
+        assert parquet_rows._large_chunks(file, raw, 0, ["text"]) == []
+    (source,) = find_sources([str(path)])
+    (piece,) = pieces(source, ["text"], 1 << 30, 0, None)
+    assert (len(piece.texts["text"]), len(piece.rejected)) == ((0, 150) if what in ("nested", "binary") else (100, 50))
+
+
+def test_a_row_that_is_not_utf8_is_rejected(tmp_path, monkeypatch):
+    """Arrow does not look at the bytes of a string column."""
+    path = tmp_path / "a.parquet"
+    write(path, {"text": ["before", "no\x01text", "after"]}, use_dictionary=False, compression="none")
+    path.write_bytes(path.read_bytes().replace(b"no\x01text", b"no\xfftext"))
+    for largest in (0, 1 << 30):
+        facts, values, _ = read(path, ["text"], monkeypatch, largest)
+        assert values == [[["before", "after"]]]
+        assert facts[0][2] == [(1, "not UTF-8: invalid start byte")]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_damaged_pages_are_named_errors_within_bounded_memory(tmp_path, monkeypatch, seed):
+    draw = random.Random(seed)
+    path = tmp_path / "a.parquet"
+    settings = {"compression": CODECS[seed % 6], "data_page_version": draw.choice(["1.0", "2.0"])}
+    write(path, {"text": texts(seed, 300, 0.7, nulls=True)}, dictionary_pagesize_limit=3000, **settings)
+    content = bytearray(path.read_bytes())
+    end = parquet.ParquetFile(path).metadata.row_group(1).column(0)
+    end = end.data_page_offset + end.total_compressed_size // 2
+    for _ in range(draw.randrange(1, 4)):
+        content[draw.randrange(4, end)] = draw.choice([0, 0x7F, 0x80, 0xFF, draw.randrange(256)])
+    path.write_bytes(content)
+    monkeypatch.setattr(parquet_rows, "ARROW_PAGE_BYTES", 0)
+    (source,) = find_sources([str(path)])
+    said = f"{path}: cannot be read to its end ("
+    tracemalloc.start()
+    try:
+        list(pieces(source, ["text"], 20_000, 0, None))
+    except ValueError as error:
+        said = str(error)
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert said.startswith(f"{path}: cannot be read to its end (")
+    assert peak < 32 << 20
+
+
+def test_a_length_of_four_gigabytes_is_a_named_error(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    write(path, {"text": ["before", "long text", "after"]}, use_dictionary=False, compression="none")
+    content = path.read_bytes()
+    for claimed in (b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f"):
+        path.write_bytes(content.replace(b"\x09\x00\x00\x00long text", claimed + b"long text"))
+        (source,) = find_sources([str(path)])
+        monkeypatch.setattr(parquet_rows, "ARROW_PAGE_BYTES", 0)
+        with pytest.raises(
+            ValueError, match=rf"a text of {int.from_bytes(claimed, 'little')} bytes where a page has 18 "
+        ):
+            list(pieces(source, ["text"], 1 << 30, 0, None))
+
+
+def test_a_large_dictionary_lies_in_a_file_and_no_room_for_it_is_told(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    write(path, {"text": texts(3, 400, 1.0, nulls=True)})
+    expected = read(path, ["text"], monkeypatch, 1 << 30)
+    monkeypatch.setattr(parquet_texts, "DICTIONARY_IN_MEMORY_BYTES", 100)
+    assert read(path, ["text"], monkeypatch, 0) == expected
+
+    class Full(io.BytesIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "SpooledTemporaryFile", lambda max_size: Full())
+    with pytest.raises(ValueError, match=r"a\.parquet: a large dictionary .*No space left.*TMPDIR"):
+        read(path, ["text"], monkeypatch, 0)
+
+
+def packed(name: str, content: bytes) -> bytes:
+    return arrow.Codec({"SNAPPY": "snappy", "LZ4": "lz4_raw"}[name]).compress(content).to_pybytes()
+
+
+@pytest.mark.parametrize("name", ["SNAPPY", "LZ4"])
+@pytest.mark.parametrize("seed", range(12))
+def test_blocks_are_unpacked_in_steps(monkeypatch, name, seed):
+    """Read in steps that end anywhere, from reads that end anywhere; cut, it is found."""
+    draw = random.Random(seed)
+    monkeypatch.setattr("k2_megatron.data.block_formats.UNPACKED_BYTES", draw.choice([5, 70, 1000, 1 << 20]))
+    monkeypatch.setattr("k2_megatron.data.block_formats.READ_BYTES", draw.choice([1, 5, 300, 1 << 18]))
+    size = draw.choice([0, 1, 500, 80_000]) if seed > 3 else 80_000
+    content = b"".join(draw.choice([draw.randbytes(9), b"a", b"abcd" * 30, b"\n"]) for _ in range(size // 9 + 1))[:size]
+    block = packed(name, content)
+    file = BlockFile(io.BytesIO(block), name)
+    found = bytearray()
+    while part := file.read(draw.choice([1, 100, 70_000])):
+        found += part
+    assert found == content
+    if size:
+        cut = BlockFile(io.BytesIO(block[: draw.randrange(1, len(block))]), name)
+        with pytest.raises((ValueError, EOFError)):
+            PageContent(io.BufferedReader(cut), size).exactly(size)
+
+
+@pytest.mark.parametrize("tag", [b"\x0e\x05\x00", b"\x0e\x00\x00", b"\x0f\x05\x00\x01\x00"])
+def test_a_copy_from_before_the_beginning_is_found(tag):
+    with pytest.raises(ValueError, match="a copy from before its beginning, or from further back than 64 KiB"):
+        BlockFile(io.BytesIO(b"\x08\x0cabcd" + tag), "SNAPPY").read()
+
+
+def test_numbers_of_every_width():
+    draw = random.Random(0)
+    for width in range(1, 33):
+        numbers = [draw.getrandbits(width) for _ in range(43)]
+        bits = np.array([number >> bit & 1 for number in numbers for bit in range(width)], dtype=np.uint8)
+        run = b"\x06" + (numbers[0]).to_bytes(-(-width // 8), "little")  # three times the first
+        content = run + b"\x0d" + np.packbits(bits, bitorder="little").tobytes()  # six groups, the last cut short
+        found = parquet_texts._numbers(PageContent(io.BytesIO(content), len(content)), width, 46)
+        assert list(found) == [numbers[0]] * 3 + numbers
+
+
+def test_the_chunk_knows_its_largest_page_and_dictionary(tmp_path):
+    path = tmp_path / "a.parquet"
+    write(path, {"text": ["a" * 1000, "b" * 1000] * 100}, row_group_size=200)
+    with open(path, "rb") as raw, parquet.ParquetFile(path) as file:
+        chunk = text_chunk(raw, file.schema.column(0), file.metadata.row_group(0).column(0))
+        assert 2008 < chunk.largest_page < 2500
