@@ -18,7 +18,7 @@ import orjson
 from k2_megatron.data.compiled import compiled
 from k2_megatron.data.gigatoken_encoder import release_freed_memory
 from k2_megatron.data.json_lines import SPARE_BYTES, Piece, address, take_texts
-from k2_megatron.data.sources import why_not_utf8
+from k2_megatron.data.sources import ROOM_BYTES, why_not_utf8
 from k2_megatron.data.texts import Texts
 
 LONG_LINE_BYTES = 2 << 20
@@ -41,7 +41,8 @@ class LongString:
 def parse_long_line(line: memoryview, keys: Sequence[str], shard: int) -> Piece:
     """The document of one line; rejected or blank where it has none, with the reason that orjson gives (nearly, where
     the line is cut in an escape)."""
-    release_freed_memory()  # that of the line while it grew
+    if len(line) > ROOM_BYTES:
+        release_freed_memory()  # that of the line while it grew
     piece = Piece(shard, {key: [] for key in keys}, lines=1, raw=(line,))
     scanned = _scanned(line, keys[0]) if len(keys) == 1 else None
     found = {keys[0]: scanned} if scanned is not None else _read_in_parts(line, keys)

@@ -51,7 +51,8 @@ class Slicer:
         self._encode = encode
         self._piece_at = tokenizer.piece_at
         self._pieces = frozenset(tokenizer.pieces())
-        self._longest = max(map(len, self._pieces))
+        self._lengths = sorted(set(map(len, self._pieces)))
+        self._longest = self._lengths[-1]
         self._caseless_only = tokenizer.splits_words
         self._never = tokenizer.splits_by_count  # what stands behind a cut would be counted anew
 
@@ -119,10 +120,11 @@ class Slicer:
 
     def _reached_over(self, before: str, behind: str) -> bool:
         """Whether a piece of the vocabulary stands in the text across the place between `before` and `behind`."""
-        for count in range(1, min(self._longest, len(before) + 1)):
-            start = before[-count:]
-            for more in range(1, min(self._longest - count, len(behind)) + 1):
-                if start + behind[:more] in self._pieces:
+        before, behind = before[-self._longest :], behind[: self._longest]
+        around, place = before + behind, len(before)
+        for length in self._lengths:
+            for start in range(max(0, place - length + 1), min(place, len(around) - length + 1)):
+                if around[start : start + length] in self._pieces:
                     return True
         return False
 

@@ -108,7 +108,8 @@ def _pieces_of_rows(
             if gathered.lines:
                 yield gathered.piece()
             gathered = _Rows(keys, shard)
-            make_room()
+            if size > sources.ROOM_BYTES:
+                make_room()
         gathered.take(row, size)
         if long or gathered.bytes >= sources.PIECE_BYTES:
             yield gathered.piece()

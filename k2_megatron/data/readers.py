@@ -121,10 +121,10 @@ class LineReader:
             self.position += len(part)
             if not part:
                 break  # the file ends without a newline
-            if len(part) == sources.PIECE_BYTES and not has_room:
+            lines += part
+            if len(lines) - last_line > sources.ROOM_BYTES and not has_room:
                 self._make_room()
                 has_room = True
-            lines += part
             if len(lines) - last_line > sources.MAX_DOCUMENT_BYTES:
                 if not part.endswith(b"\n"):
                     self.position += self._drop_line()

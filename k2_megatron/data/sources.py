@@ -18,6 +18,7 @@ from typing import IO, cast
 
 PIECE_BYTES = 2 << 20  # smaller ones cost no time, larger ones leave less memory to the encoder's words
 READ_BYTES = 1 << 20
+ROOM_BYTES = 8 << 20  # of a document, for which other things make room
 MAX_DOCUMENT_BYTES = 64 << 20  # a longer line is rejected, so that a worker's memory stays bounded
 KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "txt"}
 COMPRESSIONS = (".gz", ".zst", ".xz")

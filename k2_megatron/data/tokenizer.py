@@ -84,7 +84,9 @@ class HuggingFaceTokenizer:
     @property
     def splits_by_count(self) -> bool:
         """Whether text other than numbers is split after so many characters, counted from where it begins."""
-        settings = json.dumps(json.loads(self.backend.to_str())["pre_tokenizer"])
+        if self.backend.pre_tokenizer is None:
+            return False
+        settings = json.dumps(json.loads(self.backend.pre_tokenizer.__getstate__()))  # to_str writes all pieces too
         return _COUNTED.search(_COUNTED_DIGITS.sub("", settings)) is not None
 
 

@@ -182,6 +182,7 @@ def test_a_line_without_end_is_rejected_within_bounds(tmp_path, monkeypatch, at_
 def test_room_is_made_once_before_a_long_line_wherever_it_begins(tmp_path, monkeypatch, begin):
     """Of a block that is larger than what is read at once."""
     monkeypatch.setattr(sources, "PIECE_BYTES", 64)
+    monkeypatch.setattr(sources, "ROOM_BYTES", 64)
     before = json.dumps({"text": ""}).encode()
     before = before.replace(b'""', b'"' + b"x" * (begin - len(before) - 1) + b'"') + b"\n"
     (tmp_path / "a.jsonl").write_bytes(before + json.dumps({"text": "y" * 1000}).encode() + b"\n")
