@@ -220,6 +220,25 @@ def test_a_copy_from_before_the_beginning_is_found(tag):
         BlockFile(io.BytesIO(b"\x08\x0cabcd" + tag), "SNAPPY").read()
 
 
+def test_a_block_shorter_than_its_length_says_is_cut():
+    with pytest.raises(EOFError, match="the block ends too early"):
+        BlockFile(io.BytesIO(b"\x08\x0cabcd"), "SNAPPY").readall()
+
+
+def test_the_checksum_behind_a_page_is_looked_at(tmp_path, monkeypatch):
+    """All of its texts were there before."""
+    path = tmp_path / "a.parquet"
+    write(path, {"text": ["text"] * 10}, compression="gzip", use_dictionary=False)
+    with open(path, "rb") as raw, parquet.ParquetFile(path) as file:
+        (page,) = text_chunk(raw, file.schema.column(0), file.metadata.row_group(0).column(0)).pages
+    content = bytearray(path.read_bytes())
+    content[page.start + page.packed_bytes - 8] ^= 1
+    path.write_bytes(content)
+    monkeypatch.setattr(parquet_rows, "ARROW_PAGE_BYTES", 0)
+    with pytest.raises(ValueError, match="CRC check failed"):
+        list(pieces(find_sources([str(path)])[0], ["text"], 1 << 30, 0, None))
+
+
 def test_numbers_of_every_width():
     draw = random.Random(0)
     for width in range(1, 33):
