@@ -22,6 +22,7 @@ _LAYOUT = "layout: the same weights up to rounding"
 _COMPUTED = "how it is computed: the same up to rounding"
 _FILES = "files may move: their content has a hash of its own"
 _SAVED = "when is saved and what is kept"
+_TREE = "layout: the same to the bit, as train.gradient_leaves are the same"
 _BEGINNING = "read when a run begins, and this one has begun"
 _SPIKES = "what is done about spikes to come"
 _HUNG = "when a rank counts as hung"
@@ -46,6 +47,7 @@ HARMLESS = {
     "train.micro_batch": _COMPUTED,
     "train.recompute": _COMPUTED,
     "train.deterministic": _COMPUTED,
+    "train.gradient_leaves": _COMPUTED,
     "train.compare_replicas_every_steps": "when replicas are compared",
     "train.evaluate_every_steps": "when the held-out loss is told",
     "train.evaluate_batches": "over how much the held-out loss is taken",
@@ -76,6 +78,15 @@ HARMLESS = {
     "log.tensorboard": _SHOWN,
     "log.wandb": _SHOWN,
 }
+
+# Of the layout, what changes no bit where gradients are added up as one and the same tree
+SUMMED_AS_A_TREE = (
+    "parallel.data",
+    "parallel.ranks",
+    "parallel.pipeline",
+    "parallel.virtual_pipeline",
+    "parallel.distributed_optimizer",
+)
 
 _RATE = "another learning rate from here on"
 _ADAM = "another update rule from here on"
@@ -145,6 +156,8 @@ def changes(
 ) -> Iterator[Change]:
     """What becomes of each key that differs between two configurations, dumped without None; `given` are the keys that
     --set names. What `was` lacks had its default; what this version has no key for is refused."""
+    leaves = [of.get("train", {}).get("gradient_leaves") for of in (now, was)]
+    as_a_tree = SUMMED_AS_A_TREE if leaves[0] is not None and leaves[0] == leaves[1] else ()
     for section, kind in SECTIONS.items():
         ours, theirs = now.get(section, {}), was.get(section, {})
         for name, field in kind.model_fields.items():
@@ -154,7 +167,9 @@ def changes(
             key = f"{section}.{name}"
             if before == after or key in RECORDED:
                 continue
-            if key == "train.global_batch" and ours.get("batch_ramp"):
+            if key in as_a_tree:
+                yield Change(key, before, after, "harmless", _TREE)
+            elif key == "train.global_batch" and ours.get("batch_ramp"):
                 yield Change(key, before, after, "refused", "it ends the ramp: give --set train.batch_ramp= as well")
             else:
                 yield _change(key, before, after, given)

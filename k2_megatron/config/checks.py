@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from k2_megatron.config import batch
+from k2_megatron.config.leaves import data_sizes
 from k2_megatron.config.problems import Problem
 
 
@@ -130,6 +131,22 @@ def batches_divide(tree: Any) -> Iterator[Problem]:
         if value % (micro * data):
             near = _neighbours(value, micro * data)
             yield Problem(key, value, f"must be a multiple of {product} = {micro * data}; {near}")
+
+
+def gradient_leaves_divide(tree: Any) -> Iterator[Problem]:
+    micro, data, leaves = tree.train.micro_batch, tree.parallel.data, tree.train.gradient_leaves
+    if leaves is None:
+        return
+    sizes = data_sizes(leaves)
+    if data not in sizes:
+        fitting = ", ".join(map(str, sizes))
+        remedy = f"goes with parallel.data = {fitting}, which is {data}: change one of them, or leave the leaves out"
+        yield Problem("train.gradient_leaves", leaves, remedy)
+    product = f"train.micro_batch * train.gradient_leaves = {micro} * {leaves}"
+    for key, value in _batch_sizes(tree.train):
+        if value % (micro * leaves):
+            near = _neighbours(value, micro * leaves)
+            yield Problem(key, value, f"must be a multiple of {product} = {micro * leaves}; {near}")
 
 
 def interleaved_micro_batches(tree: Any) -> Iterator[Problem]:
@@ -287,6 +304,7 @@ CHECKS: tuple[Callable[[Any], Iterator[Problem]], ...] = (
     comparing_needs_replicas,
     sequence_length_splits,
     batches_divide,
+    gradient_leaves_divide,
     interleaved_micro_batches,
     ramp_reaches_full_batch,
     ramp_ends_within_run,

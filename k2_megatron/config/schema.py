@@ -181,6 +181,11 @@ class Train(Section):
     little here because ours keeps no scores; or "full", each whole layer from its input."""
     deterministic: bool = False
     """Ask every library for bitwise repeatable algorithms, at some cost in speed."""
+    gradient_leaves: Annotated[int, Field(ge=2)] | None = None
+    """Add up the gradients of a step as a fixed tree of so many leaves, and losses and norms so that no order matters:
+    then a run goes on to the bit under another parallel.data. That may be the leaves divided by their smallest prime
+    factors, one after another: of 12 leaves 12, 6, 3 or 1. Each such division costs one more gradient buffer a rank.
+    Left out: added up in the order of the ranks."""
     compare_replicas_every_steps: PositiveInt | None = None
     """Compare the weights (and moments, unless sharded) of data-parallel replicas, and what tensor-parallel ranks hold
     alike, to the bit, before the update of every so many steps; left out: before each save alone."""

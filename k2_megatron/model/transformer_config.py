@@ -58,6 +58,8 @@ def transformer_config(config: Config, kernels: Mapping[str, str]) -> K2Transfor
         pipeline_dtype=dtype,
         bf16=train.precision == "bfloat16",
         deterministic_mode=train.deterministic,
+        # megatron-core then scales neither the loss nor the gradients: by the ranks and their micro-batches
+        calculate_per_token_loss=train.gradient_leaves is not None,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,

@@ -26,6 +26,7 @@ from k2_megatron.plan.memory import ADAM_BYTES, MAIN_WEIGHT_BYTES
 from k2_megatron.plan.parameters import rank_parameters
 from k2_megatron.runtime.cpu_stand_in import cpu_stands_in_for_cuda
 from k2_megatron.runtime.groups import Groups, build_groups, disconnect
+from k2_megatron.train.gradient_tree import TreeSummedGradients
 from k2_megatron.train.optimizer import wrap_model
 
 GIB = 2**30
@@ -104,7 +105,8 @@ def _measure(config: Config, places: list[tuple[int, int]], ranks: int) -> RankG
             stages=tuple(sorted({stage for _, stage in places})),
             parameters=sum(parameter.numel() for parameter in parameters),
             weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
-            gradient_bytes=sum(gradient.numel() * gradient.element_size() for gradient in gradients),
+            gradient_bytes=sum(gradient.numel() * gradient.element_size() for gradient in gradients)
+            + sum(chunk.waiting_bytes for chunk in wrapped if isinstance(chunk, TreeSummedGradients)),
             optimizer_bytes=sum(gradient.numel() for gradient in gradients) * state_bytes // sharers,
         )
 

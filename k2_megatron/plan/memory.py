@@ -5,7 +5,8 @@ In: a Config. Out: bytes by kind for a rank of each pipeline stage.
 Model state. bfloat16 keeps 2 bytes of weights, 4 of gradients (accumulated and reduced in fp32), and in the optimizer
 4 of fp32 main weights and 8 of Adam's two moments: 18 bytes a parameter. float32 needs no second copy of the weights:
 16 bytes. The distributed optimizer divides the optimizer's share by the ranks that hold copies (data * context): 6 +
-12 / DP bytes under bfloat16.
+12 / DP bytes under bfloat16. Gradient leaves (config/leaves.py) cost one more gradient buffer for each level of their
+tree that a rank adds up by itself.
 
 Activations follow the accounting of Korthikanti et al. 2022 (arXiv 2205.05198, section 4), with the tensors that our
 layer keeps for its backward pass: no dropout masks, no S x S scores (flash attention), SwiGLU packed. Per micro-batch
@@ -27,6 +28,7 @@ pipeline buffers in flight: allow some GiB.
 from dataclasses import dataclass, fields
 
 from k2_megatron.config import Config
+from k2_megatron.config.leaves import levels_of_a_rank
 from k2_megatron.plan.parameters import rank_parameters
 from k2_megatron.plan.schedule import chunks_in_flight
 
@@ -61,10 +63,12 @@ def rank_memory(config: Config, pipeline_rank: int) -> Memory:
     parameters = rank_parameters(config, pipeline_rank).total
     precision = config.train.precision
     sharers = config.parallel.data * config.parallel.context if config.parallel.distributed_optimizer else 1
+    leaves, data = config.train.gradient_leaves, config.parallel.data
+    buffers = 1 if leaves is None else 1 + len(levels_of_a_rank(leaves, data))
     last = pipeline_rank == config.parallel.pipeline - 1
     return Memory(
         weights=parameters * ELEMENT_BYTES[precision],
-        gradients=parameters * GRADIENT_BYTES,
+        gradients=parameters * GRADIENT_BYTES * buffers,
         optimizer=-(-parameters * (MAIN_WEIGHT_BYTES[precision] + ADAM_BYTES) // sharers),
         activations=_activations(config, pipeline_rank),
         logits=output_bytes(config) if last else 0,

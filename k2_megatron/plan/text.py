@@ -6,6 +6,7 @@ nothing here computes one that is not also a function there.
 
 from k2_megatron.config import Config
 from k2_megatron.config.flops import flops_of_tokens, flops_per_token, hardware_flops_per_token
+from k2_megatron.config.leaves import data_sizes, levels_of_a_rank
 from k2_megatron.plan.memory import ELEMENT_BYTES, MAIN_WEIGHT_BYTES, rank_memory
 from k2_megatron.plan.parameters import model_parameters, rank_parameters
 from k2_megatron.plan.schedule import bubble, chunks_in_flight
@@ -73,6 +74,11 @@ def _layout(config: Config) -> tuple[str, list[str]]:
         f"sequence parallelism {_on(parallel.sequence)}, distributed optimizer "
         f"{_on(parallel.distributed_optimizer)}, recompute {config.train.recompute}"
     )
+    if (leaves := config.train.gradient_leaves) is not None:
+        sizes = ", ".join(map(str, data_sizes(leaves)))
+        own = len(levels_of_a_rank(leaves, parallel.data))
+        more = f", {own} more gradient buffer{'s' if own > 1 else ''} a rank" if own else ""
+        lines.append(f"gradients are added up as a tree of {leaves} leaves{more}: the same bits with data {sizes}")
     if parallel.pipeline > 1:
         idle = bubble(config, config.train.steps - 1)
         lines.append(f"pipeline bubble {idle:.1%} of the useful time, {idle / (1 + idle):.1%} of the whole")

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed as distributed
 
 from k2_megatron.kernels.gradient_norm import gradient_norm_squared
 from k2_megatron.runtime.groups import Groups
 from k2_megatron.train.checkpoint_state import unwrapped
+from k2_megatron.train.order_free import order_free_sums
 
 DIGITS = 5  # significant ones in the journal: far finer than the noise from step to step
 
@@ -58,7 +60,7 @@ class ActivationSquares:
 
     def __init__(self, groups: Groups, chunks: Sequence, layers: int, backend: str, device: torch.device) -> None:
         self._layers, self._backend, self._device = layers, "torch" if backend == "apex" else backend, device
-        self._squares: torch.Tensor | None = None
+        self._squares: list[list[torch.Tensor]] | None = None  # [] fp64 of each micro-batch, by layer
         for chunk in chunks:
             model = unwrapped(chunk)
             # Without sequence parallelism every tensor rank holds the same hidden states, and one of them counts.
@@ -67,16 +69,27 @@ class ActivationSquares:
                     layer.register_forward_hook(partial(self._add, layer.layer_number - 1))
 
     def begin(self) -> None:
-        self._squares = torch.zeros(self._layers, dtype=torch.float64, device=self._device)
+        self._squares = [[] for _ in range(self._layers)]
 
-    def collect(self) -> torch.Tensor:
-        """[layers] fp64: this rank's part of the sums; all ranks' together are those of the global batch."""
+    def collect(self, order_free: bool = False) -> list[float]:
+        """The sum of each layer over the global batch; with `order_free` the same to the bit whatever the data-parallel
+        size."""
         assert self._squares is not None, "collect follows begin"
         squares, self._squares = self._squares, None
-        return squares
+        found = torch.zeros(self._layers, dtype=torch.float64, device=self._device)
+        if order_free:
+            pieces = {index: torch.stack(of_layer) for index, of_layer in enumerate(squares) if of_layer}
+            for index, piece in pieces.items():
+                found[index] = piece.max()
+            return order_free_sums(found, pieces.items())
+        for index, of_layer in enumerate(squares):
+            for square in of_layer:
+                found[index] += square
+        distributed.all_reduce(found)
+        return found.tolist()
 
     def _add(self, index: int, _layer: torch.nn.Module, _arguments: tuple, output: tuple) -> None:
         # Full recompute runs a layer twice, the first time without gradients.
         if self._squares is not None and torch.is_grad_enabled():
             hidden_SBH = output[0].detach()
-            self._squares[index] += gradient_norm_squared([hidden_SBH], backend=self._backend)
+            self._squares[index].append(gradient_norm_squared([hidden_SBH], backend=self._backend))

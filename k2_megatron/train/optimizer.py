@@ -8,7 +8,7 @@ done, for megatron-core 0.16.x, and it needs doing in both modules because each 
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import megatron.core.optimizer as core_optimizer
 import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
@@ -26,27 +26,31 @@ from k2_megatron.kernels.adamw import AdamW
 from k2_megatron.kernels.gradient_norm import gradient_norm_squared
 from k2_megatron.model.transformer_config import DTYPES
 from k2_megatron.train.checkpoint_state import unwrapped
+from k2_megatron.train.gradient_tree import TreeSummedGradients
+from k2_megatron.train.order_free import largest_square, order_free_sums, squares_of
 
 
 def wrap_model(
     config: Config, chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollection
 ) -> list[DistributedDataParallel]:
-    """Put each chunk in Float16Module (bfloat16 alone) and DistributedDataParallel with fp32 gradient buffers."""
+    """Put each chunk in Float16Module (bfloat16 alone) and DistributedDataParallel with fp32 gradient buffers, whose
+    gradients are added up as a tree where the configuration asks for it."""
     buffers = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
         overlap_grad_reduce=False,
         average_in_collective=False,
     )
+    wrapper, leaves = DistributedDataParallel, config.train.gradient_leaves
+    if leaves is not None:
+        wrapper = functools.partial(TreeSummedGradients, leaves=leaves, context_size=config.parallel.context)
     wrapped = []
     for index, chunk in enumerate(chunks):
         settings = chunk.config
         if config.train.precision == "bfloat16":
             chunk = Float16Module(settings, chunk)
         # Later chunks of an interleaved stage get one bucket: their gradients are ready when the stage is done.
-        wrapped.append(
-            DistributedDataParallel(settings, buffers, chunk, disable_bucketing=index > 0, pg_collection=groups)
-        )
+        wrapped.append(wrapper(settings, buffers, chunk, disable_bucketing=index > 0, pg_collection=groups))
     return wrapped
 
 
@@ -100,7 +104,9 @@ def _fill_adam_slot(backend: str) -> None:
     distributed_optimizer.USING_TE_OPTIMIZER = False
 
 
-def gradient_squares(optimizer: MegatronOptimizer, layers: int, device: torch.device) -> torch.Tensor:
+def gradient_squares(
+    optimizer: MegatronOptimizer, layers: int, device: torch.device, order_free: bool = False
+) -> torch.Tensor:
     """[layers + 2] fp64: sums of squares of the gradient of each layer, of the embedding, and of the output projection
     with the final norm; the same on every rank. Their sum is the square of the global norm. What is not finite is inf.
 
@@ -108,25 +114,48 @@ def gradient_squares(optimizer: MegatronOptimizer, layers: int, device: torch.de
     then). Replicas count once: megatron-core says which gradients take part, and over which ranks they are summed; of
     the others, which tensor ranks hold alike, it is seen that they are finite. Without the distributed optimizer each
     replica has sums of its own: equal, unless a machine erred, and then the largest holds for all, so that every rank
-    decides the same of the step.
+    decides the same of the step. With `order_free` the sums are the same to the bit however the optimizer is sharded.
     """
     optimizer.prepare_grads()
-    squares = torch.zeros(layers + 2, dtype=torch.float64, device=device)
+    summed_over = optimizer.get_grad_stats_parallel_group()
+    if order_free:
+        squares = _order_free_squares(optimizer, layers, device, summed_over)
+    else:
+        squares = torch.zeros(layers + 2, dtype=torch.float64, device=device)
+        for place, factor, tensors, backend in _gradients(optimizer):  # 0 times what is not finite is NaN
+            squares[place] += factor * gradient_norm_squared(tensors, backend=backend)
+        distributed.all_reduce(squares, group=summed_over)
+        squares.nan_to_num_(nan=math.inf, posinf=math.inf)  # gloo's and NCCL's maximum pass a NaN over
+    if summed_over.size() < distributed.get_world_size():
+        distributed.all_reduce(squares, op=distributed.ReduceOp.MAX)
+    return squares
+
+
+def _gradients(optimizer: MegatronOptimizer) -> Iterator[tuple[int, bool, list[torch.Tensor], str]]:
+    """(place, whether it counts, gradients, backend of their norm) of this rank."""
     for part in optimizer.chained_optimizers:
         counted = {id(gradient) for gradient in part.get_main_grads_for_grad_norm()}
-        gradients: dict[tuple[int, int], list[torch.Tensor]] = {}
+        gradients: dict[tuple[int, bool], list[torch.Tensor]] = {}
         for main in part.get_parameters():
             if main.grad is not None:
                 gradients.setdefault((main.place, id(main.grad) in counted), []).append(main.grad)
         backend = "torch" if part.optimizer.backend == "apex" else part.optimizer.backend
-        for (place, factor), tensors in gradients.items():  # 0 times what is not finite is NaN
-            squares[place] += factor * gradient_norm_squared(tensors, backend=backend)
-    summed_over = optimizer.get_grad_stats_parallel_group()
-    distributed.all_reduce(squares, group=summed_over)
-    squares.nan_to_num_(nan=math.inf, posinf=math.inf)  # gloo's and NCCL's maximum pass a NaN over
-    if summed_over.size() < distributed.get_world_size():
-        distributed.all_reduce(squares, op=distributed.ReduceOp.MAX)
-    return squares
+        for (place, counts), tensors in gradients.items():
+            yield place, counts, tensors, backend
+
+
+def _order_free_squares(
+    optimizer: MegatronOptimizer, layers: int, device: torch.device, group: distributed.ProcessGroup
+) -> torch.Tensor:
+    largest = torch.zeros(layers + 2, dtype=torch.float64, device=device)
+    held = [(place, counts, tensors) for place, counts, tensors, _ in _gradients(optimizer)]
+    for place, counts, tensors in held:
+        square = largest_square(tensors)  # of what does not count, only whether it is finite: 0 or NaN
+        largest[place] = torch.maximum(largest[place], square if counts else square - square)
+    pieces = (
+        (place, piece) for place, counts, tensors in held if counts for one in tensors for piece in squares_of(one)
+    )
+    return torch.tensor(order_free_sums(largest, pieces, group), dtype=torch.float64, device=device)
 
 
 def _mark_places(optimizer: MegatronOptimizer, chunks: Sequence[DistributedDataParallel], layers: int) -> None:

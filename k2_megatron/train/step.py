@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import numpy
 import torch
@@ -19,6 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from k2_megatron.config import Config
+from k2_megatron.config.leaves import micro_batches_of_a_rank
 from k2_megatron.data.feed import Feed
 from k2_megatron.model.context_parallel import context_positions
 from k2_megatron.runtime.groups import Groups
@@ -53,36 +55,46 @@ def micro_batches(
 ) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]]:
     """This rank's (tokens [B, S / C], labels [B, S / C]) int64, one micro-batch at a time.
 
-    Samples first_sample ... + global_batch belong to the step in every layout; micro-batch m of data rank r takes the
-    ones from first_sample + (m * data_size + r) * B, of which it holds the positions of its context rank. Only the
-    first stage reads tokens and only the last reads labels. The micro-batch that comes next, this step's or the next
-    step's, is read in the background.
+    Samples first_sample ... + global_batch belong to the step in every layout, each B in a row to a micro-batch. Of
+    these data rank r takes r, r + data_size, ... (with gradient leaves those of one leaf after another), and holds the
+    positions of its context rank. Only the first stage reads tokens and only the last reads labels. The micro-batch
+    that comes next, this step's or the next step's, is read in the background.
     """
-    size = config.train.micro_batch
-    stride = groups.data_size * size
-    held = context_positions(config.model.sequence_length, groups.context_rank, groups.context_size).to(device)
-    for start in range(first_sample + groups.data_rank * size, first_sample + global_batch, stride):
+    size, length = config.train.micro_batch, config.model.sequence_length
+    held = context_positions(length, groups.context_rank, groups.context_size).to(device)
+    numbers = _numbers(config, groups, global_batch)
+    for number, following in pairwise([*numbers, global_batch // size + numbers[0]]):
         if not (groups.is_first_stage or groups.is_last_stage):
             yield None, None
             continue
-        rows = torch.from_numpy(feed.tokens(start, size).astype(numpy.int64)).to(device)
-        feed.prefetch(start + stride, size)
+        rows = torch.from_numpy(feed.tokens(first_sample + number * size, size).astype(numpy.int64)).to(device)
+        feed.prefetch(first_sample + following * size, size)
         yield rows[:, held], rows[:, held + 1]
 
 
-def _forward(groups, iterator, model):
+def _numbers(config: Config, groups: Groups, global_batch: int) -> list[int]:
+    """Which micro-batches of a global batch this rank computes, in its order."""
+    count, leaves = global_batch // config.train.micro_batch, config.train.gradient_leaves
+    return micro_batches_of_a_rank(count, groups.data_rank, groups.data_size, leaves)
+
+
+def _forward(groups, scale, iterator, model):
+    """`scale`: what the loss is divided by; None leaves it to megatron-core, which divides it by the rank's
+    micro-batches, and the gradients by the ranks."""
     tokens, labels = next(iterator)
     loss_BS = model(tokens, None, None, labels=labels)
 
     def mean_loss(loss_BS):
         # This rank's share of the mean over the sequence; megatron-core multiplies by the context ranks again, whose
         # gradients it averages.
-        loss = loss_BS.mean() / groups.context_size
+        loss = loss_BS.mean() / (groups.context_size if scale is None else scale)
         # A copy: megatron-core divides the loss by the number of micro-batches in place.
-        return loss, {
+        told = {
             "loss": loss.detach().clone(),
             "sample_losses_B": loss_BS.detach().mean(dim=1) / groups.context_size,
         }
+        # The second of three is a number of tokens, which nothing of ours is divided by.
+        return (loss, told) if scale is None else (loss, torch.ones((), dtype=torch.int), told)
 
     return loss_BS, mean_loss
 
@@ -98,34 +110,68 @@ def _run_schedule(
     forward_only: bool,
 ) -> tuple[float, tuple[float, ...]]:
     """Forward (and backward) over one global batch; (the mean loss, that of each sample), equal on every rank."""
-    count = global_batch // (config.train.micro_batch * groups.data_size)
+    count, leaves = global_batch // config.train.micro_batch, config.train.gradient_leaves
     iterators = [micro_batches(config, groups, feed, first_sample, global_batch, device) for _ in chunks]
     schedule = get_forward_backward_func(
         groups.pipeline_size, config.parallel.virtual_pipeline if len(chunks) > 1 else None
     )
     settings = chunks[0].config
-    settings.finalize_model_grads_func = None if forward_only else finalize_model_grads
+    finalize, scale = finalize_model_grads, None
+    if leaves is not None:
+        finalize, scale = _finalize_unscaled, groups.context_size * count
+        for chunk in chunks:
+            chunk.begin(count // leaves)
+    settings.finalize_model_grads_func = None if forward_only else finalize
     losses = schedule(
-        forward_step_func=partial(_forward, groups),
+        forward_step_func=partial(_forward, groups, scale),
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=list(chunks) if len(chunks) > 1 else chunks[0],
-        num_microbatches=count,
+        num_microbatches=count // groups.data_size,
         seq_length=config.model.sequence_length,
         micro_batch_size=config.train.micro_batch,
         forward_only=forward_only,
         p2p_communicator=P2PCommunicator(groups.collection.pp, settings),
         pg_collection=groups.collection,
     )
-    # Each data rank's last stage holds its mean, in shares over its context ranks; of the tensor ranks, which hold the
-    # same, one speaks.
+    # Of the tensor ranks, which hold the same, one speaks.
+    speaks = groups.is_last_stage and groups.tensor_rank == 0
+    gather = _gathered_losses if leaves is None else _gathered_losses_in_order
+    return gather(config, groups, losses if speaks else [], global_batch, device)
+
+
+def _finalize_unscaled(model, _tokens, **keywords) -> None:
+    """megatron-core would divide the gradients by the number of tokens."""
+    finalize_model_grads(model, None, **keywords)
+
+
+def _gathered_losses(
+    config: Config, groups: Groups, losses: list[dict], global_batch: int, device: torch.device
+) -> tuple[float, tuple[float, ...]]:
+    """(the mean loss, that of each sample). Each data rank's last stage holds its mean, in shares over its context
+    ranks; without `losses` it is another rank."""
     total = torch.zeros(1 + global_batch, dtype=torch.float64, device=device)
-    if groups.is_last_stage and groups.tensor_rank == 0:
+    if losses:
         total[0] = torch.stack([item["loss"] for item in losses]).double().mean() / groups.data_size
         own_MB = torch.stack([item["sample_losses_B"] for item in losses])
-        total[1:].view(count, groups.data_size, config.train.micro_batch)[:, groups.data_rank] = own_MB.double()
+        total[1:].view(-1, config.train.micro_batch)[_numbers(config, groups, global_batch)] = own_MB.double()
     distributed.all_reduce(total)
     loss, *sample_losses = total.tolist()
     return loss, tuple(sample_losses)
+
+
+def _gathered_losses_in_order(
+    config: Config, groups: Groups, losses: list[dict], global_batch: int, device: torch.device
+) -> tuple[float, tuple[float, ...]]:
+    """The same, so that no order of ranks matters: each number has one giver, and the mean is over the samples."""
+    shares = torch.zeros(groups.context_size, global_batch, dtype=torch.float64, device=device)
+    if losses:
+        own_MB = torch.stack([item["sample_losses_B"] for item in losses])
+        own = shares[groups.context_rank].view(-1, config.train.micro_batch)
+        own[_numbers(config, groups, global_batch)] = own_MB.double()
+    distributed.all_reduce(shares)
+    sample_losses = [sum(of_sample) for of_sample in zip(*shares.tolist(), strict=True)]
+    total = math.fsum if all(map(math.isfinite, sample_losses)) else sum
+    return total(sample_losses) / global_batch, tuple(sample_losses)
 
 
 def train_step(
@@ -161,7 +207,8 @@ def train_step(
             config, groups, chunks, feed, first_sample, global_batch, device, forward_only=False
         )
 
-    squares = gradient_squares(optimizer, config.model.layers, device)
+    order_free = config.train.gradient_leaves is not None
+    squares = gradient_squares(optimizer, config.model.layers, device, order_free)
     norm = squares.sum().sqrt()
     grad_norm = norm.item()
     every, difference = config.train.compare_replicas_every_steps, None
@@ -176,9 +223,7 @@ def train_step(
     layers = None
     if activations:
         elements = global_batch * config.model.sequence_length * config.model.hidden_size
-        of_outputs = activations.collect()
-        distributed.all_reduce(of_outputs)
-        layers = layer_norms(squares.tolist(), of_outputs.tolist(), elements)
+        layers = layer_norms(squares.tolist(), activations.collect(order_free), elements)
     waited = feed.seconds_waited - waited
     return StepResult(loss, grad_norm, updated, waited, sample_losses, layers, difference)
 

@@ -36,6 +36,25 @@ def test_set_accepts_what_may_be_changed_on_purpose_and_nothing_else():
     assert found(overrides, {"train.steps", "run.seed"}) == {**expected, "optimizer.beta1": "refused"}
 
 
+def test_layout_is_the_same_to_the_bit_where_both_add_up_gradients_as_one_tree():
+    more = ["parallel.tensor=1", "parallel.sequence=false", "parallel.data=2", "parallel.distributed_optimizer=true"]
+
+    def reasons(leaves: str, leaves_before: str) -> dict[str, str]:
+        now = load_config(TOY, [*more, f"train.gradient_leaves={leaves}"])
+        was = load_config(TOY, [f"train.gradient_leaves={leaves_before}"])
+        dumped = [config.model_dump(exclude_none=True) for config in (now, was)]
+        return {change.key: change.reason for change in changes(*dumped, ())}
+
+    found = reasons("4", "4")
+    assert {key for key, reason in found.items() if "the same to the bit" in reason} == {
+        "parallel.data",
+        "parallel.distributed_optimizer",
+    }
+    assert {key for key, reason in found.items() if "rounding" in reason} == {"parallel.tensor", "parallel.sequence"}
+    for leaves in (("4", "2"), ("4", ""), ("", "")):
+        assert all("rounding" in reason for reason in reasons(*leaves).values()), leaves
+
+
 def test_keys_given_count_their_table():
     assert keys_given(["model.kernels.adamw=cpu", " train.steps = 3", "checkpoint.keep_last="]) == {
         "model.kernels",

@@ -119,6 +119,21 @@ MISTAKES = [
         "train.batch_ramp.start = 6: must be a multiple of train.micro_batch * parallel.data = 4 * 1 = 4",
     ),
     (
+        "gradient_leaves_divide",
+        ["train.gradient_leaves=12", "parallel.data=2", "train.global_batch=48"],
+        "train.gradient_leaves = 12: goes with parallel.data = 12, 6, 3, 1, which is 2: change one of them",
+    ),
+    (
+        "gradient_leaves_divide",
+        ["train.gradient_leaves=8"],
+        "train.global_batch = 16: must be a multiple of train.micro_batch * train.gradient_leaves = 4 * 8 = 32;",
+    ),
+    (
+        "gradient_leaves_divide",
+        ["train.gradient_leaves=2", "train.batch_ramp={start=4, increment=12, samples=64}"],
+        "train.batch_ramp.start = 4: must be a multiple of train.micro_batch * train.gradient_leaves = 4 * 2 = 8",
+    ),
+    (
         "interleaved_micro_batches",
         ["parallel.virtual_pipeline=2", "train.global_batch=12"],
         "train.global_batch = 12: makes 3 micro-batches, and the interleaved schedule needs a multiple of",

@@ -94,6 +94,28 @@ def test_model_copies_follow_their_parameters(backend):
 
 
 @pytest.mark.parametrize("backend", ["torch", *COMPILED])
+def test_where_a_shard_begins_changes_no_bit(backend):
+    """Each data-parallel size cuts the distributed optimizer's parameters elsewhere: an element in the body of a vector
+    loop comes to be in its tail, at another alignment."""
+    device = "cuda" if backend == "cuda" else "cpu"
+    generator, size = torch.Generator().manual_seed(3), 1000
+    columns = [torch.randn(size, generator=generator) for _ in range(3)]
+    columns.append(torch.rand(size, generator=generator))
+    factor = torch.tensor([0.37], device=device)
+
+    def updated(cuts: list[int]) -> torch.Tensor:
+        lists = [[piece.clone().to(device) for piece in torch.tensor_split(column, cuts)] for column in columns]
+        copies = [torch.empty_like(piece, dtype=torch.bfloat16) for piece in lists[0]]
+        step = adamw_reference_ if backend == "torch" else STEP
+        step(*lists, copies, factor, *NUMBERS)
+        return torch.stack([torch.cat([piece.float() for piece in column]) for column in (*lists, copies)])
+
+    whole = updated([])
+    for first in range(1, 70):
+        assert torch.equal(updated([first, 500 + first]), whole), first
+
+
+@pytest.mark.parametrize("backend", ["torch", *COMPILED])
 def test_what_is_overwritten_in_place_is_no_longer_good_for_a_backward(backend):
     """Autograd counts the writes to a tensor; kernels that are given its address have to tell."""
     device = "cuda" if backend == "cuda" else "cpu"

@@ -91,8 +91,8 @@ def each_context_rank_reports_its_own_mean() -> None:
     """The shares of the context ranks are added up as if each were the whole mean."""
     right = step._forward
 
-    def whole(groups, iterator, model):
-        loss_BS, mean_loss = right(groups, iterator, model)
+    def whole(groups, *rest):
+        loss_BS, mean_loss = right(groups, *rest)
 
         def reported(loss_BS):
             loss, report = mean_loss(loss_BS)

@@ -149,6 +149,36 @@ def test_recomputed_activations_are_the_same_to_the_bit(train, ranks, settings, 
     assert train(ranks, {**settings, "train.recompute": recompute}).training == train(ranks, settings).training
 
 
+LEAVES = {"train.gradient_leaves": 4}
+TP2 = {"parallel.tensor": 2, "parallel.sequence": True, "train.precision": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("one", "more"),
+    [
+        ((1, {"model.loss_chunk_tokens": 16}), LAYOUTS["pp2-vp2-dp2-sharded"]),
+        (LAYOUTS["cp2"], (4, {})),
+        ((2, TP2), (4, {"parallel.distributed_optimizer": True})),
+    ],
+    ids=["pp2-vp2-dp2-sharded-chunked", "cp2-dp2", "tp2-sp-dp2-sharded-bfloat16"],
+)
+def test_gradient_leaves_make_another_data_size_the_same_to_the_bit(train, one, more):
+    """Also sample losses, norms by layer before they are rounded for the journal, and every gradient."""
+    expected = train(one[0], {**one[1], **LEAVES})
+    found = train(more[0], {**one[1], **more[1], **LEAVES})
+    assert found.training == expected.training
+    assert found.ranks_agree
+    assert all(torch.equal(found.gradients[name], gradient) for name, gradient in expected.gradients.items())
+
+
+@pytest.mark.parametrize(("ranks", "settings"), [(1, {"model.loss_chunk_tokens": 16}), LAYOUTS["cp2"]])
+def test_gradient_leaves_change_nothing_but_rounding(train, ranks, settings):
+    expected, found = train(1, ONE_PROCESS), train(ranks, {**settings, **LEAVES})
+    assert differences(expected.training, found.training) == []
+    assert detail_differences(expected.training, found.training, FIRST_DETAILS, LATER_DETAILS) == []
+    assert gradient_differences(expected.gradients, found.gradients, GRADIENTS) == []
+
+
 @pytest.mark.parametrize("layout", ["tp2-sp", "pp2-vp2", "dp2-sharded", "cp2", "tp2-pp2"])
 def test_bfloat16_stays_within_its_rounding_of_one_process(train, layout):
     ranks, settings = LAYOUTS[layout]

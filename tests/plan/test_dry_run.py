@@ -56,6 +56,7 @@ LAYOUTS = [
     ["parallel.pipeline=4", "model.kv_heads=2", "train.precision=bfloat16"],
     ["parallel.data=2", "parallel.distributed_optimizer=true", "train.precision=bfloat16"],
     ["parallel.data=2", "parallel.distributed_optimizer=true", "parallel.pipeline=1"],
+    ["train.gradient_leaves=4"],  # of one data rank, which keeps two buffers more
 ]
 
 

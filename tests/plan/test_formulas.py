@@ -125,6 +125,14 @@ def test_model_state_is_18_bytes_a_parameter_under_bfloat16():
         assert rank_memory(single, stage).model_state == 16 * parameters
 
 
+def test_each_level_of_the_tree_that_a_rank_adds_up_is_one_more_gradient_buffer():
+    gradients = [
+        rank_memory(load_config(STAGE1, [f"parallel.ranks={32 * data}", "train.gradient_leaves=30"]), 0).gradients
+        for data in (30, 15, 5, 1)
+    ]
+    assert [size / (4 * 2_056_880_128) for size in gradients] == [1, 2, 3, 4]
+
+
 def test_full_recompute_keeps_the_layers_inputs():
     """Korthikanti et al. 2022, table 2: 2sbh bytes a layer; sequence parallelism divides them by the tensor ranks."""
     config = load_config(STAGE1)

@@ -42,14 +42,14 @@ def continued(small_config: Path, tmp_path: Path) -> Callable[..., Path]:
     def go_on(
         run: Path, ranks: int, settings: dict[str, object], fault: Callable[[], None] | None = None, after: int = 3
     ) -> Path:
-        copy = tmp_path / "run"
+        copy = tmp_path / f"run_{len(list(tmp_path.iterdir()))}"
         shutil.copytree(run, copy)
         for folder in complete_checkpoints(copy / "checkpoints"):
             if step_of(folder) > after:
                 shutil.rmtree(folder)
         (copy / "checkpoints" / "latest").write_text(f"step_{after:08d}\n")
         given = overrides({**SETTINGS, **settings, "run.folder": copy})
-        results_of(pretrain(ranks, small_config, given, tmp_path / "output", fault))
+        results_of(pretrain(ranks, small_config, given, tmp_path / f"{copy.name}_output", fault))
         return copy
 
     return go_on

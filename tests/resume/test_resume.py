@@ -1,4 +1,5 @@
-"""A run that was stopped goes on as if it had not been: to the bit in its own layout, within rounding in another."""
+"""A run that was stopped goes on as if it had not been: to the bit in its own layout, within rounding in another; with
+gradient leaves to the bit under any data-parallel size that they go with."""
 
 import pytest
 import resume_faults
@@ -129,6 +130,35 @@ def test_twenty_steps_in_another_layout(whole_run, continued, ranks, settings, r
         assert found["samples"] == expected["samples"]
     assert len(told(resumed, WARM + 1)) == THEN
     assert chains(resumed)[-1] == chains(whole)[-1], "the same samples, in the same order"
+
+
+# Of two micro-batches each
+LEAVES = {"train.gradient_leaves": 4, "train.micro_batch": 1}
+
+
+def test_other_data_sizes_are_bitwise_with_gradient_leaves(whole_run, continued):
+    """DP 4 with a sharded optimizer, from step 4 on DP 2, from step 7 on one rank. Other layouts: tests/layouts."""
+    whole = whole_run(1, LEAVES)
+    run = whole_run(4, {"parallel.data": 4, "parallel.distributed_optimizer": True, **LEAVES})
+    guard = resume_faults.sums_in_the_order_of_ranks_refused
+    for ranks, after in ((2, 3), (1, 6)):
+        run = continued(run, ranks, {"parallel.data": ranks, **LEAVES}, guard, after)
+    layouts = [f"tp1-pp1-vp1-cp1-dp{data}" for data in (4, 2, 1)]
+    assert [event["layout"] for event in events(run, "start")] == layouts
+    assert told(run) == told(whole)
+    held_out = [{event["held_out_loss"] for event in events(of, "evaluation")} for of in (whole, run)]
+    assert held_out[1] == held_out[0]
+    last = "checkpoints/step_00000008"
+    assert read_manifest(run / last)["weights"] == read_manifest(whole / last)["weights"]
+    assert unequal_tensors(whole / last, run / last) == []
+    reasons = {change["key"]: change["reason"] for change in events(run, "resume")[0]["changes"]}
+    assert "the same to the bit" in reasons["parallel.data"]
+
+
+def test_other_data_sizes_are_not_bitwise_without(whole_run):
+    one, two = (whole_run(*LAYOUTS[layout]) for layout in ("one", "dp2-sharded"))
+    assert told(one) != told(two)
+    assert unequal_tensors(one / "checkpoints/step_00000008", two / "checkpoints/step_00000008")
 
 
 def test_finished_run_says_so_and_trains_no_further(whole_run, small_config, tmp_path):
