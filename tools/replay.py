@@ -8,7 +8,8 @@ fingerprint of the weights wherever the run had saved. A difference means that o
 the machine (silent corruption), or that something in the run is not deterministic: replay again, on other nodes, to
 tell which. N may be the step after the last one, at which the run crashes: it is computed, and not compared.
 Steps are repeated under the settings and in the layout that computed them, and judged where device and kernels are the
-same too: others round otherwise. The run itself is only read: what is trained goes to a folder beside it, which all
+same too: others round otherwise. With train.gradient_leaves fewer data-parallel ranks, started by --launch, come to the
+same bits as well. The run itself is only read: what is trained goes to a folder beside it, which all
 nodes see. Exit code: 0 equal, 1 different, 2 not possible.
 """
 
@@ -189,16 +190,16 @@ def starts_of(journal: Path) -> dict[int, dict]:
 
 
 def refuse_other_machines(steps: range, starts: dict[int, dict], again: dict[int, dict]) -> None:
-    """ValueError where other devices or kernels repeated the steps: they may differ, and nothing is wrong."""
+    """ValueError where other devices, kernels or ranks repeated the steps: they may differ, and nothing is wrong."""
     for step in steps:
         if step in starts and step in again and (was := computed_by(starts[step])) != (now := computed_by(again[step])):
             raise ValueError(f"no judgement: step {step} was computed by {was}, and repeated by {now}; use the former")
 
 
 def computed_by(start: dict) -> str:
-    """Device and kernels of a "start" event, without the reasons for choosing them."""
+    """Device, kernels and layout of a "start" event, without the reasons for choosing kernels."""
     kernels = ", ".join(f"{op} {choice.split(':')[0]}" for op, choice in sorted(start["kernels"].items()))
-    return f"{start['device']} ({kernels})"
+    return f"{start['device']} ({kernels}) in layout {start['layout']}"
 
 
 def saved_weights(journal: Path) -> dict[int, str]:

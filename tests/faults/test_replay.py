@@ -248,6 +248,21 @@ def test_what_others_computed_is_not_judged(run, tmp_path, replayed):
     assert "computed in layout tp2-pp1-vp1-cp1-dp1" in said and "says tp1-pp1-vp1-cp1-dp1" in said
 
 
+def replay_tool():
+    specification = importlib.util.spec_from_file_location("replay", TOOL)
+    tool = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(tool)
+    return tool
+
+
+def test_what_other_ranks_repeat_otherwise_is_not_judged():
+    """--launch may start any number of them, whatever the configuration says."""
+    two, one = ({"device": "cpu", "kernels": {}, "layout": f"tp1-pp1-vp1-cp1-dp{data}"} for data in (2, 1))
+    replay_tool().refuse_other_machines(range(1, 3), {1: two}, {1: two})
+    with pytest.raises(ValueError, match=r"computed by .*dp2, and repeated by .*dp1; use the former"):
+        replay_tool().refuse_other_machines(range(1, 3), {1: two}, {1: one})
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -261,9 +276,7 @@ def test_what_others_computed_is_not_judged(run, tmp_path, replayed):
     ],
 )
 def test_wrong_input_is_one_line(whole, monkeypatch, capsys, arguments, said):
-    specification = importlib.util.spec_from_file_location("replay", TOOL)
-    tool = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(tool)
+    tool = replay_tool()
     monkeypatch.setattr(sys, "argv", ["replay.py", *(argument.format(run=whole) for argument in arguments)])
     assert tool.main() == 2
     error = capsys.readouterr().err
