@@ -69,9 +69,14 @@ def model_state(chunks: Sequence) -> dict:
 
 def optimizer_state(optimizer: MegatronOptimizer, model: dict, *, loading: bool) -> tuple[dict, dict]:
     """(sharded tensors to store or load, the local rest that `load_state_dict` wants beside them)."""
+    for part in optimizer.chained_optimizers:
+        if (
+            not part.is_stub_optimizer
+        ):  # moments of zeros where no update has made them: a first step may be passed over
+            part.init_state_fn(part.optimizer, part.config)
     shared = [part for part in optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)]
     if shared:
-        return _distributed_state(optimizer, shared, model, loading=loading)
+        return _distributed_state(optimizer, shared, model)
     state = optimizer.sharded_state_dict(model, is_loading=loading, metadata={"chained_optim_avoid_prefix": True})
     sharded, local = extract_matching_values(state, lambda value: isinstance(value, ShardedBase))
     dict_list_map_inplace(_with_common_name, sharded)
@@ -84,10 +89,8 @@ def optimizer_state(optimizer: MegatronOptimizer, model: dict, *, loading: bool)
 
 
 def _distributed_state(
-    optimizer: MegatronOptimizer, parts: Sequence[DistributedOptimizer], model: dict, *, loading: bool
+    optimizer: MegatronOptimizer, parts: Sequence[DistributedOptimizer], model: dict
 ) -> tuple[dict, dict]:
-    if loading:
-        optimizer.load_state_dict(optimizer.state_dict())  # makes the moments where there are none yet
     held = (shard for part in parts if not part.is_stub_optimizer for shard in optimizer_boxes(part, model))
     return {"boxes": {str(number): shard for number, shard in enumerate(held)}}, optimizer.state_dict()
 

@@ -2,13 +2,14 @@
 
 import math
 import os
+import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
 from rank_processes import pretrain, results_of, run_ranks
-from run_results import events_of, steps_of
-from small_run import overrides
+from run_results import differences, events_of, steps_of
+from small_run import checkpoint_tensors, overrides
 
 import k2_megatron.train.step as step_module
 from k2_megatron.config import load_config
@@ -89,13 +90,13 @@ def test_gradient_that_goes_bad_in_one_replica_alone_is_judged_alike_by_all(smal
     assert first[1].grad_norm > 1e9
 
 
-def _spoil(calls_spoiled: tuple[int, ...]) -> None:
-    """A gradient of rank 3 is infinite in these steps, before any sum over ranks."""
+def _spoil(calls_spoiled: tuple[int, ...], rank: str = "3") -> None:
+    """A gradient of the rank is infinite in these steps, before any sum over ranks."""
     finalize, calls = step_module.finalize_model_grads, []
 
     def spoiled(model, *arguments, **keywords):
         calls.append(1)
-        if len(calls) in calls_spoiled and os.environ["RANK"] == "3":
+        if len(calls) in calls_spoiled and os.environ["RANK"] == rank:
             next(model[0].parameters()).main_grad.view(-1)[3] = math.inf
         finalize(model, *arguments, **keywords)
 
@@ -131,3 +132,25 @@ def test_policy_of_skipping_one_and_then_stopping_on_four_ranks(small_config, tm
             assert first.startswith("decoder.layers.2."), "layers are counted over the whole model"
     assert list(steps_of(folder)) == [1, 3]
     assert "The last save was step 3" in "".join(outcome.stderr for outcome in outcomes)
+
+
+@pytest.mark.parametrize(
+    "layout", [["parallel.distributed_optimizer=true"], ["train.precision=bfloat16"]], ids=["sharded", "replicated"]
+)
+def test_save_before_any_update_holds_moments_of_zeros_and_is_resumed(small_config, tmp_path, layout):
+    """The first two steps are passed over, and saved; what is trained from there is what the run that went on did."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    policy = ["spikes.not_finite_steps=2", "spikes.not_finite_reruns=0", "train.steps=4", "checkpoint.every_steps=2"]
+    settings = ["parallel.data=2", *layout, *policy, "train.compare_replicas_every_steps=1"]
+    fault = partial(_spoil, (1, 2), "1")
+    results_of(pretrain(2, small_config, [*settings, f"run.folder={whole}"], tmp_path / "first", fault))
+    assert sorted(steps_of(whole)) == [3, 4]
+    saved = checkpoint_tensors(whole / "checkpoints" / "step_00000002")
+    moments = [tensor for name, tensor in saved.items() if name.startswith("optimizer.state.exp_avg")]
+    assert len(moments) == 2 * sum(name.startswith("optimizer.state.param.") for name in saved) > 0
+    assert not any(moment.any() for moment in moments)
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step_00000004")
+    results_of(pretrain(2, small_config, [*settings, f"run.folder={resumed}"], tmp_path / "second"))
+    assert events_of(resumed, "resume")[0]["step"] == 2
+    assert differences(whole, resumed, 4) == []
