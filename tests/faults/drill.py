@@ -30,6 +30,7 @@ from run_results import differences, events_of, events_told  # noqa: E402
 from small_run import write_small_config, write_text  # noqa: E402
 
 from k2_megatron.config import load_config  # noqa: E402
+from k2_megatron.data.manifest import manifest_of_foreign_files  # noqa: E402
 
 STEPS = 60
 RUN_SECONDS = 600.0  # all lives of one run together: some ten times what they take
@@ -162,6 +163,13 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join([head, units, *(row.text() for row in rows)])
 
 
+def hashed_small_run(folder: Path, train_documents: int = 40) -> Path:
+    """The configuration of a run over tokens of its own in `folder`, with their hashes."""
+    write_text(folder, train_documents)
+    manifest_of_foreign_files(str(folder / "train"))
+    return write_small_config(folder, folder)
+
+
 def in_turn(faults: Sequence[Fault], chance: random.Random) -> Iterator[Fault]:
     """Every fault once in random order, again and again."""
     while True:
@@ -201,8 +209,7 @@ def main() -> int:
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # one that is ended prints what it did by then
     arguments.folder.mkdir(parents=True)
-    write_text(arguments.folder)
-    config = write_small_config(arguments.folder, arguments.folder)
+    config = hashed_small_run(arguments.folder)
     aimed = [aimed_kill(place, background, 0) for place, background in PLACES]
     total = {fault.name: Row(fault.name) for fault in (*KILLS, *aimed, *OTHERS)}
     world_sizes = [load_config(config, layout).world_size for layout in LAYOUTS]

@@ -14,10 +14,12 @@ from functools import partial
 from pathlib import Path
 
 from aimed_kills import SAVE_PLACES, Aim, die_at, wrong_death
+from damaged_files import damage_the_newest, damage_the_pointer, damage_the_tokens, lose_power
 from rank_processes import Rank, rank_environment, run_pretrain
+from run_results import events_told
 from torch.distributed import TCPStore
 
-from k2_megatron.train.checkpoint_files import complete_checkpoints
+from k2_megatron.config import load_config
 
 START_SECONDS = 120.0  # a life must have trained its first step by then; some ten times what a busy machine takes
 END_SECONDS = 60.0  # ranks that are left alone by another must be gone by then
@@ -34,12 +36,18 @@ class Life:
         output: Path,
         arm: Callable[[], None] | None = None,
     ) -> None:
+        self._again = partial(Life, config, settings, world_size, output.with_name(f"{output.name}_again"))
+        self.token_prefix = Path(load_config(config, settings).data.train)
         arguments = ([str(config), *(part for setting in settings for part in ("--set", setting))], arm)
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.ranks = [
             Rank(run_pretrain, arguments, rank_environment(rank, world_size, self._store.port), output / f"{rank}")
             for rank in range(world_size)
         ]
+
+    def again(self) -> "Life":
+        """The same start once more, with nothing armed."""
+        return self._again()
 
     @property
     def ended(self) -> bool:
@@ -80,6 +88,10 @@ class Life:
         return in_time
 
 
+Strike = Callable[[Life, Path, random.Random], str | None]
+Harm = Callable[[Path, random.Random], None]
+
+
 @dataclass(frozen=True)
 class Fault:
     """`strike(life, run, chance)` does it and returns what was wrong with the end, or None; `arm(chance, output)` gives
@@ -87,7 +99,7 @@ class Fault:
     the life must save, None that it does not matter; `aim` is the rank and place of a kill from within."""
 
     name: str
-    strike: Callable[[Life, Path, random.Random], str | None]
+    strike: Strike
     arm: Callable[[random.Random, Path], Callable[[], None]] | None = None
     fits: Callable[[Sequence[str]], bool] = lambda _layout: True
     background: bool | None = None
@@ -133,53 +145,43 @@ def aimed_kill(place: str, background: bool, rank: int, nth: int | None = None) 
     return Fault(name, strike, arm, background=saving, aim=(rank, place, background))
 
 
-def _flip(path: Path, _older: Path, chance: random.Random) -> None:
-    content = bytearray(path.read_bytes())
-    content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
-    path.write_bytes(content)
-
-
-def _cut(path: Path, _older: Path, chance: random.Random) -> None:
-    os.truncate(path, chance.randrange(path.stat().st_size))
-
-
-def _lose(path: Path, _older: Path, _chance: random.Random) -> None:
-    path.unlink()
-
-
-def _exchange(path: Path, older: Path, _chance: random.Random) -> None:
-    """The file of the same name of the checkpoint before, or none where that has none."""
-    other = older / path.name
-    path.write_bytes(other.read_bytes()) if other.exists() else path.unlink()
-
-
-def _damage_the_newest(life: Life, run: Path, chance: random.Random) -> str | None:
-    """Kill the run; damage a file of its newest checkpoint, in one of four ways, when there is one before."""
-    complaint = _kill(life, run, chance, every=True, saving=False)
-    folders = complete_checkpoints(run / "checkpoints")
-    if any(life.codes) and len(folders) > 1:  # a run that has ended before the kill is not started again
-        path = chance.choice(sorted(folders[0].iterdir()))
-        chance.choice((_flip, _cut, _lose, _exchange))(path, folders[1], chance)
+def _killed_and(
+    harm: Callable[[Path, random.Random], None], life: Life, run: Path, chance: random.Random
+) -> str | None:
+    """Kill the run, at any instant or while it saves; then harm its files."""
+    complaint = _kill(life, run, chance, every=True, saving=harm is lose_power and chance.random() < 0.5)
+    if any(life.codes):  # a run that has ended before the kill is not started again
+        harm(run, chance)
     return complaint
 
 
-def _damage_the_pointer(life: Life, run: Path, chance: random.Random) -> str | None:
+def _killed_and_tokens_damaged(life: Life, run: Path, chance: random.Random) -> str | None:
+    """Kill the run and damage a file of its tokens: a start names it and trains nothing; then it is put back."""
     complaint = _kill(life, run, chance, every=True, saving=False)
-    pointer = run / "checkpoints" / "latest"
-    if any(life.codes) and pointer.exists():
-        wrong = (pointer.read_text()[: chance.randrange(10)], "step_00009999\n", chance.randbytes(14).hex())
-        pointer.write_text(chance.choice(wrong))
-    return complaint
+    if complaint or not any(life.codes):
+        return complaint
+    kept = {path: path.read_bytes() for path in life.token_prefix.parent.glob(f"{life.token_prefix.name}.*")}
+    path, told = damage_the_tokens(life.token_prefix, chance), events_told(run, "step")
+    again = life.again()
+    in_time = again.end()
+    path.write_bytes(kept[path])
+    if not in_time or 0 in again.codes or events_told(run, "step") != told:
+        return f"damaged {path.name} was trained on: codes {again.codes}"
+    return None if path.name in again.told(0) + again.told(1) else f"damaged {path.name} was not named"
 
 
-def _ask(life: Life, run: Path, chance: random.Random) -> str | None:
-    """One rank is asked to stop; all save and leave."""
+def _ask(life: Life, run: Path, chance: random.Random, *, twice: bool = False) -> str | None:
+    """One rank is asked to stop, or all of them twice within moments; all save and leave."""
     _wait_a_while(life, chance)
     number = chance.choice([signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-    life.send(number, [chance.randrange(len(life.ranks))])
+    life.send(number, range(len(life.ranks)) if twice else [chance.randrange(len(life.ranks))])
+    if twice:
+        time.sleep(chance.uniform(0.0, 0.02))
+        life.send(number, range(len(life.ranks)))
     if not life.end():
         return f"not gone after {number.name}"
-    return None if set(life.codes) == {0} else f"codes {life.codes} after {number.name}"
+    hurried = twice and number == signal.SIGINT  # a person who does not wait for the save
+    return None if hurried or set(life.codes) == {0} else f"codes {life.codes} after {number.name}"
 
 
 def _stop_one(life: Life, run: Path, chance: random.Random) -> str | None:
@@ -192,14 +194,36 @@ def _stop_one(life: Life, run: Path, chance: random.Random) -> str | None:
     return None if all(code != 0 for code in life.codes) else "a rank called it success"
 
 
-def _ends_by_itself(code: int, life: Life, run: Path, chance: random.Random) -> str | None:
+def hangs(life: Life, run: Path, chance: random.Random) -> str | None:
+    """A rank loops for ever, the others wait for it in a collective: the watchdog of each ends it."""
+    if not life.end():
+        return "ranks wait for ever for the one that hangs"
+    return None if 0 not in life.codes and 4 in life.codes else f"codes {life.codes}, none of them 4"
+
+
+def ends_by_itself(code: int, life: Life, run: Path, chance: random.Random) -> str | None:
     """The armed fault stops the run by itself, with this exit code."""
     if not life.end():
         return "the run did not stop"
     return None if set(life.codes) == {code} else f"codes {life.codes}, not {code}"
 
 
-def _gradient_not_finite(call: int, rank: str) -> None:
+def loop_for_ever(call: int, rank: str) -> None:
+    """In the forward pass of the `call`-th step."""
+    import k2_megatron.train.step as step
+
+    run, calls = step._run_schedule, []
+
+    def run_or_hang(*arguments, **keywords):
+        calls.append(not keywords["forward_only"])
+        while sum(calls) == call and os.environ["RANK"] == rank:
+            pass
+        return run(*arguments, **keywords)
+
+    step._run_schedule = run_or_hang
+
+
+def gradient_not_finite(call: int, rank: str) -> None:
     import k2_megatron.train.step as step
 
     finalize, calls = step.finalize_model_grads, []
@@ -214,7 +238,7 @@ def _gradient_not_finite(call: int, rank: str) -> None:
     step.finalize_model_grads = spoiled
 
 
-def _flip_a_bit(call: int, rank: str) -> None:
+def flip_a_bit(call: int, rank: str) -> None:
     import torch
 
     import k2_megatron.train.step as step
@@ -244,14 +268,18 @@ KILLS = tuple(
 )
 OTHERS = (
     Fault("one rank asked to stop (TERM, USR1, INT)", _ask),
+    Fault("all ranks asked to stop, twice", partial(_ask, twice=True)),
     Fault("one rank stopped by the system", _stop_one),
-    Fault("killed, newest checkpoint damaged", _damage_the_newest),
-    Fault("killed, `latest` cut, ahead or garbage", _damage_the_pointer),
-    Fault("gradient not finite on one rank", partial(_ends_by_itself, 5), partial(_armed, _gradient_not_finite)),
+    Fault("killed, newest checkpoint damaged", partial(_killed_and, damage_the_newest)),
+    Fault("killed, `latest` cut, ahead or garbage", partial(_killed_and, damage_the_pointer)),
+    Fault("killed, what was not on the disk is lost", partial(_killed_and, lose_power)),
+    Fault("killed, a token file damaged", _killed_and_tokens_damaged),
+    Fault("one rank hangs in computing", hangs, partial(_armed, loop_for_ever)),
+    Fault("gradient not finite on one rank", partial(ends_by_itself, 5), partial(_armed, gradient_not_finite)),
     Fault(
         "bit flipped in one replica",
-        partial(_ends_by_itself, 3),
-        partial(_armed, _flip_a_bit),
+        partial(ends_by_itself, 3),
+        partial(_armed, flip_a_bit),
         lambda layout: any(setting.startswith("parallel.data=") for setting in layout),
     ),
 )

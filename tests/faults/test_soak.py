@@ -3,13 +3,15 @@
 import re
 import time
 
+from drill import hashed_small_run
 from rank_processes import pretrain, results_of
 from soak import RANKS, SETTINGS, compare, seconds_without_faults, soak, where_time_went
 
 STEPS = 20
 
 
-def test_short_soak_loses_nothing_and_tells_where_the_time_went(small_config, tmp_path):
+def test_short_soak_loses_nothing_and_tells_where_the_time_went(tmp_path):
+    small_config = hashed_small_run(tmp_path)
     found = soak(small_config, tmp_path, STEPS, apart=6.0, step_seconds=0.0, seed=4)
     print(found)
     assert sum(found.faults.values()) >= 2
