@@ -198,9 +198,10 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
             told = place(result)
             journal.write("incident", kind="not finite", made_again=False, **event, **told)
             if passed_over > config.spikes.not_finite_steps:
+                where = in_words(told["ranks"], told["samples_not_finite"])
                 raise StopNotFinite(
                     f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, "
-                    f"{attempts.earlier_not_finite + 1} times; {in_words(told)}. The update was not applied; its "
+                    f"{attempts.earlier_not_finite + 1} times; {where}. The update was not applied; its "
                     f"batch is samples {first_sample} to {consumed - 1}. The last save was step {saved_step}"
                 )
             count_as_update(optimizer)
@@ -298,7 +299,7 @@ def tell_of_rerun(
     else:
         told = place(result)
         journal.write("incident", kind="not finite", made_again=True, **values, **told)
-        why = f"not finite: {in_words(told)}"
+        why = f"not finite: {in_words(told['ranks'], told['samples_not_finite'])}"
     views.say(f"step {step + 1}: {why}; the step is made again")
     watchdog.at(STEP, step)
 

@@ -6,7 +6,9 @@ In:  an attempt at a step, and above which loss and gradient norm it is in doubt
 An attempt that is not applied leaves weights, moments, rows and generators as they were. Sound machines come to the
 same result again: a doubtful one that comes again is the data's, or the weights', and is applied for the spike
 detector to judge. One that does not come again was a machine's: it is told of, and the run is to the bit what it would
-have been. After MOST computations that are all in doubt, and no two alike, nothing is applied.
+have been. So is, however often it comes, a gradient that one replica alone brings, while most of its gradients are like
+the other replicas': rows of data make all of them large. After MOST computations that are all in doubt, and no two
+alike, or a machine's, nothing is applied.
 """
 
 import math
@@ -14,15 +16,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 import torch.distributed as distributed
 
 from k2_megatron.runtime.groups import Groups
 from k2_megatron.runtime.mistakes import StopRun
 from k2_megatron.runtime.seeds import random_states, restore_random_states
-from k2_megatron.train.checkpoint_state import named_parameters
 from k2_megatron.train.journal import Journal
-from k2_megatron.train.not_finite import NAMED, gradient_of, in_words
+from k2_megatron.train.not_finite import in_words
+from k2_megatron.train.replica_gradients import NAMED, Apart, gradient_sizes
 from k2_megatron.train.spikes.ceiling import Ceiling
 from k2_megatron.train.step import StepResult
 
@@ -40,9 +41,12 @@ class Attempts:
     earlier: list[StepResult] = field(default_factory=list)
     sizes: list[dict[str, float]] = field(default_factory=list)
 
-    def accept(self, loss: float, grad_norm: float) -> bool:
+    def accept(self, loss: float, grad_norm: float, apart: Apart | None) -> bool:
         """Whether a finite result is to be applied."""
-        return not self.ceiling.is_passed(loss, grad_norm) or any(_alike(one, loss, grad_norm) for one in self.earlier)
+        if not self.ceiling.is_passed(loss, grad_norm):
+            return True
+        a_machines = apart is not None and apart.in_part
+        return not a_machines and any(_alike(one, loss, grad_norm) for one in self.earlier)
 
     def are_over(self, result: StepResult) -> bool:
         """Whether `result` is the last."""
@@ -62,7 +66,7 @@ def _alike(one: StepResult, loss: float, grad_norm: float) -> bool:
 
 def settle(
     attempts: Attempts,
-    attempt: Callable[[Callable[[float, float], bool], bool], StepResult],
+    attempt: Callable[[Callable[[float, float, Apart | None], bool], bool], StepResult],
     chunks: Sequence,
     tell: Callable[[StepResult], None],
 ) -> tuple[StepResult, float]:
@@ -81,14 +85,6 @@ def settle(
         restore_random_states(generators)
 
 
-def gradient_sizes(chunks: Sequence) -> dict[str, float]:
-    """{parameter: L2 norm of its gradient} of this rank."""
-    return {
-        name: torch.linalg.vector_norm(gradient_of(parameter), dtype=torch.float64).item()
-        for name, parameter in named_parameters(chunks)
-    }
-
-
 def tell_of_doubts(
     attempts: Attempts, result: StepResult, step: int, first_sample: int, chunks: Sequence, groups: Groups,
     journal: Journal, say: Callable[[str], None],
@@ -103,25 +99,40 @@ def tell_of_doubts(
             continue
         values = {"step": step, "loss": one.loss, "grad_norm": one.grad_norm}
         if _alike(one, result.loss, result.grad_norm):
-            equal = (one.sample_losses, one.grad_norm) == (result.sample_losses, result.grad_norm)
-            journal.write("incident", kind="came again", equal_to_the_bit=equal, **values)
-            say(f"step {step}: came to the same again, so the data or the weights do it; applied")
+            if result.updated:
+                equal = (one.sample_losses, one.grad_norm) == (result.sample_losses, result.grad_norm)
+                ranks = result.apart.ranks if result.apart else {}
+                journal.write("incident", kind="came again", equal_to_the_bit=equal, ranks=ranks, **values)
+                whose = f" (far larger than in other replicas: {in_words(ranks)})" if ranks else ""
+                say(f"step {step}: came to the same again, so the data or the weights do it; applied{whose}")
             continue
         pairs = enumerate(zip(one.sample_losses, result.sample_losses, strict=True), start=first_sample)
         samples: list[int] = [sample for sample, (before, now) in pairs if before != now][:NAMED]
-        ranks = _ranks_wrong(attempts.sizes[number], chunks, groups)
+        ranks = one.apart.ranks if one.apart else _ranks_wrong(attempts.sizes[number], chunks, groups)
         journal.write("incident", kind="computed wrongly", ranks=ranks, samples=samples, **values)
-        wrong.append(in_words({"ranks": ranks, "samples_not_finite": samples}))
+        wrong.append(in_words(ranks, samples))
     if wrong and result.updated:
         say(f"step {step} was computed wrongly, made again and taken: {wrong[0]}")
     elif not result.updated:
-        norms = ", ".join(f"{one.grad_norm:.6g}" for one in (*attempts.earlier, result))
-        place = "; ".join(wrong) or "the journal names the ranks"
-        raise StopRun(
-            f"step {step}: {len(attempts.earlier) + 1} computations from the same weights and rows are all far from "
-            f"the usual, and no two alike (gradient norms {norms}): {place}. Nothing "
-            "of it was applied. Exclude the host of the rank that is named, and start again"
-        )
+        _stop(attempts, result, step, wrong, journal)
+
+
+def _stop(attempts: Attempts, result: StepResult, step: int, wrong: list[str], journal: Journal) -> None:
+    """StopRun: nothing of the step was applied, and why."""
+    a_replicas = result.apart is not None and result.apart.in_part
+    why = "from a replica alone, most of whose gradients are like the others'" if a_replicas else "no two alike"
+    if result.apart:
+        values = {"loss": result.loss, "grad_norm": result.grad_norm, "ranks": result.apart.ranks}
+        journal.write("incident", kind="one replica alone", step=step, **values)
+        wrong = [in_words(result.apart.ranks), *wrong]
+    norms = ", ".join(f"{one.grad_norm:.6g}" for one in (*attempts.earlier, result))
+    place = "; ".join(wrong) or "the journal names the ranks"
+    raise StopRun(
+        f"step {step}: {len(attempts.earlier) + 1} computations from the same weights and rows are all far from "
+        f"the usual, and {why} (gradient norms {norms}): {place}. Nothing "
+        "of it was applied. Exclude the host of the rank that is named, and start again"
+        f"{'; if other hosts end here too, spikes.suspect_factor=1e30 takes the step' if a_replicas else ''}"
+    )
 
 
 def _ranks_wrong(before: dict[str, float], chunks: Sequence, groups: Groups) -> dict[str, list[str]]:

@@ -1,11 +1,9 @@
 """A loss or gradient that is not finite: it is said where; a passed-over update is counted."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
-import torch
 import torch.distributed as distributed
 from megatron.core.optimizer import MegatronOptimizer
 
@@ -13,27 +11,27 @@ from k2_megatron.data.feed import Feed
 from k2_megatron.runtime.groups import Groups
 from k2_megatron.train.checkpoint_state import named_parameters
 from k2_megatron.train.journal import Journal, last_events
+from k2_megatron.train.replica_gradients import NAMED, gradient_of
 from k2_megatron.train.step import StepResult
-
-NAMED = 4  # parameters of a rank, and samples, that are named; usually it is one, or all
 
 
 def where_not_finite(
     result: StepResult, first_sample: int, chunks: Sequence, groups: Groups, feed: Feed
 ) -> dict[str, dict]:
-    """What an incident tells of the place, the same on every rank."""
+    """What an incident tells of the place, the same on every rank; of a step that was made again, whose gradient it was
+    before the sum over replicas."""
     return {
-        "ranks": ranks_not_finite(chunks, groups),
+        "ranks": result.apart.ranks if result.apart else ranks_not_finite(chunks, groups),
         "samples_not_finite": samples_not_finite(first_sample, result.sample_losses, feed),
     }
 
 
-def in_words(told: Mapping[str, Any]) -> str:
+def in_words(ranks: Mapping[str, Sequence[str]], samples: Iterable[int] = ()) -> str:
     """The place in a line: "gradients of decoder.layers.1... on rank 3 (...); losses of samples: 17, 18"."""
-    ranks = [f"{', '.join(parameters)} on {rank}" for rank, parameters in told["ranks"].items()]
-    more = f" and {len(ranks) - NAMED} more ranks" if len(ranks) > NAMED else ""
-    samples = ", ".join(map(str, told["samples_not_finite"])) or "none"
-    return f"gradients of {'; '.join(ranks[:NAMED]) or 'none'}{more}; losses of samples: {samples}"
+    named = [f"{', '.join(parameters)} on {rank}" for rank, parameters in ranks.items()]
+    more = f" and {len(named) - NAMED} more ranks" if len(named) > NAMED else ""
+    losses = ", ".join(map(str, samples)) or "none"
+    return f"gradients of {'; '.join(named[:NAMED]) or 'none'}{more}; losses of samples: {losses}"
 
 
 def ranks_not_finite(chunks: Sequence, groups: Groups) -> dict[str, list[str]]:
@@ -67,11 +65,6 @@ def computed_in_vain(journal: Journal) -> tuple[int, int]:
         told = [(step, times)]
     distributed.broadcast_object_list(told)
     return told[0]
-
-
-def gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The fp32 gradient that megatron-core's DistributedDataParallel accumulates beside the parameter."""
-    return parameter.main_grad  # type: ignore[attr-defined]
 
 
 def count_as_update(optimizer: MegatronOptimizer) -> None:

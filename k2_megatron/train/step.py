@@ -27,6 +27,7 @@ from k2_megatron.runtime.groups import Groups
 from k2_megatron.train.layer_norms import ActivationSquares, LayerNorms, layer_norms
 from k2_megatron.train.optimizer import gradient_squares, update
 from k2_megatron.train.phases import StepPhases
+from k2_megatron.train.replica_gradients import Apart, OwnGradients, find_apart
 from k2_megatron.train.replicas import Difference, compare_replicas
 
 
@@ -35,7 +36,8 @@ class StepResult:
     """`loss` is the mean over the global batch in nats a token; `grad_norm` is before clipping; `updated` is False
     when loss or gradient was not finite or in doubt, or replicas differed, and the update was therefore not applied;
     `data_seconds` is what this rank waited for rows; `sample_losses` are the means over each sequence, in the order of
-    the samples; `layers` is what was asked for of the layers; `difference` is what comparing the replicas found."""
+    the samples; `layers` is what was asked for of the layers; `difference` is what comparing the replicas found, and
+    `apart` who brought other gradients than the rest."""
 
     loss: float
     grad_norm: float
@@ -44,6 +46,7 @@ class StepResult:
     sample_losses: tuple[float, ...]
     layers: LayerNorms | None = None
     difference: Difference | None = None
+    apart: Apart | None = None
 
     @property
     def finite(self) -> bool:
@@ -108,6 +111,7 @@ def _run_schedule(
     global_batch: int,
     device: torch.device,
     forward_only: bool,
+    own: OwnGradients | None = None,
 ) -> tuple[float, tuple[float, ...]]:
     """Forward (and backward) over one global batch; (the mean loss, that of each sample), equal on every rank."""
     count, leaves = global_batch // config.train.micro_batch, config.train.gradient_leaves
@@ -116,12 +120,12 @@ def _run_schedule(
         groups.pipeline_size, config.parallel.virtual_pipeline if len(chunks) > 1 else None
     )
     settings = chunks[0].config
-    finalize, scale = finalize_model_grads, None
+    scale = None
     if leaves is not None:
-        finalize, scale = _finalize_unscaled, groups.context_size * count
+        scale = groups.context_size * count
         for chunk in chunks:
             chunk.begin(count // leaves)
-    settings.finalize_model_grads_func = None if forward_only else finalize
+    settings.finalize_model_grads_func = None if forward_only else own or _finalizer(config)
     losses = schedule(
         forward_step_func=partial(_forward, groups, scale),
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
@@ -137,6 +141,11 @@ def _run_schedule(
     speaks = groups.is_last_stage and groups.tensor_rank == 0
     gather = _gathered_losses if leaves is None else _gathered_losses_in_order
     return gather(config, groups, losses if speaks else [], global_batch, device)
+
+
+def _finalizer(config: Config) -> Callable[..., None]:
+    """What adds up the gradients over ranks when the schedule has run."""
+    return finalize_model_grads if config.train.gradient_leaves is None else _finalize_unscaled
 
 
 def _finalize_unscaled(model, _tokens, **keywords) -> None:
@@ -184,12 +193,13 @@ def train_step(
     device: torch.device,
     activations: ActivationSquares | None = None,
     phases: StepPhases | None = None,
-    accept: Callable[[float, float], bool] | None = None,
+    accept: Callable[[float, float, Apart | None], bool] | None = None,
     compare: bool = False,
 ) -> StepResult:
     """Gradients over the step's global batch, clipped; then the update, unless something was not finite or replicas
     differed, or `accept` says of loss and gradient norm that they are in doubt. Replicas are compared (with `compare`
-    in any step) before the update, because a sharded optimizer's writes all replicas anew and hides a flipped bit.
+    in any step, and their gradients too) before the update, because a sharded optimizer's writes all replicas anew and
+    hides a flipped bit.
 
     With `activations` the result tells of the layers; with `phases` it is measured what this rank spends the step on.
     """
@@ -202,10 +212,12 @@ def train_step(
         phases.begin()
     first_sample, global_batch = config.consumed_samples_at(step), config.global_batch_at(step)
     waited = feed.seconds_waited
+    own = OwnGradients(_finalizer(config)) if compare else None
     with phases.within(chunks[0].config) if phases else nullcontext():
         loss, sample_losses = _run_schedule(
-            config, groups, chunks, feed, first_sample, global_batch, device, forward_only=False
+            config, groups, chunks, feed, first_sample, global_batch, device, forward_only=False, own=own
         )
+    apart = find_apart(own.sizes, groups, config.spikes.suspect_factor) if own else None
 
     order_free = config.train.gradient_leaves is not None
     squares = gradient_squares(optimizer, config.model.layers, device, order_free)
@@ -216,7 +228,7 @@ def train_step(
         difference = compare_replicas(chunks, optimizer, groups)
     updated = math.isfinite(loss) and math.isfinite(grad_norm) and difference is None
     if updated and accept:
-        updated = accept(loss, grad_norm)
+        updated = accept(loss, grad_norm, apart)
     if updated:
         with phases.updating(optimizer) if phases else nullcontext():
             update(optimizer, norm, config.optimizer.clip_grad_norm)
@@ -225,7 +237,7 @@ def train_step(
         elements = global_batch * config.model.sequence_length * config.model.hidden_size
         layers = layer_norms(squares.tolist(), activations.collect(order_free), elements)
     waited = feed.seconds_waited - waited
-    return StepResult(loss, grad_norm, updated, waited, sample_losses, layers, difference)
+    return StepResult(loss, grad_norm, updated, waited, sample_losses, layers, difference, apart)
 
 
 def evaluate(config: Config, groups: Groups, chunks: Sequence, feed: Feed, device: torch.device) -> float:

@@ -4,6 +4,7 @@ error leaves no trace, what the data does is applied, and what never comes again
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from run_results import events_of, steps_of, stored_state
 
 from k2_megatron.train import attempts as attempts_module
 from k2_megatron.train.attempts import Attempts, settle
+from k2_megatron.train.replica_gradients import Apart
 from k2_megatron.train.spikes.ceiling import FEWEST, Ceiling, ceiling
 from k2_megatron.train.spikes.detector import State
 from k2_megatron.train.step import StepResult
@@ -23,8 +25,8 @@ SETTINGS = ["parallel.tensor=2", f"train.steps={STEPS}", "train.evaluate_every_s
 WEIGHT = "decoder.layers.2.self_attention.linear_qkv.weight"
 
 
-def outcome(loss: float, grad_norm: float = 1.0) -> StepResult:
-    return StepResult(loss, grad_norm, False, 0.0, ())
+def outcome(loss: float, grad_norm: float = 1.0, apart: Apart | None = None) -> StepResult:
+    return StepResult(loss, grad_norm, False, 0.0, (), apart=apart)
 
 
 def settled(results: list[StepResult], reruns: int, limit: Ceiling, monkeypatch) -> tuple[StepResult, float, int]:
@@ -32,13 +34,13 @@ def settled(results: list[StepResult], reruns: int, limit: Ceiling, monkeypatch)
     clock, made = [0.0], []
     monkeypatch.setattr(attempts_module.time, "monotonic", lambda: clock[0])
 
-    def attempt(accept: Callable[[float, float], bool], compare: bool) -> StepResult:
+    def attempt(accept: Callable[[float, float, Apart | None], bool], compare: bool) -> StepResult:
         assert compare == bool(made), "replicas are compared when a step is made again"
         result = results[len(made)]
         clock[0] += (30.0, 20.0, 5.0)[len(made)]
         made.append(result)
-        updated = result.finite and accept(result.loss, result.grad_norm)
-        return StepResult(result.loss, result.grad_norm, updated, 0.0, ())
+        updated = result.finite and accept(result.loss, result.grad_norm, result.apart)
+        return replace(result, updated=updated)
 
     def tell(_result: StepResult) -> None:
         clock[0] += 100.0
@@ -72,6 +74,15 @@ def test_what_is_applied_after_how_many_computations(monkeypatch, norms, computa
     result, seconds, made = settled([outcome(2.0, norm) for norm in norms], 1, LIMIT, monkeypatch)
     assert (made, result.updated) == (computations, updated)
     assert seconds == (30.0, 20.0, 5.0)[made - 1], "of the attempt that is kept"
+
+
+def test_what_a_machine_does_is_not_applied_because_it_comes_again(monkeypatch):
+    machine, rows = Apart({"rank 1": ["weight"]}, True), Apart({"rank 1": ["weight"]}, False)
+    first = outcome(2.0, 11.0)
+    for apart, last, expected in ((machine, 11.0, (3, False)), (machine, 1.0, (3, True)), (rows, 1.0, (2, True))):
+        results = [first, outcome(2.0, 11.0, apart), outcome(2.0, last, apart)]
+        result, _, made = settled(results, 1, LIMIT, monkeypatch)
+        assert (made, result.updated) == expected
 
 
 def test_the_loss_is_doubted_like_the_norm_and_reruns_are_counted(monkeypatch):
