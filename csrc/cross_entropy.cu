@@ -10,8 +10,8 @@
 // at 4004 columns a thread of 64 has its eight vectors of the row on their way at once.
 // One exponential a logit: a thread first takes the maximum of the vectors that it holds, two logits an instruction while
 // they are packed, and rescales its sum once for all of them. At two bytes a logit instructions could bound the pass: an
-// H200's bandwidth leaves time for about 15 a logit. The order of that sum follows the address of the row modulo 16: the same buffer gives the same bits, a
-// copy of it at another alignment may differ in the last.
+// H200's bandwidth leaves time for about 15 a logit. The order of that sum follows the address of the row modulo 16: the
+// same buffer gives the same bits, a copy of it at another alignment may differ in the last.
 #include "primitives.cuh"
 
 namespace k2::cuda {

@@ -30,7 +30,7 @@ from k2_megatron.config.toml_text import toml_value
 from k2_megatron.data.ledger import FILE_NAME as LEDGER
 from k2_megatron.runtime.durable import write_file
 from k2_megatron.train.checkpoint_files import complete_checkpoints
-from k2_megatron.train.checkpoint_manifest import read_manifest, step_of
+from k2_megatron.train.checkpoint_manifest import is_imported, read_manifest, step_of
 from k2_megatron.train.checkpoint_state import layout_name
 from k2_megatron.train.journal import JOURNAL, read_events, read_steps
 from k2_megatron.train.run_folder import CONFIG
@@ -126,7 +126,7 @@ def config_of(run: Path, start: Path | None, steps: range) -> Config:
     if start is None:
         for changes in reversed(resumes.values()):
             then |= {change["key"]: change["was"] for change in changes}
-    elif (manifest := read_manifest(start))["data"] is not None:  # else it was brought in, and no run of ours made it
+    elif not is_imported(manifest := read_manifest(start)):
         then = {key: manifest["config"].get(section, {}).get(name) for key, section, name in split(COMPUTING)}
     for step, changes in resumes.items():
         changed = {change["key"]: change["now"] for change in changes if change["key"] in COMPUTING}

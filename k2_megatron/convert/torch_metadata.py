@@ -5,7 +5,6 @@ plain record; any other name is refused, so a file from anywhere can be opened.
 """
 
 import pickle
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -133,7 +132,8 @@ def write_metadata(folder: Path, stored: Stored) -> None:
         (folder / METADATA).write_bytes(_pickled(stored))
 
 
-_KEPT = (*sorted(_RECORDS), ("torch", "Size"))  # names that each tensor or chunk needs again
+# {name that each tensor or chunk needs again: the opcode that fetches it}
+_KEPT = {name: ops.kept(number) for number, name in enumerate((*sorted(_RECORDS), ("torch", "Size")))}
 
 
 def _pickled(stored: Stored) -> bytes:
@@ -167,7 +167,7 @@ def _tensor(tensor: Tensor) -> bytes:
     return _record(
         "metadata",
         "TensorStorageMetadata",
-        properties=ops.instance(_kept(_DISTRIBUTED + "metadata", "TensorProperties"), properties),
+        properties=ops.instance(_KEPT[_DISTRIBUTED + "metadata", "TensorProperties"], properties),
         size=_size(tensor.shape),
         chunks=ops.items(*chunks),
     )
@@ -191,13 +191,8 @@ def _place(key: str, chunk: Chunk, number: int | None) -> tuple[bytes, bytes]:
 
 def _record(module: str, name: str, **fields: bytes) -> bytes:
     state = ops.pairs(*((ops.text(field), value) for field, value in fields.items()))
-    return ops.instance(_kept(_DISTRIBUTED + module, name), state if fields else b"")
+    return ops.instance(_KEPT[_DISTRIBUTED + module, name], state if fields else b"")
 
 
 def _size(sizes: tuple[int, ...]) -> bytes:
-    return _kept("torch", "Size") + ops.group(ops.integers(sizes)) + ops.CALL
-
-
-@cache
-def _kept(module: str, name: str) -> bytes:
-    return ops.kept(_KEPT.index((module, name)))
+    return _KEPT["torch", "Size"] + ops.group(ops.integers(sizes)) + ops.CALL

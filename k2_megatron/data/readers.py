@@ -195,9 +195,9 @@ def _text_pieces(source: Source, keys: Sequence[str], make_room: Callable[[], No
     yield piece
 
 
-def documents(sources: Sequence[Source], key: str) -> Iterator[str]:
+def documents(files: Sequence[Source], key: str) -> Iterator[str]:
     """Every document's text, one after another. ValueError at the first that is not one."""
-    for source in sources:
+    for source in files:
         line = 0
         for piece in pieces(source, [key], 1 << 62, 0, None):
             if piece.rejected:

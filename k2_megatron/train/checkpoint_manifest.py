@@ -110,6 +110,11 @@ def _ends_with_its_hash(manifest: dict) -> bool:
     return last == content_hash(dict(content))
 
 
+def is_imported(manifest: dict) -> bool:
+    """Whether tools/convert_checkpoint.py brought it in: no run of ours made it, and no row was consumed."""
+    return manifest.get("data", "") is None
+
+
 def hash_file(path: Path) -> dict:
     """{"bytes", "xxh3"} of a file on disk."""
     digest, size = xxhash.xxh3_128(), 0

@@ -9,7 +9,7 @@ from typing import Any
 from k2_megatron.config import Config
 from k2_megatron.config.batch import samples_until, stages_of_saved
 from k2_megatron.data.ledger import Ledger
-from k2_megatron.train.checkpoint_manifest import CheckpointError
+from k2_megatron.train.checkpoint_manifest import CheckpointError, is_imported
 
 # What decides, with the step, which samples are next
 KEYS = ("train.global_batch", "train.batch_ramp", "model.sequence_length")
@@ -17,10 +17,9 @@ KEYS = ("train.global_batch", "train.batch_ramp", "model.sequence_length")
 
 def going_on_from(config: Config, manifest: dict[str, Any]) -> Config:
     """`config` with the past of a checkpoint. CheckpointError where that does not tell its batch and length."""
-    # What tools/convert_checkpoint.py brought in is of no run of ours: its stages were not trained here.
-    imported = manifest.get("data", "") is None
     try:
-        done = config.stages if imported else stages_of_saved(manifest["config"])
+        # The stages of one that was brought in were not trained here.
+        done = config.stages if is_imported(manifest) else stages_of_saved(manifest["config"])
         return config.going_on(manifest["step"], done)
     except ValueError as error:
         raise CheckpointError(f"the checkpoint of step {manifest['step']} cannot be gone on from: {error}") from None

@@ -9,7 +9,7 @@ from k2_megatron.data.feed import Feed, open_feed
 from k2_megatron.data.ledger import CHAIN_START, Ledger, LedgerNotWritten
 from k2_megatron.data.tokenizer import load_tokenizer
 from k2_megatron.runtime.durable import persist
-from k2_megatron.train.checkpoint_manifest import CheckpointError
+from k2_megatron.train.checkpoint_manifest import CheckpointError, is_imported
 
 
 class RunData:
@@ -68,7 +68,7 @@ class RunData:
     def resume_at(self, manifest: dict) -> None:
         """Go on after a checkpoint. CheckpointError when it was trained on other rows than this run would read, or when
         the ledger has lost or changed a line that it had when the checkpoint was saved."""
-        if manifest["data"] is None:  # weights that tools/convert_checkpoint.py brought in: no row was consumed
+        if is_imported(manifest):
             return
         if manifest["data"] != self.fingerprint:
             raise CheckpointError(

@@ -16,7 +16,7 @@ from k2_megatron.config.changes import changes
 from k2_megatron.data.ledger import Ledger
 from k2_megatron.runtime.durable import make_folder, write_file
 from k2_megatron.train.checkpoint_files import candidate_checkpoints
-from k2_megatron.train.checkpoint_manifest import CheckpointError, read_manifest
+from k2_megatron.train.checkpoint_manifest import CheckpointError, is_imported, read_manifest
 from k2_megatron.train.journal import JOURNAL, read_events
 from k2_megatron.train.position import going_on_from
 from k2_megatron.train.watchdog import HEARTBEATS, read_heartbeats
@@ -44,7 +44,7 @@ def check_run_folder(config: Config, given: Collection[str] = ()) -> list[str]:
         change for change in changes(now, earlier.model_dump(exclude_none=True), given) if change.outcome == "refused"
     ]
     manifest = _newest_manifest(folder) if refused else None
-    saved = changes(now, manifest["config"], given) if manifest and manifest.get("data", "") is not None else refused
+    saved = changes(now, manifest["config"], given) if manifest and not is_imported(manifest) else refused
     differing = {change.key for change in saved}
     wrong = [str(change) for change in refused if change.key in differing]
     if wrong:

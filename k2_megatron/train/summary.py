@@ -5,7 +5,7 @@ from pathlib import Path
 
 from k2_megatron.config import Config
 from k2_megatron.config.changes import Change, changes
-from k2_megatron.train.checkpoint_manifest import MANIFEST, CheckpointError
+from k2_megatron.train.checkpoint_manifest import MANIFEST, CheckpointError, is_imported
 from k2_megatron.train.checkpoint_state import layout_name
 from k2_megatron.train.journal import read_events, read_steps
 from k2_megatron.train.position import change_at, change_text
@@ -18,7 +18,7 @@ def resume_changes(config: Config, manifest: dict, folder: Path, given: Collecti
 
     `given` are the keys that --set names. CheckpointError when one is refused, the same on every rank.
     """
-    imported = manifest.get("data", "") is None  # tools/convert_checkpoint.py brought it in: no run of ours made it
+    imported = is_imported(manifest)
     lacking = [] if imported else [key for key in ("data", "chain") if not isinstance(manifest.get(key), str)]
     if lacking:
         raise CheckpointError(
