@@ -35,7 +35,7 @@ test: $(VENV)/installed-dev
 drill: $(VENV)/installed-dev
 	$(BIN)/python tests/faults/drill.py --kills 50 --others 30 --folder runs/drill-$(shell date +%Y%m%d-%H%M%S)
 
-# 2,000 steps with a fault every twenty: goodput, and what was lost (nothing).
+# 2,000 steps with a fault every twenty: goodput, and what was lost (nothing). Some 90 minutes, most of them asleep.
 soak: $(VENV)/installed-dev
 	$(BIN)/python tests/faults/soak.py --folder runs/soak-$(shell date +%Y%m%d-%H%M%S)
 

@@ -167,7 +167,9 @@ def _killed_and_tokens_damaged(life: Life, run: Path, chance: random.Random) -> 
     path.write_bytes(kept[path])
     if not in_time or 0 in again.codes or events_told(run, "step") != told:
         return f"damaged {path.name} was trained on: codes {again.codes}"
-    return None if path.name in again.told(0) + again.told(1) else f"damaged {path.name} was not named"
+    said = "".join(map(again.told, range(len(again.ranks))))
+    # By .bin or .idx, when the two no longer fit each other
+    return None if f"error: {life.token_prefix}." in said else f"damaged {path.name} was not named: {said[-300:]}"
 
 
 def _ask(life: Life, run: Path, chance: random.Random, *, twice: bool = False) -> str | None:
