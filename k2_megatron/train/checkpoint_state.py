@@ -70,9 +70,8 @@ def model_state(chunks: Sequence) -> dict:
 def optimizer_state(optimizer: MegatronOptimizer, model: dict, *, loading: bool) -> tuple[dict, dict]:
     """(sharded tensors to store or load, the local rest that `load_state_dict` wants beside them)."""
     for part in optimizer.chained_optimizers:
-        if (
-            not part.is_stub_optimizer
-        ):  # moments of zeros where no update has made them: a first step may be passed over
+        if not part.is_stub_optimizer:
+            # Moments of zeros where no update has made them: the first steps may have been passed over.
             part.init_state_fn(part.optimizer, part.config)
     shared = [part for part in optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)]
     if shared:

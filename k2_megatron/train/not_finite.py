@@ -20,8 +20,9 @@ def where_not_finite(
 ) -> dict[str, dict]:
     """What an incident tells of the place, the same on every rank; of a step that was made again, whose gradient it was
     before the sum over replicas."""
+    apart = result.apart if result.apart and not result.apart.finite else None
     return {
-        "ranks": result.apart.ranks if result.apart else ranks_not_finite(chunks, groups),
+        "ranks": apart.ranks if apart else ranks_not_finite(chunks, groups),
         "samples_not_finite": samples_not_finite(first_sample, result.sample_losses, feed),
     }
 

@@ -23,10 +23,12 @@ NAMED = 4  # parameters of a rank that are named; usually it is one, or all
 @dataclass(frozen=True)
 class Apart:
     """`ranks`: {rank in words: its parameters whose gradient is far larger than in the other replicas, the furthest
-    first}; `in_part`: most gradients of these ranks are like the others', which rows of data cannot do."""
+    first}; `in_part`: most gradients of these ranks are like the others', which rows of data cannot do; `finite`: those
+    that are named are numbers."""
 
     ranks: dict[str, list[str]]
     in_part: bool
+    finite: bool = True
 
 
 def gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -67,7 +69,7 @@ def apart_among(everywhere: Sequence[tuple[tuple[int, int], str, dict[str, float
     replicas: dict[tuple[int, int], dict[str, dict[str, float]]] = defaultdict(dict)
     for place, name, own in everywhere:
         replicas[place][name] = own
-    ranks, in_part = {}, True
+    ranks, in_part, finite = {}, True, True
     for alike in replicas.values():
         for name, own in alike.items():
             others = [sizes for other, sizes in alike.items() if other != name]
@@ -76,7 +78,8 @@ def apart_among(everywhere: Sequence[tuple[tuple[int, int], str, dict[str, float
             if far:
                 ranks[name] = far[:NAMED]
                 in_part = in_part and median(times.values()) < math.sqrt(factor)
-    return Apart(ranks, in_part) if ranks else None
+                finite = finite and all(math.isfinite(own[parameter]) for parameter in far)
+    return Apart(ranks, in_part, finite) if ranks else None
 
 
 def _times(size: float, others: Sequence[float]) -> float:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from aimed_kills import SAVE_PLACES, Aim, die_at, wrong_death
-from damaged_files import damage_the_newest, damage_the_pointer, damage_the_tokens, lose_power
+from damaged_files import Damage, damage_the_newest, damage_the_pointer, damage_the_tokens, lose_power
 from rank_processes import Rank, rank_environment, run_pretrain
 from run_results import events_told
 from torch.distributed import TCPStore
@@ -89,7 +89,6 @@ class Life:
 
 
 Strike = Callable[[Life, Path, random.Random], str | None]
-Harm = Callable[[Path, random.Random], None]
 
 
 @dataclass(frozen=True)
@@ -145,9 +144,7 @@ def aimed_kill(place: str, background: bool, rank: int, nth: int | None = None) 
     return Fault(name, strike, arm, background=saving, aim=(rank, place, background))
 
 
-def _killed_and(
-    harm: Callable[[Path, random.Random], None], life: Life, run: Path, chance: random.Random
-) -> str | None:
+def _killed_and(harm: Damage, life: Life, run: Path, chance: random.Random) -> str | None:
     """Kill the run, at any instant or while it saves; then harm its files."""
     complaint = _kill(life, run, chance, every=True, saving=harm is lose_power and chance.random() < 0.5)
     if any(life.codes):  # a run that has ended before the kill is not started again

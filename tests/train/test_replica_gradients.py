@@ -42,7 +42,7 @@ USUAL = {"a": 1.0, "b": 0.5, "c": 2.0}
         ([{}, {}, {"b": 30.0, "a": 400.0}, {"c": 19.0}], Apart({"rank 2": ["a", "b"]}, False)),
         ([{}, {}, {"b": 30.0}, {"b": 20.0}], Apart({"rank 2": ["b"], "rank 3": ["b"]}, True)),
         ([{"a": 100.0, "b": 70.0, "c": 15.0}, {}, {}], Apart({"rank 0": ["b", "a"]}, False)),  # rows, not a machine
-        ([{}, {"a": math.nan}], Apart({"rank 1": ["a"]}, True)),
+        ([{}, {"a": math.nan}], Apart({"rank 1": ["a"]}, True, False)),
         ([{"a": math.inf}, {"a": math.nan}], None),  # both: nothing to compare with
         ([{"a": 0.0}, {"a": 0.0}], None),
     ],
@@ -137,7 +137,7 @@ def test_a_replica_that_errs_for_ever_stops_the_run_with_rank_and_layer(small_co
 def test_what_is_applied_or_not_finite_is_pinned_too():
     """The rank stands in the event and in the line, though no rank was asked after the sum."""
     apart = Apart({"rank 1": [WEIGHT]}, False)
-    lost = StepResult(math.nan, 1.0, False, 0.0, (1.0,), apart=apart)
+    lost = StepResult(math.nan, 1.0, False, 0.0, (1.0,), apart=replace(apart, finite=False))
     assert where_not_finite(lost, 0, [], None, None) == {"ranks": apart.ranks, "samples_not_finite": {}}
     again = StepResult(2.0, 40.0, True, 0.0, (1.0,), apart=apart)
     attempts, told, said = Attempts(Ceiling(20.0, 10.0), 1, [replace(again, updated=False, apart=None)]), [], []
