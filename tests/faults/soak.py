@@ -1,12 +1,12 @@
 """A long run under faults: one every twenty steps on average, started again each time, as a batch script would.
 
-    python tests/faults/soak.py --folder /tmp/soak                      `make soak`; 2,000 steps, some 80 minutes
+    python tests/faults/soak.py --folder /tmp/soak                      `make soak`; 2,000 steps, some 90 minutes
     python tests/faults/soak.py --folder /tmp/soak --steps 200 --step-seconds 0.5
 
 In:  how many steps, how far apart the faults are, a seed. A step is drawn out to `--step-seconds`, as one that a device
 computes while the processor waits: a step of the small model itself lasts a tenth of what starting again does. Two
 seconds are still a twelfth of K2-65B's step, and a hang counts as one after 10 s and three steps, whatever they last.
-The faults are rows 1 to 13 of the matrix of docs/faults.md but one: a slow rank, which costs what it is made to cost.
+The faults are of all kinds that a run meets but one: a slow rank, which costs what it is made to cost.
 Out: where the wall time went; goodput, the wall time of the run without faults (its start, saves and evaluations
 included) as a share of the wall time under faults less the steps that were repeated; each fault with how often, and
 what was lost against the run without faults, to the bit: steps, weights, moments, generators, journal, ledger; and
@@ -170,7 +170,7 @@ def passing_fault(steps_before: int, apart: float, chance: random.Random) -> Cal
 
 
 def kinds() -> list[str | tuple[str, bool, int] | Fault]:
-    """Rows 1 to 13 of the fault matrix, as far as they end a run."""
+    """Those that end a run."""
     aimed = [(place, background, rank) for place, background in PLACES for rank in range(RANKS)]
     return [*KILLS, *KILLS, *(fault for fault in OTHERS if fault.arm is None), *ARMED, *aimed]
 
