@@ -237,6 +237,27 @@ def gradient_not_finite(call: int, rank: str) -> None:
     step.finalize_model_grads = spoiled
 
 
+def gradient_too_large(call: int, rank: str) -> None:
+    """From the `call`-th step on, of one layer, before the sum over replicas."""
+    import pretrain_k2
+    from k2_megatron.train.checkpoint_state import named_parameters
+
+    build, train_step, calls = pretrain_k2.build_optimizer, pretrain_k2.train_step, []
+
+    def build_with_fault(config, chunks, *rest):
+        weight = dict(named_parameters(chunks))["decoder.layers.1.mlp.linear_fc2.weight"]
+        weight.register_hook(lambda gradient: gradient * (1e6 if len(calls) >= call else 1.0))
+        return build(config, chunks, *rest)
+
+    def counted(*arguments):
+        calls.append(1)
+        return train_step(*arguments)
+
+    pretrain_k2.train_step = counted
+    if os.environ["RANK"] == rank:
+        pretrain_k2.build_optimizer = build_with_fault
+
+
 def flip_a_bit(call: int, rank: str) -> None:
     import torch
 
