@@ -14,7 +14,6 @@ processes, shared memory and temporary files that were left behind. Exit code 0 
 """
 
 import argparse
-import contextlib
 import errno
 import itertools
 import math
@@ -25,14 +24,12 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2])]  # tests/ and the checkout, when started as a program
 
-import psutil  # noqa: E402
 from aimed_kills import PLACES, SAVE_PLACES  # noqa: E402
 from drill import LAYOUTS, compare, hashed_small_run, last_step  # noqa: E402
 from drill_faults import (  # noqa: E402
@@ -51,10 +48,8 @@ from drill_faults import (  # noqa: E402
 )
 from rank_processes import Rank  # noqa: E402
 from run_results import events_of  # noqa: E402
+from soak_report import SHARED_MEMORY, left_behind, seconds_without_faults, where_time_went  # noqa: E402
 
-from k2_megatron.train.journal import read_events  # noqa: E402
-
-SHARED_MEMORY = Path("/dev/shm")
 RANKS, EVERY_STEPS = 2, 5  # between two saves
 NOT_FINITE_TWICE = "gradient not finite on one rank, twice"
 TOO_LARGE = "gradient too large on one rank, for ever"
@@ -237,71 +232,6 @@ def soak(config: Path, folder: Path, steps: int, apart: float, step_seconds: flo
     return found
 
 
-def seconds_without_faults(whole: Path, began: float, steps: int, timed: int) -> float:
-    """What `steps` steps take that are drawn out like the first `timed` of the run in `whole`, from its start at
-    `began` (seconds since 1970), saves and evaluations included."""
-    at = [
-        datetime.fromisoformat(event["time"]).timestamp() - event["step_seconds"]
-        for event in events_of(whole, "step")[: timed + 1]
-    ]
-    return at[0] - began + (at[timed] - at[0]) / timed * steps
-
-
-def where_time_went(found: Soak, run: Path, without_faults: float) -> list[str]:
-    """The wall time in parts, and goodput, given what the run takes without faults."""
-    kept: dict[int, float] = {}
-    repeated = down = 0.0
-    tellings, last_told, new_life = 0, None, False
-    for event in read_events(run / "journal.jsonl"):
-        if event["event"] == "start":
-            new_life = True
-        elif event["event"] == "step":
-            at, seconds = datetime.fromisoformat(event["time"]).timestamp(), event["step_seconds"]
-            if new_life and last_told is not None:
-                down += at - seconds - last_told
-            tellings, last_told, new_life = tellings + 1, at, False
-            repeated += kept.pop(event["step"], 0.0)
-            kept[event["step"]] = seconds
-    useful, wall = sum(kept.values()), found.wall_seconds
-    parts = {
-        "steps that were kept": useful,
-        "steps that were repeated": repeated,
-        "from the last step before a fault to the next": down,
-        "saving, evaluating, first start": wall - useful - repeated - down,
-    }
-    lines = [f"{what:46} {seconds:8.1f} s  {100 * seconds / wall:5.1f} %" for what, seconds in parts.items()]
-    lines += [f"{'wall time':46} {wall:8.1f} s", f"{tellings - len(kept)} steps repeated, {len(kept)} kept"]
-    return [
-        *lines,
-        f"{'wall time without faults':46} {without_faults:8.1f} s",
-        f"goodput {100 * without_faults / (wall - repeated):.1f} %: the wall time without faults, of that with faults "
-        f"less repeated steps; with them {100 * without_faults / wall:.1f} %",
-    ]
-
-
-def left_behind(folder: Path, shared_memory: set[str]) -> list[str]:
-    """Processes of ranks, temporary files, and shared memory that no living process of the machine holds."""
-    ranks = [
-        f"process {process.pid}"
-        for server in psutil.Process().children()
-        for process in server.children(recursive=True)
-        if process.status() != psutil.STATUS_ZOMBIE
-    ]
-    new = {path for path in SHARED_MEMORY.iterdir() if path.is_file() and path.name not in shared_memory}
-    memory = [str(path) for path in sorted(new) if new and str(path) not in _held()]
-    return ranks + memory + [str(path) for path in (folder / "scratch").rglob("*")]
-
-
-def _held() -> str:
-    """The names of all that living processes have open or mapped."""
-    held = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended
-            held.append((process / "maps").read_text())
-            held += [os.readlink(link) for link in (process / "fd").iterdir()]
-    return "\n".join(held)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=2000)
@@ -327,7 +257,7 @@ def main() -> int:
     print(f"{sum(found.faults.values()):5}  faults in {arguments.steps} steps")
     print(f"ended otherwise than they should: {'; '.join(found.complaints) or 'none'}")
     without_faults = seconds_without_faults(folder / "whole", began, arguments.steps, timed)
-    print(*where_time_went(found, folder / "run", without_faults), sep="\n")
+    print(*where_time_went(found.wall_seconds, folder / "run", without_faults), sep="\n")
     print(f"lost: {'; '.join(lost) or 'nothing'}")
     return 1 if lost or found.complaints else 0
 

@@ -5,7 +5,8 @@ import time
 
 from drill import hashed_small_run
 from rank_processes import pretrain, results_of
-from soak import RANKS, SETTINGS, compare, seconds_without_faults, soak, where_time_went
+from soak import RANKS, SETTINGS, compare, soak
+from soak_report import seconds_without_faults, where_time_went
 
 STEPS = 20
 
@@ -23,7 +24,7 @@ def test_short_soak_loses_nothing_and_tells_where_the_time_went(tmp_path):
     assert 0 < without_faults < 1.5 * took, "saves and evaluations included"
     assert compare(tmp_path / "whole", tmp_path / "run", STEPS) == []
     assert list((tmp_path / "scratch").iterdir()) == []
-    lines = where_time_went(found, tmp_path / "run", without_faults)
+    lines = where_time_went(found.wall_seconds, tmp_path / "run", without_faults)
     print(*lines, sep="\n")
     shares = [float(re.search(r"([\d.]+) %$", line).group(1)) for line in lines[:4]]
     assert abs(sum(shares) - 100) < 0.5
