@@ -84,7 +84,8 @@ def replay(run: Path, step: int, launch: list[str], kept: Path | None) -> int:
         compared = range(first + 1, min(end, last) + 1)
         found = compare(told, again, compared, weights, saved_weights(folder / JOURNAL)) if compared else EQUAL
         if found == DIFFERENT:
-            refuse_other_machines(compared, starts, starts_of(folder / JOURNAL))
+            any_data_size = config.train.gradient_leaves is not None
+            refuse_other_machines(compared, starts, starts_of(folder / JOURNAL), any_data_size)
         if step > last and step in again:
             loss, norm = again[step]["loss"], again[step]["grad_norm"]
             print(f"step {step}, which the run did not finish: loss {loss!r}, gradient norm {norm!r}")
@@ -189,17 +190,22 @@ def starts_of(journal: Path) -> dict[int, dict]:
     return starts
 
 
-def refuse_other_machines(steps: range, starts: dict[int, dict], again: dict[int, dict]) -> None:
-    """ValueError where other devices, kernels or ranks repeated the steps: they may differ, and nothing is wrong."""
-    for step in steps:
-        if step in starts and step in again and (was := computed_by(starts[step])) != (now := computed_by(again[step])):
+def refuse_other_machines(
+    steps: range, starts: dict[int, dict], again: dict[int, dict], any_data_size: bool = False
+) -> None:
+    """ValueError where other devices, kernels or ranks repeated the steps: they may differ, and nothing is wrong. With
+    `any_data_size` (gradient leaves) another number of data-parallel ranks is no excuse."""
+    for step in (step for step in steps if step in starts and step in again):
+        was, now = (computed_by(of[step], any_data_size) for of in (starts, again))
+        if was != now:
             raise ValueError(f"no judgement: step {step} was computed by {was}, and repeated by {now}; use the former")
 
 
-def computed_by(start: dict) -> str:
+def computed_by(start: dict, any_data_size: bool) -> str:
     """Device, kernels and layout of a "start" event, without the reasons for choosing kernels."""
     kernels = ", ".join(f"{op} {choice.split(':')[0]}" for op, choice in sorted(start["kernels"].items()))
-    return f"{start['device']} ({kernels}) in layout {start['layout']}"
+    layout = start["layout"].rpartition("-dp")[0] if any_data_size else start["layout"]
+    return f"{start['device']} ({kernels}) in layout {layout}"
 
 
 def saved_weights(journal: Path) -> dict[int, str]:

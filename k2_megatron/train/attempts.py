@@ -6,9 +6,9 @@ In:  an attempt at a step, and above which loss and gradient norm it is in doubt
 An attempt that is not applied leaves weights, moments, rows and generators as they were. Sound machines come to the
 same result again: a doubtful one that comes again is the data's, or the weights', and is applied for the spike
 detector to judge. One that does not come again was a machine's: it is told of, and the run is to the bit what it would
-have been. So is, however often it comes, a gradient that one replica alone brings, while most of its gradients are like
-the other replicas': rows of data make all of them large. After MOST computations that are all in doubt, and no two
-alike, or a machine's, nothing is applied.
+have been. So is, however often it comes, a step that is in doubt for the gradient of one layer on one rank alone, far
+larger than its replicas': rows of data enlarge the layers below as well. After MOST computations that are all in doubt,
+and no two alike, or a machine's, nothing is applied.
 """
 
 import math
@@ -45,8 +45,11 @@ class Attempts:
         """Whether a finite result is to be applied."""
         if not self.ceiling.is_passed(loss, grad_norm):
             return True
-        a_machines = apart is not None and apart.in_part
-        return not a_machines and any(_alike(one, loss, grad_norm) for one in self.earlier)
+        return not self.is_a_ranks(loss, apart) and any(_alike(one, loss, grad_norm) for one in self.earlier)
+
+    def is_a_ranks(self, loss: float, apart: Apart | None) -> bool:
+        """Whether a result is in doubt for one layer's gradient on one rank alone: without it, it would not be."""
+        return apart is not None and apart.layer is not None and not self.ceiling.is_passed(loss, apart.others_norm)
 
     def are_over(self, result: StepResult) -> bool:
         """Whether `result` is the last."""
@@ -119,19 +122,19 @@ def tell_of_doubts(
 
 def _stop(attempts: Attempts, result: StepResult, step: int, wrong: list[str], journal: Journal) -> None:
     """StopRun: nothing of the step was applied, and why."""
-    a_replicas = result.apart is not None and result.apart.in_part
-    why = "from a replica alone, most of whose gradients are like the others'" if a_replicas else "no two alike"
-    if result.apart:
+    why, remedy = "no two alike", ""
+    if result.apart and attempts.is_a_ranks(result.loss, result.apart):
         values = {"loss": result.loss, "grad_norm": result.grad_norm, "ranks": result.apart.ranks}
         journal.write("incident", kind="one replica alone", step=step, **values)
         wrong = [in_words(result.apart.ranks), *wrong]
+        why = "for one layer on one rank alone, unlike its replicas"
+        remedy = f"; if it ends so on other hosts too, take it by spikes.suspect_factor=1e30 until step {step} is saved"
     norms = ", ".join(f"{one.grad_norm:.6g}" for one in (*attempts.earlier, result))
     place = "; ".join(wrong) or "the journal names the ranks"
     raise StopRun(
         f"step {step}: {len(attempts.earlier) + 1} computations from the same weights and rows are all far from "
-        f"the usual, and {why} (gradient norms {norms}): {place}. Nothing "
-        "of it was applied. Exclude the host of the rank that is named, and start again"
-        f"{'; if other hosts end here too, spikes.suspect_factor=1e30 takes the step' if a_replicas else ''}"
+        f"the usual, {why} (gradient norms {norms}): {place}. Nothing "
+        f"of it was applied. Exclude the host of the rank that is named, and start again{remedy}"
     )
 
 

@@ -8,7 +8,7 @@ every rank, or None when all replicas bring about the same. Ordinary steps do no
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
@@ -23,11 +23,13 @@ NAMED = 4  # parameters of a rank that are named; usually it is one, or all
 @dataclass(frozen=True)
 class Apart:
     """`ranks`: {rank in words: its parameters whose gradient is far larger than in the other replicas, the furthest
-    first}; `in_part`: most gradients of these ranks are like the others', which rows of data cannot do; `finite`: those
-    that are named are numbers."""
+    first}; where some are not finite these alone, and `finite` is False. `layer`: the decoder layer, counted from 0, in
+    which all of them lie, of one rank alone; `others_norm`: the global norm without that layer's gradient. Rows of data
+    enlarge the layers below as well, and the embedding."""
 
     ranks: dict[str, list[str]]
-    in_part: bool
+    layer: int | None = None
+    others_norm: float = math.inf
     finite: bool = True
 
 
@@ -56,36 +58,52 @@ class OwnGradients:
         self._finalize(chunks, *arguments, **keywords)
 
 
-def find_apart(sizes: dict[str, float], groups: Groups, factor: float) -> Apart | None:
+def find_apart(sizes: dict[str, float], groups: Groups, factor: float, squares: torch.Tensor) -> Apart | None:
     """Compare each rank's gradients with the median of the ranks that hold the same parameters for other rows; those
-    `factor` times as large, or not finite, stand apart."""
+    `factor` times as large, or not finite, stand apart. `squares` [layers + 2]: of the gradient after the sum, by layer
+    (optimizer.gradient_squares)."""
     everywhere: list = [None] * groups.world_size
-    distributed.all_gather_object(everywhere, ((groups.tensor_rank, groups.pipeline_rank), groups.name, sizes))
-    return apart_among(everywhere, factor)
+    place = (groups.tensor_rank, groups.pipeline_rank, groups.context_rank)
+    distributed.all_gather_object(everywhere, (place, groups.name, sizes))
+    apart = apart_among(everywhere, factor)
+    if apart is None or apart.layer is None:
+        return apart
+    others = squares.clone()
+    others[apart.layer] = 0.0  # not taken from the sum, in which they may be lost
+    return replace(apart, others_norm=others.sum().sqrt().item())
 
 
-def apart_among(everywhere: Sequence[tuple[tuple[int, int], str, dict[str, float]]], factor: float) -> Apart | None:
-    """The same of (the place in the model, its name, its gradients' sizes) of each rank."""
-    replicas: dict[tuple[int, int], dict[str, dict[str, float]]] = defaultdict(dict)
+def apart_among(everywhere: Sequence[tuple[tuple, str, dict[str, float]]], factor: float) -> Apart | None:
+    """The same of (the place in the model, its name, its gradients' sizes) of each rank, without `others_norm`."""
+    replicas: dict[tuple, dict[str, dict[str, float]]] = defaultdict(dict)
     for place, name, own in everywhere:
         replicas[place][name] = own
-    ranks, in_part, finite = {}, True, True
+    far, lost = {}, {}
     for alike in replicas.values():
         for name, own in alike.items():
             others = [sizes for other, sizes in alike.items() if other != name]
             times = {parameter: _times(size, [one[parameter] for one in others]) for parameter, size in own.items()}
-            far = sorted((parameter for parameter in own if times[parameter] >= factor), key=lambda one: -times[one])
-            if far:
-                ranks[name] = far[:NAMED]
-                in_part = in_part and median(times.values()) < math.sqrt(factor)
-                finite = finite and all(math.isfinite(own[parameter]) for parameter in far)
-    return Apart(ranks, in_part, finite) if ranks else None
+            found = sorted((one for one in own if times[one] >= factor), key=lambda one: -times[one])
+            far.update({name: found} if found else {})
+            not_finite = [parameter for parameter in found if not math.isfinite(own[parameter])]
+            lost.update({name: not_finite} if not_finite else {})
+    layers = {_layer_of(parameter) for parameters in far.values() for parameter in parameters}
+    ranks = {name: parameters[:NAMED] for name, parameters in (lost or far).items()}
+    layer = layers.pop() if len(layers) == 1 and len(far) == 1 else None
+    return Apart(ranks, layer, finite=not lost) if ranks else None
+
+
+def _layer_of(parameter: str) -> int | None:
+    kind, _, rest = parameter.partition("decoder.layers.")
+    return int(rest.split(".")[0]) if not kind and rest else None
 
 
 def _times(size: float, others: Sequence[float]) -> float:
     """How many times the median of the others a size is; 1 where there is nothing to compare it with."""
     sound = [other for other in others if math.isfinite(other)]
-    if not sound or size == 0.0:
+    if not sound:
         return 1.0
+    if not math.isfinite(size):
+        return math.inf
     usual = median(sound)
-    return size / usual if usual and math.isfinite(size) else math.inf
+    return size / usual if usual else 1.0

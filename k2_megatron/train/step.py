@@ -217,10 +217,10 @@ def train_step(
         loss, sample_losses = _run_schedule(
             config, groups, chunks, feed, first_sample, global_batch, device, forward_only=False, own=own
         )
-    apart = find_apart(own.sizes, groups, config.spikes.suspect_factor) if own else None
 
     order_free = config.train.gradient_leaves is not None
     squares = gradient_squares(optimizer, config.model.layers, device, order_free)
+    apart = find_apart(own.sizes, groups, config.spikes.suspect_factor, squares) if own else None
     norm = squares.sum().sqrt()
     grad_norm = norm.item()
     every, difference = config.train.compare_replicas_every_steps, None

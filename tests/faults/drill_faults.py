@@ -20,6 +20,7 @@ from run_results import events_told
 from torch.distributed import TCPStore
 
 from k2_megatron.config import load_config
+from k2_megatron.runtime.mistakes import INTERRUPTED, LOST_PEER
 
 START_SECONDS = 120.0  # a life must have trained its first step by then; some ten times what a busy machine takes
 END_SECONDS = 60.0  # ranks that are left alone by another must be gone by then
@@ -179,8 +180,11 @@ def _ask(life: Life, run: Path, chance: random.Random, *, twice: bool = False) -
         life.send(number, range(len(life.ranks)))
     if not life.end():
         return f"not gone after {number.name}"
-    hurried = twice and number == signal.SIGINT  # a person who does not wait for the save
-    return None if hurried or set(life.codes) == {0} else f"codes {life.codes} after {number.name}"
+    hurried = (
+        twice and number == signal.SIGINT
+    )  # a person who does not wait for the save; a rank may lose the other first
+    allowed = {0, INTERRUPTED, LOST_PEER} if hurried else {0}
+    return None if set(life.codes) <= allowed else f"codes {life.codes} after {number.name}"
 
 
 def _stop_one(life: Life, run: Path, chance: random.Random) -> str | None:

@@ -261,6 +261,10 @@ def test_what_other_ranks_repeat_otherwise_is_not_judged():
     replay_tool().refuse_other_machines(range(1, 3), {1: two}, {1: two})
     with pytest.raises(ValueError, match=r"computed by .*dp2, and repeated by .*dp1; use the former"):
         replay_tool().refuse_other_machines(range(1, 3), {1: two}, {1: one})
+    replay_tool().refuse_other_machines(range(1, 3), {1: two}, {1: one}, any_data_size=True)
+    tensor = {**one, "layout": "tp2-pp1-vp1-cp1-dp1"}
+    with pytest.raises(ValueError, match=r"tp1-pp1-vp1-cp1, and repeated by .*tp2-pp1-vp1-cp1; use the former"):
+        replay_tool().refuse_other_machines(range(1, 3), {1: two}, {1: tensor}, any_data_size=True)
 
 
 @pytest.mark.parametrize(

@@ -76,13 +76,20 @@ def test_what_is_applied_after_how_many_computations(monkeypatch, norms, computa
     assert seconds == (30.0, 20.0, 5.0)[made - 1], "of the attempt that is kept"
 
 
-def test_what_a_machine_does_is_not_applied_because_it_comes_again(monkeypatch):
-    machine, rows = Apart({"rank 1": ["weight"]}, True), Apart({"rank 1": ["weight"]}, False)
-    first = outcome(2.0, 11.0)
-    for apart, last, expected in ((machine, 11.0, (3, False)), (machine, 1.0, (3, True)), (rows, 1.0, (2, True))):
-        results = [first, outcome(2.0, 11.0, apart), outcome(2.0, last, apart)]
-        result, _, made = settled(results, 1, LIMIT, monkeypatch)
-        assert (made, result.updated) == expected
+@pytest.mark.parametrize(
+    ("loss", "norm", "apart", "expected"),
+    [
+        (2.0, 11.0, Apart({"rank 1": ["weight"]}, 2, 1.0), (3, False)),  # a machine's
+        (2.0, 1.0, Apart({"rank 1": ["weight"]}, 2, 1.0), (3, True)),  # gone at the third
+        (2.0, 11.0, Apart({"rank 1": ["weight"]}, None), (2, True)),  # rows of data
+        (2.0, 11.0, Apart({"rank 1": ["weight"]}, 2, 10.9), (2, True)),  # the norm is high without it
+        (21.0, 11.0, Apart({"rank 1": ["weight"]}, 2, 1.0), (2, True)),  # no gradient makes a loss
+    ],
+)
+def test_what_a_machine_does_is_not_applied_because_it_comes_again(monkeypatch, loss, norm, apart, expected):
+    results = [outcome(loss, 11.0), outcome(loss, 11.0, apart), outcome(loss, norm, apart)]
+    result, _, made = settled(results, 1, LIMIT, monkeypatch)
+    assert (made, result.updated) == expected
 
 
 def test_the_loss_is_doubted_like_the_norm_and_reruns_are_counted(monkeypatch):

@@ -30,27 +30,32 @@ from k2_megatron.train.step import StepResult, train_step
 
 WEIGHT = "decoder.layers.2.self_attention.linear_qkv.weight"
 FACTOR = 10.0
-USUAL = {"a": 1.0, "b": 0.5, "c": 2.0}
+A, B, C, D = "decoder.layers.0.a", "decoder.layers.13.b", "embedding.c", "decoder.layers.13.d"
+USUAL = {A: 1.0, B: 0.5, C: 2.0, D: 1.0}
 
 
 @pytest.mark.parametrize(
     ("replicas", "expected"),
     [
         ([{}, {}], None),
-        ([{}, {"b": 4.9}], None),
-        ([{}, {"b": 5e5}], Apart({"rank 1": ["b"]}, True)),
-        ([{}, {}, {"b": 30.0, "a": 400.0}, {"c": 19.0}], Apart({"rank 2": ["a", "b"]}, False)),
-        ([{}, {}, {"b": 30.0}, {"b": 20.0}], Apart({"rank 2": ["b"], "rank 3": ["b"]}, True)),
-        ([{"a": 100.0, "b": 70.0, "c": 15.0}, {}, {}], Apart({"rank 0": ["b", "a"]}, False)),  # rows, not a machine
-        ([{}, {"a": math.nan}], Apart({"rank 1": ["a"]}, True, False)),
-        ([{"a": math.inf}, {"a": math.nan}], None),  # both: nothing to compare with
-        ([{"a": 0.0}, {"a": 0.0}], None),
+        ([{}, {B: 4.9}], None),
+        ([{}, {B: 5e5}], Apart({"rank 1": [B]}, 13)),
+        ([{}, {B: 5e5, D: 11.0}], Apart({"rank 1": [B, D]}, 13)),
+        ([{}, {}, {B: 30.0, A: 400.0}, {C: 19.0}], Apart({"rank 2": [A, B]})),  # layers below as well: rows
+        ([{}, {}, {B: 30.0}, {B: 20.0}], Apart({"rank 2": [B], "rank 3": [B]})),
+        ([{}, {C: 3e4}, {}], Apart({"rank 1": [C]})),  # a token that the other rows do not have
+        ([{B: 5.0, C: 20.0}, {}, {}], Apart({"rank 0": [B, C]})),
+        ([{}, {A: math.nan}], Apart({"rank 1": [A]}, 0, finite=False)),
+        ([{}, {A: math.nan, B: 90.0}, {B: 50.0}, {}], Apart({"rank 1": [A]}, finite=False)),  # of numbers no word
+        ([{A: math.inf}, {A: math.nan}], None),  # both: nothing to compare with
+        ([{A: 0.0}, {A: 0.0}], None),
+        ([{A: 0.0}, {A: 1e-6}], None),  # nothing to measure it by
     ],
 )
 def test_who_stands_apart(replicas, expected):
     """One place in the model; another, whose gradients are all of another size, is not compared with it."""
-    everywhere = [((0, 0), f"rank {rank}", USUAL | own) for rank, own in enumerate(replicas)]
-    elsewhere = [((1, 0), f"rank {9 - rank}", {"a": 1e4, "b": 1e4, "d": 1e-9}) for rank in range(2)]
+    everywhere = [((0, 0, 0), f"rank {rank}", USUAL | own) for rank, own in enumerate(replicas)]
+    elsewhere = [((1, 0, 0), f"rank {9 - rank}", {A: 1e4, B: 1e4, D: 1e-9}) for rank in range(2)]
     assert apart_among(everywhere + elsewhere, FACTOR) == expected
     assert apart_among(everywhere[:1], FACTOR) is None, "a replica alone"
 
@@ -90,8 +95,10 @@ def test_gradient_of_one_rank_is_pinned_to_it_among_tensor_ranks_and_replicas(sm
     assert everywhere[1:] == everywhere[:1] * 3, "the same on every rank"
     sound, one, all_of_them, ordinary = everywhere[0]
     rank = "rank 3 (tensor 1, pipeline 0, context 0, data 1)"
-    assert (sound, one, ordinary) == (None, Apart({rank: [WEIGHT]}, True), None)
-    assert list(all_of_them.ranks) == [rank] and not all_of_them.in_part
+    assert (sound, ordinary) == (None, None)
+    assert (one.ranks, one.layer, one.finite) == ({rank: [WEIGHT]}, 2, True)
+    assert 0.1 < one.others_norm < 10.0, "of all gradients but those of a million times their size"
+    assert (list(all_of_them.ranks), all_of_them.layer) == ([rank], None)
 
 
 def _large_on_rank_1_for_ever() -> None:
@@ -123,8 +130,9 @@ def test_a_replica_that_errs_for_ever_stops_the_run_with_rank_and_layer(small_co
     place = "rank 1 (tensor 0, pipeline 0, context 0, data 1)"
     said = "".join(rank.stderr for rank in ended)
     assert f"step {step}: 3 computations" in said
-    assert "from a replica alone, most of whose gradients are like the others' (gradient norms " in said
+    assert "for one layer on one rank alone, unlike its replicas (gradient norms " in said
     assert f"gradients of {WEIGHT} on {place}" in said
+    assert f"spikes.suspect_factor=1e30 until step {step} is saved" in said
     told = events_of(folder, "incident")
     assert [(event["kind"], event["step"]) for event in told] == [("in doubt", step)] * 2 + [
         ("one replica alone", step)
@@ -135,7 +143,7 @@ def test_a_replica_that_errs_for_ever_stops_the_run_with_rank_and_layer(small_co
 
 def test_what_is_applied_or_not_finite_is_pinned_too():
     """The rank stands in the event and in the line, though no rank was asked after the sum."""
-    apart = Apart({"rank 1": [WEIGHT]}, False)
+    apart = Apart({"rank 1": [WEIGHT]})
     lost = StepResult(math.nan, 1.0, False, 0.0, (1.0,), apart=replace(apart, finite=False))
     assert where_not_finite(lost, 0, [], None, None) == {"ranks": apart.ranks, "samples_not_finite": {}}
     again = StepResult(2.0, 40.0, True, 0.0, (1.0,), apart=apart)
