@@ -1,15 +1,18 @@
 """Parquet files to documents: one a row, under the columns asked for.
 
-In: a parquet file. Out: `Piece`s of about 2 MiB, each long row one of its own. Shards are runs of row groups, closed
-where their uncompressed size reaches the shard's. Arrow decodes pages whole, and how large they are is the file's
+In: a parquet file. Out: `Piece`s of about 2 MiB, smaller where rows are short, each long row one of its own. Shards are
+runs of row groups, closed where their uncompressed size reaches the shard's. A batch of short texts is taken at once: a
+Python object a row costs more than such a text. Arrow decodes pages whole, and how large they are is the file's
 writer's choice (arrow's own: of 1 MiB, but of no fewer rows than it was given at once, at most 1,024): where they are
 large, the texts are read one at a time by parquet_texts.py.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from dataclasses import dataclass
+from itertools import chain, pairwise
 from typing import IO, Any
 
 import numpy as np
@@ -20,12 +23,24 @@ from k2_megatron.data import sources
 from k2_megatron.data.json_lines import Piece, not_a_string
 from k2_megatron.data.long_texts import LONG_TEXT_BYTES
 from k2_megatron.data.parquet_texts import Text, TextChunk, text_chunk, texts_of
-from k2_megatron.data.sources import READ_BYTES, Source, why_not_text
+from k2_megatron.data.sources import READ_BYTES, Source, why_not_text, why_not_utf8
 from k2_megatron.data.texts import Texts
 
 DECODED_BYTES, DECODED_ROWS = 2 << 20, 128  # at once: bytes by the mean of a row group, at most so many rows
 ARROW_PAGE_BYTES = 8 << 20  # of all columns together; arrow holds a page up to three times
+RUN_BYTES = 256 << 10  # of a column's batch that is taken at once; of longer texts a Python object each costs little
+PIECE_ROWS = 1 << 14  # each may take some hundred bytes beside its text
+COPIED_BYTES = 4 << 10  # shorter texts take less memory as bytes of their own than as views of arrow's
+TEXT_SCALARS = (pyarrow.StringScalar, pyarrow.LargeStringScalar)
 Row = Sequence[Any]  # a `Text` a column, or what stands there instead
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows of nothing but short texts: each column's, and the bytes of all, row after row."""
+
+    texts: Sequence[Texts]
+    raw: bytes | memoryview
 
 
 def parquet_pieces(
@@ -74,16 +89,67 @@ def _is_text(kind: Any) -> bool:
     return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
 
 
-def _arrow_rows(file: Any, group: int, keys: Sequence[str]) -> Iterator[Row]:
+def _arrow_rows(file: Any, group: int, keys: Sequence[str]) -> Iterator[Row | Run]:
     for batch in file.iter_batches(_rows_at_a_time(file, group, keys), row_groups=[group], columns=list(keys)):
-        for row in zip(*(batch.column(key) for key in keys), strict=True):
+        columns = [batch.column(key) for key in keys]
+        run = _run_of(columns)
+        if run is not None:
+            yield run
+            continue
+        for row in zip(*columns, strict=True):
             yield [_arrow_value(value) for value in row]
 
 
+def _run_of(columns: Sequence[Any]) -> Run | None:
+    """A batch as a run; None where its rows must be judged one by one."""
+    found: list[Texts] = []
+    for column in columns:
+        texts = _texts_at_once(column)
+        if texts is None:
+            return None
+        found.append(texts)
+    if len(found) == 1:
+        return Run(found, found[0].content.data)
+    rows = zip(*map(_parts_of, found), strict=True)
+    return Run(found, b"".join(chain.from_iterable(rows)))
+
+
+def _parts_of(texts: Texts) -> Iterator[bytes]:
+    content = texts.content.tobytes()
+    return (content[start:end] for start, end in pairwise(texts.offsets.tolist()))
+
+
+def _texts_at_once(column: Any) -> Texts | None:
+    """A copy of arrow's array as texts; None where it may hold a null or something else than text, or is long."""
+    if pyarrow.types.is_dictionary(column.type):
+        if column.dictionary.nbytes * len(column) > ARROW_PAGE_BYTES:  # all rows may be its longest text
+            return None
+        column = column.dictionary_decode()
+    if column.null_count or not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
+        return None
+    width = np.dtype(np.int32 if pyarrow.types.is_string(column.type) else np.int64)
+    _, places, buffer = column.buffers()
+    places = np.frombuffer(places, width, len(column) + 1, column.offset * width.itemsize)
+    start, end = places[[0, -1]].tolist()
+    if end - start > RUN_BYTES:
+        return None
+    content = buffer.slice(start, end - start).to_pybytes() if end > start else b""
+    texts = Texts(np.frombuffer(content, dtype=np.uint8), places.astype(np.int64) - start)
+    return texts if content.isascii() or _is_utf8(texts) else None
+
+
+def _is_utf8(texts: Texts) -> bool:
+    """Whether each text is: where all of them are and none begins inside a character."""
+    first_bytes = texts.content[texts.offsets[texts.offsets < len(texts.content)]]
+    return not (first_bytes & 0xC0 == 0x80).any() and not why_not_utf8(texts.content.data)
+
+
 def _arrow_value(value: Any) -> Any:
-    content = value.as_buffer() if isinstance(value, pyarrow.StringScalar | pyarrow.LargeStringScalar) else None
+    if isinstance(value, pyarrow.DictionaryScalar):
+        value = value.value  # its own as_py() fails where the text is not UTF-8
+    content = value.as_buffer() if isinstance(value, TEXT_SCALARS) else None
     if content is not None:
-        return Text(content.size, lambda: memoryview(content))
+        return Text(content.size, content.to_pybytes if content.size < COPIED_BYTES else lambda: memoryview(content))
     found = value.as_py()
     return Text(len(text := found.encode()), lambda: text) if isinstance(found, str) else found
 
@@ -97,21 +163,25 @@ def _rows_at_a_time(file: Any, group: int, keys: Sequence[str]) -> int:
 
 
 def _pieces_of_rows(
-    rows: Iterable[Row], keys: Sequence[str], shard: int, make_room: Callable[[], None]
+    rows: Iterable[Row | Run], keys: Sequence[str], shard: int, make_room: Callable[[], None]
 ) -> Iterator[Piece]:
-    """Pieces of about `sources.PIECE_BYTES` of text; a long row is one of its own."""
+    """Pieces of about `sources.PIECE_BYTES` of text, or of PIECE_ROWS; a long row is one of its own."""
     gathered = _Rows(keys, shard)
     for row in rows:
-        size = sum(value.size for value in row if isinstance(value, Text))
-        long = LONG_TEXT_BYTES < size <= sources.MAX_DOCUMENT_BYTES
-        if long:
-            if gathered.lines:
-                yield gathered.piece()
-            gathered = _Rows(keys, shard)
-            if size > sources.ROOM_BYTES:
-                make_room()
-        gathered.take(row, size)
-        if long or gathered.bytes >= sources.PIECE_BYTES:
+        long = False
+        if isinstance(row, Run):
+            gathered.take_run(row)
+        else:
+            size = sum(value.size for value in row if isinstance(value, Text))
+            long = LONG_TEXT_BYTES < size <= sources.MAX_DOCUMENT_BYTES
+            if long:
+                if gathered.lines:
+                    yield gathered.piece()
+                gathered = _Rows(keys, shard)
+                if size > sources.ROOM_BYTES:
+                    make_room()
+            gathered.take(row, size)
+        if long or gathered.bytes >= sources.PIECE_BYTES or gathered.lines >= PIECE_ROWS:
             yield gathered.piece()
             gathered = _Rows(keys, shard)
     if gathered.lines:
@@ -124,7 +194,9 @@ class _Rows:
     def __init__(self, keys: Sequence[str], shard: int):
         self._keys, self._shard = keys, shard
         self.lines, self.bytes = 0, 0
-        self._texts: list[list[Any]] = []  # of each document, under each key
+        self._parts: list[list[Any]] = [[] for _ in keys]  # what each column's texts are joined of
+        self._lengths = [array("q") for _ in keys]
+        self._raw: list[Any] = []
         self._rejected: list[tuple[int, str]] = []
 
     def take(self, row: Row, size: int) -> None:
@@ -136,20 +208,31 @@ class _Rows:
         for value in () if reason else row:
             texts.append(value.read())
             reason = reason or why_not_text(texts[-1])
-        if reason:
-            self._rejected.append((self.lines, reason))
-        else:
-            self._texts.append(texts)
-            self.bytes += size
         self.lines += 1
+        if reason:
+            self._rejected.append((self.lines - 1, reason))
+            return
+        for parts, lengths, text in zip(self._parts, self._lengths, texts, strict=True):
+            parts.append(text)
+            lengths.append(len(text))
+        self._raw += texts
+        self.bytes += size
+
+    def take_run(self, run: Run) -> None:
+        for parts, lengths, texts in zip(self._parts, self._lengths, run.texts, strict=True):
+            parts.append(texts.content)
+            lengths.frombytes(np.diff(texts.offsets).tobytes())
+        self._raw.append(run.raw)
+        self.bytes += len(run.raw)
+        self.lines += len(run.texts[0])
 
     def piece(self) -> Piece:
-        texts = {key: _joined([row[number] for row in self._texts]) for number, key in enumerate(self._keys)}
-        raw = list(chain.from_iterable(self._texts))
-        return Piece(self._shard, texts, self.lines, rejected=self._rejected, raw=raw)
+        columns = map(_joined, self._parts, self._lengths)
+        texts = dict(zip(self._keys, columns, strict=True))
+        return Piece(self._shard, texts, self.lines, rejected=self._rejected, raw=self._raw)
 
 
-def _joined(texts: Sequence[Any]) -> Texts:
-    """One text stays where it lies."""
-    content = texts[0] if len(texts) == 1 else b"".join(texts)
-    return Texts(np.frombuffer(content, dtype=np.uint8), np.cumsum([0, *map(len, texts)], dtype=np.int64))
+def _joined(parts: Sequence[Any], lengths: array[int]) -> Texts:
+    """One part stays where it lies."""
+    content = parts[0] if len(parts) == 1 else b"".join(parts)
+    return Texts(np.frombuffer(content, dtype=np.uint8), np.cumsum([0, *lengths], dtype=np.int64))

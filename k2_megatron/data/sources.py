@@ -113,8 +113,11 @@ def why_not_text(content: bytes | bytearray | memoryview) -> str:
 
 
 def why_not_utf8(content: bytes | bytearray | memoryview) -> str:
-    decoder = codecs.getincrementaldecoder("utf-8")()
     try:
+        if len(content) < READ_BYTES:
+            str(content, "utf-8")
+            return ""
+        decoder = codecs.getincrementaldecoder("utf-8")()
         for first in range(0, len(content) + 1, READ_BYTES):  # a string of the whole could take four bytes a character
             part = content[first : first + READ_BYTES]
             decoder.decode(part, final=first + READ_BYTES > len(content))

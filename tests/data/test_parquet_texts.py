@@ -82,6 +82,7 @@ def test_large_pages_give_arrows_pieces(tmp_path, monkeypatch, codec, version):
 
 def test_long_rows_are_pieces_of_their_own_under_one_key_and_two(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet_rows, "LONG_TEXT_BYTES", 3000)
+    monkeypatch.setattr(parquet_rows, "RUN_BYTES", 1000)
     monkeypatch.setattr(parquet_rows.sources, "MAX_DOCUMENT_BYTES", 9000)
     rows = ["a", "b" * 2000, "c" * 4000, "d", "e" * 10_000, "f" * 5000]
     write(tmp_path / "a.parquet", {"text": rows, "body": rows[::-1]})
