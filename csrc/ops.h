@@ -136,7 +136,8 @@ enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
 //   uint16 (itemsize 2) or int32.
 // unpack_block: a part of a block of Snappy (format 0, behind its length) or LZ4 (1) goes on from
 //   in + state[0] to out + state[1], until either lacks room or bytes (fewer than 5 may be left of a tag). `out` still
-//   holds the last 64 KiB before. state [7]: both positions, what is under way, and 1 where a copy begins before `out`.
+//   holds the last 64 KiB before. state [7]: both positions, what is under way, and 1 where a copy begins before `out`
+//   (state[4] is then how far back).
 #define K2_CPU_OPS(RESULT, WHERE)                                                                                      \
   RESULT fingerprint(const void* values, int64_t itemsize, int64_t rows, int64_t columns, int64_t row_stride,          \
                      int64_t first_index, int64_t index_stride, uint64_t key, uint64_t* sum, WHERE);                   \

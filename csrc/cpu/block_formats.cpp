@@ -1,6 +1,6 @@
-// Snappy's and LZ4's block formats as streams: definitions are in ops.h. Both only copy literals and what was written at
-// most 64 KiB before (LZ4 by its format, Snappy's encoders by working in blocks of 64 KiB), so that a buffer of that and
-// some more holds what is needed of a block of any size.
+// Snappy's and LZ4's block formats as streams: definitions are in ops.h. Both copy literals and what was written at most
+// 64 KiB before (LZ4 by its format, Snappy's own encoder by working in blocks of 64 KiB), so that a buffer of that and
+// some more holds what is needed of a block of any size. Other encoders of Snappy may reach further back: that is told.
 #include <cstring>
 
 #include "parallel.h"

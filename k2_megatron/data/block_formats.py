@@ -1,7 +1,8 @@
 """Snappy's and LZ4's block formats, forward and with bounded memory; parquet's pages are such blocks of any size.
 
-In: a block (raw, without a frame). Out: its content. Both formats refer back to what came before: LZ4 by 64 KiB at
-most, and so do Snappy's encoders, though its format would allow more; a block that does is refused by name.
+In: a block (raw, without a frame, seekable). Out: its content. Both formats refer back to what came before: LZ4 by
+64 KiB at most, and so does Snappy's own encoder; others (klauspost's) may go further back, as the format allows. Such a
+block arrow decompresses whole: it is in memory at once then, packed and unpacked.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ FORMATS = {"SNAPPY": 0, "LZ4": 1}  # as csrc/ops.h counts them
 WINDOW_BYTES = 64 << 10
 UNPACKED_BYTES = 1 << 20  # at once
 READ_BYTES = 256 << 10
+LARGEST_GROWTH = 22  # of a Snappy block: 3 bytes of it copy 64 at most
 LENGTH_BYTES = 5  # of the length before a Snappy block, at most
 
 
@@ -30,12 +32,13 @@ class BlockFile(io.RawIOBase):
         self._buffer = np.empty(WINDOW_BYTES + UNPACKED_BYTES, dtype=np.uint8)
         self._state = np.zeros(7, dtype=np.int64)  # csrc/ops.h: unpack_block
         self._given, self._total = 0, 0  # of the buffer to the caller; of the block so far
+        self._whole = False  # whether the buffer is all of the content
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        if self._given == self._state[1]:
+        if self._given == self._state[1] and not self._whole:
             self._unpack()
         count = min(len(buffer), int(self._state[1]) - self._given)
         buffer[:count] = self._buffer[self._given : self._given + count].data
@@ -54,7 +57,10 @@ class BlockFile(io.RawIOBase):
             addresses = (self._buffer.ctypes.data, len(self._buffer), state.ctypes.data)
             module.unpack_block(self._format, packed.ctypes.data, len(packed), *addresses, 1)
             if state[6]:
-                raise ValueError("a copy from before its beginning, or from further back than 64 KiB")
+                if not 0 < state[4] <= self._total + state[1] - kept:
+                    raise ValueError("a copy from before its beginning")
+                self._unpack_whole()
+                return
             self._packed, state[0] = self._packed[int(state[0]) :], 0
             if state[1] == len(self._buffer):
                 break
@@ -64,6 +70,22 @@ class BlockFile(io.RawIOBase):
                 break
             self._packed += more
         self._total += int(state[1]) - kept
+
+    def _unpack_whole(self) -> None:
+        """Let the buffer be the whole content, of which `_total` bytes were given."""
+        import pyarrow
+
+        self._raw.seek(0)
+        packed = self._raw.read()
+        length = _length_before(io.BytesIO(packed))
+        if length > LARGEST_GROWTH * len(packed):
+            raise ValueError(f"a Snappy block of {len(packed)} bytes that says it becomes {length}")
+        try:
+            content = pyarrow.Codec("snappy").decompress(packed, decompressed_size=length)
+        except OSError as error:
+            raise ValueError(f"a copy from further back than 64 KiB in a block that arrow refuses: {error}") from error
+        self._buffer, self._whole = np.frombuffer(content, dtype=np.uint8), True
+        self._given, self._state[1] = self._total, len(self._buffer)
 
     def _check_end(self, unpacked: int) -> None:
         under_way = self._packed or self._state[2] or (self._format == FORMATS["SNAPPY"] and self._state[3])

@@ -27,7 +27,8 @@ DEEPEST = 8  # structures in one another
 
 @dataclass(frozen=True)
 class Page:
-    """`values` counts nulls; `level_bytes` of its content lie uncompressed before the values (version 2)."""
+    """`values` counts nulls; `level_bytes` of its content lie uncompressed before the values (version 2);
+    `level_encoding` is that of the definition levels (version 1)."""
 
     kind: int
     start: int  # of the content in the file
@@ -37,6 +38,7 @@ class Page:
     encoding: int
     level_bytes: int = 0
     compressed: bool = True
+    level_encoding: int | None = None
 
 
 def can_stream(codec: str) -> bool:
@@ -81,7 +83,7 @@ def _page(fields: dict[int, Any], start: int) -> Page:
         page = Page(kind, start, packed, size, values, encoding, level_bytes, facts.get(7, True))
     else:
         facts = fields.get({DATA_PAGE: 5, DICTIONARY_PAGE: 7}.get(kind, 0), {1: 0, 2: 0})
-        page = Page(kind, start, packed, size, facts[1], facts[2])
+        page = Page(kind, start, packed, size, facts[1], facts[2], level_encoding=facts.get(3))
     if min(page.packed_bytes - page.level_bytes, page.bytes - page.level_bytes, page.level_bytes, page.values) < 0:
         raise ValueError("a size below zero")
     return page
@@ -166,12 +168,15 @@ class PageContent:
 
 
 def open_page(descriptor: int, page: Page, codec: str) -> tuple[PageContent, PageContent]:
-    """(the levels that lie before it in version 2, the values with the levels of version 1)."""
+    """(the levels that lie before it in version 2, the values with the levels of version 1). Where the values take no
+    bytes (nothing but nulls), what lies in the file is not looked at: nothing, or an empty frame of the codec."""
     levels = PageContent(_part(descriptor, page.start, page.level_bytes), page.level_bytes)
     start, packed = page.start + page.level_bytes, page.packed_bytes - page.level_bytes
     size = page.bytes - page.level_bytes
+    if not size:
+        return levels, PageContent(io.BytesIO(), 0)
     raw = _part(descriptor, start, packed)
-    return levels, PageContent(_decompressed(raw, codec if page.compressed and size else "UNCOMPRESSED"), size)
+    return levels, PageContent(_decompressed(raw, codec if page.compressed else "UNCOMPRESSED"), size)
 
 
 def _decompressed(raw: IO[bytes], codec: str) -> IO[bytes]:
@@ -195,10 +200,17 @@ class _FilePart(io.RawIOBase):
     """Bytes start..start + size of an open file, whose own position stays."""
 
     def __init__(self, descriptor: int, start: int, size: int):
-        self._descriptor, self._at, self._end = descriptor, start, start + size
+        self._descriptor, self._start, self._at, self._end = descriptor, start, start, start + size
 
     def readable(self) -> bool:
         return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: self._start, os.SEEK_CUR: self._at, os.SEEK_END: self._end}[whence]
+        return self._at - self._start
 
     def readinto(self, buffer: Any) -> int:
         content = os.pread(self._descriptor, min(len(buffer), self._end - self._at), self._at)

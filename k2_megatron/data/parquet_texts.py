@@ -13,6 +13,7 @@ import os
 import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -77,12 +78,15 @@ def text_chunk(file: IO[bytes], column: Any, facts: Any) -> TextChunk | None:
         pages = list(pages_of(file.fileno(), start, facts.num_values))
     except ValueError:
         return None  # arrow says what it is
-    if not all(_is_known(page, number) for number, page in enumerate(pages)):
+    optional = column.max_definition_level == 1
+    if not all(_is_known(page, number, optional) for number, page in enumerate(pages)):
         return None
-    return TextChunk(file.name, file.fileno(), pages, facts.compression, column.max_definition_level == 1)
+    return TextChunk(file.name, file.fileno(), pages, facts.compression, optional)
 
 
-def _is_known(page: Page, number: int) -> bool:
+def _is_known(page: Page, number: int, optional: bool) -> bool:
+    if page.kind == DATA_PAGE and optional and page.level_encoding != RLE:
+        return False
     if page.kind in (DATA_PAGE, DATA_PAGE_V2):
         return page.encoding in (PLAIN, PLAIN_DICTIONARY, RLE_DICTIONARY)
     dictionary = page.encoding in (PLAIN, PLAIN_DICTIONARY) and page.values <= LARGEST_DICTIONARY
@@ -193,7 +197,7 @@ class _Dictionary:
 
     def __init__(self, content: PageContent, count: int, path: str):
         self._path = path
-        self._file = cast(IO[bytes], tempfile.SpooledTemporaryFile(max_size=DICTIONARY_IN_MEMORY_BYTES))
+        self._file: IO[bytes] = io.BytesIO()
         self._places = array("q", [0])
         try:
             for _ in range(count):
@@ -203,18 +207,24 @@ class _Dictionary:
                     part = content.exactly(min(size, READ_BYTES))
                     self._write(part)
                     size -= len(part)
+            self._write(b"")
         except BaseException:
-            self.close()
+            with suppress(OSError):  # of what could not be written: closing tries once more
+                self.close()
             raise
 
-    def _write(self, part: bytearray) -> None:
+    def _write(self, part: bytes | bytearray) -> None:
+        """Nothing: that was all."""
         try:
+            if isinstance(self._file, io.BytesIO) and self._file.tell() + len(part) > DICTIONARY_IN_MEMORY_BYTES:
+                in_memory = self._file
+                self._file = cast(IO[bytes], tempfile.TemporaryFile())
+                self._file.write(in_memory.getbuffer())
             self._file.write(part)
+            if not part:
+                self._file.flush()
         except OSError as error:
-            raise ValueError(
-                f"{self._path}: a large dictionary of texts cannot be written to {tempfile.gettempdir()} meanwhile "
-                f"({error.strerror}); make room there, or name another folder in TMPDIR"
-            ) from error
+            raise _no_room(self._path, error) from error
 
     def text(self, number: int) -> Text:
         if not 0 <= number < len(self._places) - 1:
@@ -228,3 +238,11 @@ class _Dictionary:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _no_room(path: str, error: OSError) -> ValueError:
+    where = tempfile.tempdir or "any folder"  # gettempdir() fails once more where none has room
+    return ValueError(
+        f"{path}: a large dictionary of texts cannot be written to {where} meanwhile "
+        f"({error.strerror}); make room there, or name another folder in TMPDIR"
+    )

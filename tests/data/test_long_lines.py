@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import tracemalloc
 
 import pytest
@@ -23,6 +24,7 @@ def small_parts(monkeypatch):
     """Nearly every string is a long one, in parts of a few bytes; without the scanner."""
     monkeypatch.setattr(long_lines, "LONG_STRING_BYTES", 9)
     monkeypatch.setattr(long_lines, "PART_BYTES", 7)
+    monkeypatch.setattr(long_lines, "SCANNED_BYTES", 5)
     monkeypatch.setattr(long_lines, "compiled", lambda: None)
 
 
@@ -46,6 +48,52 @@ def test_unusual_and_bad_lines(line):
     assert_same(line)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_escapes_of_every_form_wherever_the_parts_end(monkeypatch, seed):
+    """Runs of backslashes, pairs, halves of pairs, escapes that a quote ends, characters of several bytes."""
+    draw = random.Random(seed)
+    forms = [b"\\\\", b'\\"', b"\\n", b"\\u00e9", b"\\ud83d\\ude42", "🙂".encode(), "é".encode(), b"x", b"xyz" * 9]
+    faults = [b"\\u12", b"\\ud83d", b"\\ude42", b"\\x", b"\t", b'"', b"\\u1\xc3\xa9"]
+    for number in range(200):
+        monkeypatch.setattr(long_lines, "PART_BYTES", draw.choice([7, 29]))
+        parts = draw.choices(forms, [draw.choice([1, 30]) for _ in forms], k=draw.randrange(60))
+        if number % 2:
+            parts.insert(draw.randrange(len(parts) + 1), draw.choice(faults))
+        assert_same(b'{"k0": "a", "text": "' + b"".join(parts) + b'", "n": 1e5}')
+
+
+def test_no_step_of_python_for_an_escape_or_a_quote(monkeypatch):
+    for name in ("LONG_STRING_BYTES", "PART_BYTES", "SCANNED_BYTES"):
+        monkeypatch.setattr(long_lines, name, 1 << 16)
+    line = b'{"text": "' + b'\\n\\"\\u00e9' * 20_000 + b'", "n": ["a"' + b', "b"' * 20_000 + b"]}"
+    steps = 0
+
+    def count(*_):
+        nonlocal steps
+        steps += 1
+
+    sys.setprofile(count)
+    try:
+        piece = parse_long_line(memoryview(line), ["text"], 0)
+    finally:
+        sys.setprofile(None)
+    assert list(piece.texts["text"]) == ['\n"é' * 20_000]
+    assert steps < 4000
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b""])
+@pytest.mark.parametrize(
+    "line", [*BAD, b'{"text": "cut off in a long string', b'{"text": "ended by the end", "k0"', b"[1]"]
+)
+def test_the_newline_is_no_part_of_the_line_in_its_reason(tmp_path, monkeypatch, line, end):
+    """As it is not for the lines before."""
+    monkeypatch.setattr(readers, "LONG_LINE_BYTES", 2)
+    (tmp_path / "a.jsonl").write_bytes(line + end)
+    (piece,) = pieces(find_sources([str(tmp_path)])[0], ["text", "k0"], 1 << 20, 0, None)
+    assert piece.rejected == json_lines.parse_every_line(line + end, ["text", "k0"], 0).rejected
+    assert b"".join(bytes(raw) for raw in piece.raw) == line + end
+
+
 def test_a_line_of_many_short_values_is_read_whole(monkeypatch):
     monkeypatch.setattr(long_lines, "LONG_LINE_BYTES", 20)
     assert_same(b'{"text": "long enough to be marked", "k0": "", "n": [' + b"1e5," * 20 + b"0]}")
@@ -66,8 +114,8 @@ def test_a_long_last_line_is_a_piece_of_its_own(tmp_path, monkeypatch, keys, end
 @pytest.mark.parametrize("what", ["texts", "cut", "without the key"])
 def test_memory_beside_a_long_line_and_its_texts_is_bounded(monkeypatch, what):
     """A character beyond ASCII would make every other one of a str take four bytes."""
-    monkeypatch.setattr(long_lines, "LONG_STRING_BYTES", 1 << 16)
-    monkeypatch.setattr(long_lines, "PART_BYTES", 1 << 16)
+    for name in ("LONG_STRING_BYTES", "PART_BYTES", "SCANNED_BYTES"):
+        monkeypatch.setattr(long_lines, name, 1 << 16)
     size = 8 << 20
     line = json.dumps({"text": "x" * size + "🙂", "body": "y" * size}, ensure_ascii=False)
     line = line[:-2] if what == "cut" else line.replace("text", "other") if what == "without the key" else line
