@@ -30,7 +30,6 @@ PAIR_BYTES = 12
 LEAST_LEFT_BYTES = 16  # of a string where it is cut: an escape and a character that reach over PART_BYTES
 SCANNED_BYTES = 64 << 10  # at once for quotes, each of which takes 8 bytes
 NOT_UTF8 = "str is not valid UTF-8: surrogates not allowed"  # orjson's words, who looks for that first
-BEHIND_PART = b'"' + b" " * PAIR_BYTES  # a bad escape at the end of a part is no cut one
 Fault = tuple[int, str]  # the character of a line, counted from 0, and what is wrong there
 
 
@@ -199,7 +198,7 @@ def _faults_in_strings(line: memoryview, strings: Sequence[LongString]) -> list[
 
 
 def _part(line: memoryview, first: int, end: int) -> str:
-    return orjson.loads(b"".join((b'"', line[first:end], BEHIND_PART)))
+    return orjson.loads(b"".join((b'"', line[first:end], b'"')))
 
 
 def _unescaped(line: memoryview, string: LongString | None, text: str) -> np.ndarray:

@@ -273,6 +273,7 @@ def test_a_copy_from_beyond_64_kib_is_left_to_arrow(monkeypatch, unpacked):
         (far_copy((200 << 10) + 64)[0][:-1] + b"\x01", "a copy from before its beginning"),
         (b"\xff\xff\xff\xff\x7f" + far_copy(200 << 10)[0][3:], "a Snappy block of 204\\d+ bytes that says it becomes"),
     ],
+    ids=["refused", "before the beginning", "length"],
 )
 def test_a_damaged_block_with_a_copy_from_beyond_64_kib_is_a_named_error(monkeypatch, block, said):
     monkeypatch.setattr("k2_megatron.data.block_formats.UNPACKED_BYTES", 1000)
@@ -280,8 +281,9 @@ def test_a_damaged_block_with_a_copy_from_beyond_64_kib_is_a_named_error(monkeyp
         BlockFile(io.BytesIO(block), "SNAPPY").readall()
 
 
-def test_a_page_with_a_copy_from_beyond_64_kib(tmp_path):
+def test_a_page_with_a_copy_from_beyond_64_kib(tmp_path, monkeypatch):
     """Behind other bytes in the file."""
+    monkeypatch.setattr("k2_megatron.data.block_formats.UNPACKED_BYTES", 1000)
     block, content = far_copy((200 << 10) + 64)
     (tmp_path / "page").write_bytes(b"before" + block + b"after")
     with open(tmp_path / "page", "rb") as raw:
@@ -293,7 +295,13 @@ def test_a_page_with_a_copy_from_beyond_64_kib(tmp_path):
 
 @pytest.mark.parametrize(
     ("codec", "frame"),
-    [("GZIP", gzip.compress(b"")), ("ZSTD", zstandard.compress(b"")), ("SNAPPY", b"\x00"), ("UNCOMPRESSED", b"")],
+    [
+        ("GZIP", gzip.compress(b"", mtime=0)),
+        ("ZSTD", zstandard.compress(b"")),
+        ("SNAPPY", b"\x00"),
+        ("SNAPPY", b""),
+        ("UNCOMPRESSED", b""),
+    ],
 )
 def test_a_page_of_nothing_but_nulls_may_hold_an_empty_frame(tmp_path, codec, frame):
     """parquet-cpp-arrow 14.0.2 wrote such pages of version 2."""
