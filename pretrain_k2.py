@@ -12,8 +12,6 @@ Started again it resumes from the newest checkpoint, in the same layout or anoth
 import argparse
 import faulthandler
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -38,19 +36,20 @@ from k2_megatron.runtime.launch import (
     single_rank,
     stop_with_launcher,
 )
-from k2_megatron.runtime.mistakes import StopNotFinite, run_program
+from k2_megatron.runtime.mistakes import run_program
 from k2_megatron.runtime.seeds import require_determinism, seed_everything
 from k2_megatron.runtime.signals import StopSignals, end_at_once
-from k2_megatron.train.attempts import MOST, Attempts, settle, tell_of_doubts
+from k2_megatron.train.attempts import Attempts, reruns_left, settle
 from k2_megatron.train.checkpoint import find_checkpoint, load_checkpoint
-from k2_megatron.train.checkpoint_files import apply_retention, remove_unfinished
-from k2_megatron.train.checkpoint_manifest import CheckpointError, read_manifest
-from k2_megatron.train.checkpoint_save import CheckpointWriter, SaveResult
+from k2_megatron.train.checkpoint_files import remove_unfinished
+from k2_megatron.train.checkpoint_manifest import read_manifest
+from k2_megatron.train.checkpoint_save import CheckpointWriter
 from k2_megatron.train.checkpoint_state import part_bytes
-from k2_megatron.train.events import change_fields, checkpoint_fields, resume_fields, start_fields, step_fields
+from k2_megatron.train.doubts import Doubts
+from k2_megatron.train.events import change_fields, resume_fields, start_fields, step_fields
 from k2_megatron.train.journal import Journal
 from k2_megatron.train.layer_norms import ActivationSquares
-from k2_megatron.train.not_finite import computed_in_vain, count_as_update, in_words, where_not_finite
+from k2_megatron.train.not_finite import computed_in_vain, count_as_update
 from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
 from k2_megatron.train.phases import StepPhases, StragglerReports
 from k2_megatron.train.position import going_on_from, taken_before
@@ -63,11 +62,12 @@ from k2_megatron.train.run_folder import (
     with_past,
     write_config,
 )
+from k2_megatron.train.saves import Saves
 from k2_megatron.train.schedule import learning_rate_at
 from k2_megatron.train.spikes.rollback import decide_together, go_back
 from k2_megatron.train.spikes.watch import SpikeWatch
 from k2_megatron.train.start_from import check_start, start_from_checkpoint, start_plan, start_report
-from k2_megatron.train.step import StepResult, evaluate, train_step
+from k2_megatron.train.step import evaluate, train_step
 from k2_megatron.train.summary import resume_changes, resume_report, summary_text
 from k2_megatron.train.views import Views
 from k2_megatron.train.watchdog import STEP, Watchdog, collective_timeout_seconds
@@ -118,7 +118,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
         remove_unfinished(checkpoints)
     distributed.barrier()
     journal = Journal(folder, writer=is_writer)
-    step_in_vain, times_in_vain = computed_in_vain(journal)
+    in_vain = computed_in_vain(journal)
     spikes = SpikeWatch(config.spikes, folder, writer=is_writer)
     watchdog = Watchdog(
         config.watchdog, folder, groups.rank, groups.world_size, lambda step: config.global_batch_at(step)
@@ -158,16 +158,15 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
         step, origin, passed_over = manifest["step"], manifest.get("origin"), manifest.get("passed_over", 0)
         journal.write("resume", **resume_fields(config, manifest, newest, doubts, found))
         views.say(resume_report(config, manifest, newest, [*not_saved, *doubts], found))
-    saved_step = kept_step = step  # published; the same, or still being written
-    leaving = "--until"
     how = {"asynchronous": config.checkpoint.asynchronous, "retry_seconds": config.checkpoint.retry_seconds}
-    saver = CheckpointWriter(checkpoints, groups, part_bytes=part_bytes(chunks, groups), **how)
+    writer = CheckpointWriter(checkpoints, groups, part_bytes=part_bytes(chunks, groups), **how)
+    saves = Saves(writer, journal, step)
     reports = StragglerReports(groups, output_share(config.model, config.parallel.pipeline))
-    checkpoint_seconds = 0.0
+    leaving = "--until"
 
     # The loop: one step, what is told of it, then the rare events
     while step < min(until, config.train.steps):
-        if step == kept_step and (signal := stop.agreed(device.torch)):  # it came during the start or a save
+        if step == saves.kept_step and (signal := stop.agreed(device.torch)):  # it came during the start or a save
             leaving = signal
             break
         watchdog.at(STEP, step)
@@ -175,49 +174,37 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
         measured = activations if (step + 1) % config.log.layers_every_steps == 0 else None
         every = config.log.phases_every_steps
         phases = StepPhases(device.torch) if every and (step + 1) % every == 0 else None
-        attempt = partial(
-            train_step, config, groups, chunks, optimizer, data.train, step, device.torch, measured, phases
-        )
-        first_sample = config.consumed_samples_at(step)
-        place = partial(where_not_finite, first_sample=first_sample, chunks=chunks, groups=groups, feed=data.train)
-        tell = partial(tell_of_rerun, step, place, journal, views, watchdog)
-        reruns = min(config.spikes.not_finite_reruns, MOST - 1 - (times_in_vain if step + 1 == step_in_vain else 0))
-        attempts = Attempts(spikes.ceiling(), reruns)
-        result, seconds = settle(attempts, attempt, chunks, tell)
+        first_sample, consumed = config.consumed_samples_at(step), config.consumed_samples_at(step + 1)
+        inputs = (config, groups, chunks, optimizer, data.train, step, device.torch, measured, phases)
+        attempts = Attempts(spikes.ceiling(), reruns_left(config.spikes.not_finite_reruns, step + 1, in_vain))
+        tell = Doubts(step + 1, first_sample, consumed, chunks, groups, data.train, journal, views.say)
+        begin_again = partial(watchdog.at, STEP, step)
+        result, seconds = settle(attempts, partial(train_step, *inputs), chunks, tell.made_again, begin_again)
         step += 1
-        consumed = config.consumed_samples_at(step)
         event = step_fields(config, step, result, seconds, device)
-        stop_when_different(result.difference, step, saved_step, journal)
-        tell_of_doubts(attempts, result, step, first_sample, chunks, groups, journal, views.say)
+        stop_when_different(result.difference, step, saves.saved_step, journal)
+        tell.settled(attempts, result)
         if result.updated:
             passed_over = 0
             journal.write("step", **event, ledger=data.ledger.mark())
             views.step(event)
         else:
             passed_over += 1
-            told = place(result)
-            journal.write("incident", kind="not finite", made_again=False, **event, **told)
-            if passed_over > config.spikes.not_finite_steps:
-                where = in_words(told["ranks"], told["samples_not_finite"])
-                raise StopNotFinite(
-                    f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, "
-                    f"{attempts.earlier_not_finite + 1} times; {where}. The update was not applied; its "
-                    f"batch is samples {first_sample} to {consumed - 1}. The last save was step {saved_step}"
-                )
+            too_many = passed_over > config.spikes.not_finite_steps
+            tell.passed_over(attempts, result, event, saves.saved_step, end=too_many)
             count_as_update(optimizer)
         if phases:
-            own = {**phases.collect(result.data_seconds), "checkpoint": checkpoint_seconds}
+            own = {**phases.collect(result.data_seconds), "checkpoint": saves.take_seconds()}
             every_rank, slow = reports.gather(own)
             journal.write("phases", step=step, seconds=every_rank, slow=slow and asdict(slow))
             if slow:
                 views.say(f"step {step}: {slow.words}")
-            checkpoint_seconds = 0.0
         data.consumed(first_sample, consumed)
         spike = spikes.observe(event, result.sample_losses) if result.updated else None
         if spike:
             watchdog.at("spike", step)  # the others wait for rank 0's dossier in stop.agreed, before the next step
             if spike.kind == "malignant":  # what is decided on is what stays: no save, and no retention, comes between
-                saved_step = tell_of_save(saver.wait(), journal) or saved_step
+                saves.wait()
             decision = decide_together(config, spike, checkpoints, data)
             dossier = spikes.write_dossier(spike, data.train, decision.reason)
             journal.write("spike", dossier=dossier and dossier.name, decision=decision.kind, **asdict(spike))
@@ -236,7 +223,8 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
                     write_config(config)
                 went_back = {"step": manifest["step"], "amendment": amended, "ledger": data.ledger.mark()}
                 journal.write("rollback", from_step=step, **went_back, **change_fields(config, manifest["step"], found))
-                step = saved_step = kept_step = manifest["step"]
+                step = manifest["step"]
+                saves.go_back(step)
                 passed_over = manifest.get("passed_over", 0)  # one that an earlier version saved has none
                 continue
 
@@ -246,29 +234,26 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
             held_out_loss = evaluate(config, groups, chunks, data.held_out, device.torch)
             journal.write("evaluation", step=step, held_out_loss=held_out_loss)
             views.evaluation(step, held_out_loss)
-        leaving = stop.agreed(device.torch, save_failed=saver.failed) or ("--until" if step >= until else None)
+        leaving = stop.agreed(device.torch, save_failed=saves.failed) or ("--until" if step >= until else None)
         if step % config.checkpoint.every_steps == 0 or last or leaving:
             watchdog.at("checkpoint", step)
-            saved_step = tell_of_save(saver.wait(), journal) or saved_step
-            remove_older(config, journal, checkpoints, spikes)  # here, where the others wait for as long as it takes
-            stop_when_different(compare_replicas(chunks, optimizer, groups), step, saved_step, journal)
+            saves.wait()
+            saves.remove_older(config.checkpoint, spikes)  # here, where the others wait for as long as it takes
+            stop_when_different(compare_replicas(chunks, optimizer, groups), step, saves.saved_step, journal)
             journal.sync()
             data.record_position(config, step)
             facts = {**data.position(), **spikes.position(), "origin": origin, "passed_over": passed_over}
-            began = time.monotonic()
-            saver.save(step, config, chunks, optimizer, device.torch, facts)
-            checkpoint_seconds = time.monotonic() - began
-            kept_step = step
-        saved_step = tell_of_save(saver.finished(), journal) or saved_step
+            saves.begin(step, config, chunks, optimizer, device.torch, facts)
+        saves.look()
         if leaving and not last:
             break
 
     # Leave
     watchdog.at("end", step)
-    saved_step = tell_of_save(saver.wait(), journal) or saved_step
-    remove_older(config, journal, checkpoints, spikes)
+    saves.wait()
+    saves.remove_older(config.checkpoint, spikes)
     finished = step == config.train.steps
-    journal.write("stop", step=step, saved_step=saved_step, reason="finished" if finished else leaving)
+    journal.write("stop", step=step, saved_step=saves.saved_step, reason="finished" if finished else leaving)
     views.say(
         summary_text(config, journal.path)
         if finished
@@ -281,45 +266,6 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
     disconnect()
     watchdog.stop()
     return 0
-
-
-def tell_of_rerun(
-    step: int,
-    place: Callable[[StepResult], dict],
-    journal: Journal,
-    views: Views,
-    watchdog: Watchdog,
-    result: StepResult,
-) -> None:
-    """Write why the step after `step` is in doubt, before it is made again with a limit of its own."""
-    values = {"step": step + 1, "loss": result.loss, "grad_norm": result.grad_norm}
-    if result.finite:
-        journal.write("incident", kind="in doubt", made_again=True, **values)
-        why = f"in doubt: loss {result.loss:.6g}, gradient norm {result.grad_norm:.6g}"
-    else:
-        told = place(result)
-        journal.write("incident", kind="not finite", made_again=True, **values, **told)
-        why = f"not finite: {in_words(told['ranks'], told['samples_not_finite'])}"
-    views.say(f"step {step + 1}: {why}; the step is made again")
-    watchdog.at(STEP, step)
-
-
-def tell_of_save(saved: SaveResult | None, journal: Journal) -> int | None:
-    """Write a save that has come to its end into the journal; its step."""
-    if saved is None:
-        return None
-    journal.write("checkpoint", **checkpoint_fields(saved))
-    return saved.step
-
-
-def remove_older(config: Config, journal: Journal, checkpoints: Path, spikes: SpikeWatch) -> None:
-    """Let older checkpoints go. To be called where no rank is in a step: removing a large one may outlast its limit."""
-    if journal.is_writer:
-        keep = config.checkpoint
-        try:
-            apply_retention(checkpoints, keep.keep_last, keep.keep_every_steps, spikes.pinned(checkpoints))
-        except (CheckpointError, OSError) as error:
-            print(f"older checkpoints stay until the next save: {error}", file=sys.stderr, flush=True)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -16,14 +16,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch.distributed as distributed
-
-from k2_megatron.runtime.groups import Groups
-from k2_megatron.runtime.mistakes import StopRun
 from k2_megatron.runtime.seeds import random_states, restore_random_states
-from k2_megatron.train.journal import Journal
-from k2_megatron.train.not_finite import in_words
-from k2_megatron.train.replica_gradients import NAMED, Apart, gradient_sizes
+from k2_megatron.train.replica_gradients import Apart, gradient_sizes
 from k2_megatron.train.spikes.ceiling import Ceiling
 from k2_megatron.train.step import StepResult
 
@@ -45,7 +39,7 @@ class Attempts:
         """Whether a finite result is to be applied."""
         if not self.ceiling.is_passed(loss, grad_norm):
             return True
-        return not self.is_a_ranks(loss, apart) and any(_alike(one, loss, grad_norm) for one in self.earlier)
+        return not self.is_a_ranks(loss, apart) and any(alike(one, loss, grad_norm) for one in self.earlier)
 
     def is_a_ranks(self, loss: float, apart: Apart | None) -> bool:
         """Whether a result is in doubt for one layer's gradient on one rank alone: without it, it would not be."""
@@ -63,8 +57,16 @@ class Attempts:
         return sum(not one.finite for one in self.earlier)
 
 
-def _alike(one: StepResult, loss: float, grad_norm: float) -> bool:
+def alike(one: StepResult, loss: float, grad_norm: float) -> bool:
+    """Whether a computation came to the same loss and gradient norm, but for the order of sums."""
     return math.isclose(one.loss, loss, rel_tol=SAME) and math.isclose(one.grad_norm, grad_norm, rel_tol=SAME)
+
+
+def reruns_left(allowed: int, step: int, in_vain: tuple[int, int]) -> int:
+    """How often a result of `step` that is not finite is computed again: `allowed`, but with what an earlier start did
+    `in_vain` (the step, how often) no more than MOST in all."""
+    step_in_vain, times = in_vain
+    return min(allowed, MOST - 1 - (times if step == step_in_vain else 0))
 
 
 def settle(
@@ -72,10 +74,11 @@ def settle(
     attempt: Callable[[Callable[[float, float, Apart | None], bool], bool], StepResult],
     chunks: Sequence,
     tell: Callable[[StepResult], None],
+    begin_again: Callable[[], None],
 ) -> tuple[StepResult, float]:
     """(the last result of `attempt`, the seconds it took). Each one before it is told of while its gradients are still
-    there. `attempt` is given what accepts a result, and whether to compare replicas: a step in doubt is computed again
-    with weights that are equal everywhere."""
+    there, then `begin_again` is called. `attempt` is given what accepts a result, and whether to compare replicas: a
+    step in doubt is computed again with weights that are equal everywhere."""
     generators = random_states()
     while True:
         began, result = time.monotonic(), attempt(attempts.accept, bool(attempts.earlier))
@@ -86,70 +89,4 @@ def settle(
         attempts.earlier.append(result)
         attempts.sizes.append(gradient_sizes(chunks))
         restore_random_states(generators)
-
-
-def tell_of_doubts(
-    attempts: Attempts, result: StepResult, step: int, first_sample: int, chunks: Sequence, groups: Groups,
-    journal: Journal, say: Callable[[str], None],
-) -> None:  # fmt: skip
-    """Write what came of attempts at `step` that were finite and in doubt. StopRun when the last one is as well; one
-    that is not finite is told of elsewhere."""
-    if not result.finite:
-        return
-    wrong = []
-    for number, one in enumerate(attempts.earlier):
-        if not one.finite:
-            continue
-        values = {"step": step, "loss": one.loss, "grad_norm": one.grad_norm}
-        if _alike(one, result.loss, result.grad_norm):
-            if result.updated:
-                equal = (one.sample_losses, one.grad_norm) == (result.sample_losses, result.grad_norm)
-                ranks = result.apart.ranks if result.apart else {}
-                journal.write("incident", kind="came again", equal_to_the_bit=equal, ranks=ranks, **values)
-                whose = f" (far larger than in other replicas: {in_words(ranks)})" if ranks else ""
-                say(f"step {step}: came to the same again, so the data or the weights do it; applied{whose}")
-            continue
-        pairs = enumerate(zip(one.sample_losses, result.sample_losses, strict=True), start=first_sample)
-        samples: list[int] = [sample for sample, (before, now) in pairs if before != now][:NAMED]
-        ranks = one.apart.ranks if one.apart else _ranks_wrong(attempts.sizes[number], chunks, groups)
-        journal.write("incident", kind="computed wrongly", ranks=ranks, samples=samples, **values)
-        wrong.append(in_words(ranks, samples))
-    if wrong and result.updated:
-        say(f"step {step} was computed wrongly, made again and taken: {wrong[0]}")
-    elif not result.updated:
-        _stop(attempts, result, step, wrong, journal)
-
-
-def _stop(attempts: Attempts, result: StepResult, step: int, wrong: list[str], journal: Journal) -> None:
-    """StopRun: nothing of the step was applied, and why."""
-    why, remedy = "no two alike", ""
-    if result.apart and attempts.is_a_ranks(result.loss, result.apart):
-        values = {"loss": result.loss, "grad_norm": result.grad_norm, "ranks": result.apart.ranks}
-        journal.write("incident", kind="one replica alone", step=step, **values)
-        wrong = [in_words(result.apart.ranks), *wrong]
-        why = "for one layer on one rank alone, unlike its replicas"
-        remedy = f"; if it ends so on other hosts too, take it by spikes.suspect_factor=1e30 until step {step} is saved"
-    norms = ", ".join(f"{one.grad_norm:.6g}" for one in (*attempts.earlier, result))
-    place = "; ".join(wrong) or "the journal names the ranks"
-    raise StopRun(
-        f"step {step}: {len(attempts.earlier) + 1} computations from the same weights and rows are all far from "
-        f"the usual, {why} (gradient norms {norms}): {place}. Nothing "
-        f"of it was applied. Exclude the host of the rank that is named, and start again{remedy}"
-    )
-
-
-def _ranks_wrong(before: dict[str, float], chunks: Sequence, groups: Groups) -> dict[str, list[str]]:
-    """{rank in words: its parameters whose gradients are not of the size that they were, the one that changed most
-    first}, the same on every rank.
-
-    Gradients are summed over data-parallel ranks before, so ranks that hold the same parameters are named together.
-    """
-    changes = {
-        name: abs(math.log(max(before[name], 1e-30)) - math.log(max(size, 1e-30)))
-        for name, size in gradient_sizes(chunks).items()
-        if not math.isclose(before[name], size, rel_tol=SAME)
-    }
-    mine = sorted(changes, key=lambda name: -changes[name])[:NAMED]
-    everywhere: list = [None] * groups.world_size
-    distributed.all_gather_object(everywhere, (groups.name, mine))
-    return {name: parameters for name, parameters in everywhere if parameters}
+        begin_again()

@@ -165,7 +165,7 @@ class CheckpointWriter:
         retry_seconds: float = 0.0,
         part_bytes: int = 0,
     ) -> None:
-        self._checkpoints = checkpoints
+        self.checkpoints = checkpoints
         self._rank = groups.rank
         self._groups = groups
         self._group = distributed.new_group(backend="gloo", timeout=groups.timeout)
@@ -252,7 +252,7 @@ class CheckpointWriter:
         seconds = time.monotonic() - began
         return SaveResult(
             step=step,
-            folder=self._checkpoints / folder_name(step),
+            folder=self.checkpoints / folder_name(step),
             stall_seconds=seconds if stall_seconds is None else stall_seconds,
             seconds=seconds,
             bytes=sum(file["bytes"] for file in manifest["files"].values()),
@@ -265,10 +265,10 @@ class CheckpointWriter:
 
     def _write_once(self, plan: _Plan, manifest: dict) -> None:
         step = manifest["step"]
-        aside = aside_folder(self._checkpoints, step)
+        aside = aside_folder(self.checkpoints, step)
 
         def begin() -> None:
-            plan.write_small_files(start_writing(self._checkpoints, step))
+            plan.write_small_files(start_writing(self.checkpoints, step))
 
         self._everywhere(step, lambda: begin() if self._rank == 0 else None)
         files: dict[str, dict] = {}
@@ -292,7 +292,7 @@ class CheckpointWriter:
         found = next((error for error in errors if error), None)
         if found is not None:
             raise SaveError(
-                f"step {step} could not be saved under {self._checkpoints}: {found}; earlier checkpoints are "
+                f"step {step} could not be saved under {self.checkpoints}: {found}; earlier checkpoints are "
                 "untouched. Make room or restore access, and start again to resume from the last one",
                 f"step {step} is not saved yet ({found})",
             )

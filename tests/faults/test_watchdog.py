@@ -99,7 +99,7 @@ def test_ranks_behind_are_named_with_the_reason():
 
 def _places_while_rank_0_works_alone(folder: Path) -> None:
     """Each rank notes its phase; rank 0 notes all of them after a while of removing checkpoints, or of a dossier."""
-    import pretrain_k2
+    from k2_megatron.train import saves
     from k2_megatron.train.spikes.detector import Finding
     from k2_megatron.train.spikes.watch import SpikeWatch
 
@@ -120,7 +120,7 @@ def _places_while_rank_0_works_alone(folder: Path) -> None:
         return then
 
     watchdog.Watchdog.at = noted
-    pretrain_k2.apply_retention = slowly("retention", pretrain_k2.apply_retention)
+    saves.apply_retention = slowly("retention", saves.apply_retention)
     SpikeWatch.write_dossier = slowly("dossier", SpikeWatch.write_dossier)
     observe = SpikeWatch.observe
 

@@ -30,8 +30,9 @@ def outcome(loss: float, grad_norm: float = 1.0, apart: Apart | None = None) -> 
 
 
 def settled(results: list[StepResult], reruns: int, limit: Ceiling, monkeypatch) -> tuple[StepResult, float, int]:
-    """What settle returns where attempts come to `results` in turn, in 30, 20 and 5 seconds; their number."""
-    clock, made = [0.0], []
+    """What settle returns where attempts come to `results` in turn, in 30, 20 and 5 seconds; their number. Each but the
+    first has a limit of its own."""
+    clock, made, limits = [0.0], [], []
     monkeypatch.setattr(attempts_module.time, "monotonic", lambda: clock[0])
 
     def attempt(accept: Callable[[float, float, Apart | None], bool], compare: bool) -> StepResult:
@@ -45,7 +46,8 @@ def settled(results: list[StepResult], reruns: int, limit: Ceiling, monkeypatch)
     def tell(_result: StepResult) -> None:
         clock[0] += 100.0
 
-    result, seconds = settle(Attempts(limit, reruns), attempt, [], tell)
+    result, seconds = settle(Attempts(limit, reruns), attempt, [], tell, lambda: limits.append(len(made)))
+    assert limits == list(range(1, len(made)))
     return result, seconds, len(made)
 
 

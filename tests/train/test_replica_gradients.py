@@ -19,8 +19,9 @@ from k2_megatron.runtime.devices import find_device
 from k2_megatron.runtime.groups import build_groups, connect, disconnect
 from k2_megatron.runtime.launch import read_environment
 from k2_megatron.runtime.seeds import seed_everything
-from k2_megatron.train.attempts import Attempts, tell_of_doubts
+from k2_megatron.train.attempts import Attempts
 from k2_megatron.train.checkpoint_state import named_parameters
+from k2_megatron.train.doubts import Doubts
 from k2_megatron.train.not_finite import where_not_finite
 from k2_megatron.train.optimizer import build_optimizer, wrap_model
 from k2_megatron.train.replica_gradients import Apart, apart_among
@@ -147,8 +148,8 @@ def test_what_is_applied_or_not_finite_is_pinned_too():
     lost = StepResult(math.nan, 1.0, False, 0.0, (1.0,), apart=replace(apart, finite=False))
     assert where_not_finite(lost, 0, [], None, None) == {"ranks": apart.ranks, "samples_not_finite": {}}
     again = StepResult(2.0, 40.0, True, 0.0, (1.0,), apart=apart)
-    attempts, told, said = Attempts(Ceiling(20.0, 10.0), 1, [replace(again, updated=False, apart=None)]), [], []
+    attempts, told, said = Attempts(Ceiling(20.0, 10.0), 1, [replace(again, updated=False, apart=None)], [{}]), [], []
     journal = SimpleNamespace(write=lambda _event, **fields: told.append(fields))
-    tell_of_doubts(attempts, again, 7, 0, [], None, journal, said.append)
+    Doubts(7, 0, 1, [], None, None, journal, said.append).settled(attempts, again)
     assert [(event["kind"], event["ranks"]) for event in told] == [("came again", apart.ranks)]
     assert f"applied (far larger than in other replicas: gradients of {WEIGHT} on rank 1" in said[0]

@@ -1,0 +1,134 @@
+"""What the journal and the console are told of a step that was computed again, or was not applied; and when a run ends
+by it.
+
+In:  the step's place (its samples, the model's gradients, the ranks) and the results of its computations. Out:
+incidents, the same on every rank; StopRun or StopNotFinite, which name step, ranks and samples, where no result may be
+applied.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch.distributed as distributed
+
+from k2_megatron.data.feed import Feed
+from k2_megatron.runtime.groups import Groups
+from k2_megatron.runtime.mistakes import StopNotFinite, StopRun
+from k2_megatron.train.attempts import SAME, Attempts, alike
+from k2_megatron.train.journal import Journal
+from k2_megatron.train.not_finite import in_words, where_not_finite
+from k2_megatron.train.replica_gradients import NAMED, gradient_sizes
+from k2_megatron.train.step import StepResult
+
+
+@dataclass(frozen=True)
+class Doubts:
+    """Those of one step, the `step`th, counted from one, which reads samples first_sample ... end_sample - 1."""
+
+    step: int
+    first_sample: int
+    end_sample: int
+    chunks: Sequence
+    groups: Groups
+    feed: Feed
+    journal: Journal
+    say: Callable[[str], None]
+
+    def made_again(self, result: StepResult) -> None:
+        """Tell of a computation that another one follows, while its gradients are still there."""
+        values = {"step": self.step, "loss": result.loss, "grad_norm": result.grad_norm}
+        if result.finite:
+            self.journal.write("incident", kind="in doubt", made_again=True, **values)
+            why = f"in doubt: loss {result.loss:.6g}, gradient norm {result.grad_norm:.6g}"
+        else:
+            told = self._where_not_finite(result)
+            self.journal.write("incident", kind="not finite", made_again=True, **values, **told)
+            why = f"not finite: {in_words(told['ranks'], told['samples_not_finite'])}"
+        self.say(f"step {self.step}: {why}; the step is made again")
+
+    def passed_over(self, attempts: Attempts, result: StepResult, event: dict, saved_step: int, *, end: bool) -> None:
+        """Tell of the last computation, which was not finite and not applied; `event` is what the step would have
+        written. StopNotFinite where the run is to `end` by it."""
+        told = self._where_not_finite(result)
+        self.journal.write("incident", kind="not finite", made_again=False, **event, **told)
+        if end:
+            raise StopNotFinite(
+                f"step {self.step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, "
+                f"{attempts.earlier_not_finite + 1} times; {in_words(told['ranks'], told['samples_not_finite'])}. The "
+                f"update was not applied; its batch is samples {self.first_sample} to {self.end_sample - 1}. "
+                f"The last save was step {saved_step}"
+            )
+
+    def settled(self, attempts: Attempts, result: StepResult) -> None:
+        """Tell what came of computations that were finite and in doubt, `result` being the last. StopRun when that is
+        as well; one that is not finite is for `passed_over`."""
+        if not result.finite:
+            return
+        wrong = []
+        for one, sizes in zip(attempts.earlier, attempts.sizes, strict=True):
+            if not one.finite:
+                continue
+            if not alike(one, result.loss, result.grad_norm):
+                wrong.append(self._computed_wrongly(one, sizes, result))
+            elif result.updated:
+                self._came_again(one, result)
+        if wrong and result.updated:
+            self.say(f"step {self.step} was computed wrongly, made again and taken: {wrong[0]}")
+        elif not result.updated:
+            self._stop(attempts, result, wrong)
+
+    def _where_not_finite(self, result: StepResult) -> dict[str, dict]:
+        return where_not_finite(result, self.first_sample, self.chunks, self.groups, self.feed)
+
+    def _came_again(self, one: StepResult, result: StepResult) -> None:
+        equal = (one.sample_losses, one.grad_norm) == (result.sample_losses, result.grad_norm)
+        ranks = result.apart.ranks if result.apart else {}
+        values = {"step": self.step, "loss": one.loss, "grad_norm": one.grad_norm}
+        self.journal.write("incident", kind="came again", equal_to_the_bit=equal, ranks=ranks, **values)
+        whose = f" (far larger than in other replicas: {in_words(ranks)})" if ranks else ""
+        self.say(f"step {self.step}: came to the same again, so the data or the weights do it; applied{whose}")
+
+    def _computed_wrongly(self, one: StepResult, sizes: dict[str, float], result: StepResult) -> str:
+        """Write where a computation differs from the last; the place in words."""
+        pairs = enumerate(zip(one.sample_losses, result.sample_losses, strict=True), start=self.first_sample)
+        samples: list[int] = [sample for sample, (before, now) in pairs if before != now][:NAMED]
+        ranks = one.apart.ranks if one.apart else _ranks_wrong(sizes, self.chunks, self.groups)
+        values = {"step": self.step, "loss": one.loss, "grad_norm": one.grad_norm}
+        self.journal.write("incident", kind="computed wrongly", ranks=ranks, samples=samples, **values)
+        return in_words(ranks, samples)
+
+    def _stop(self, attempts: Attempts, result: StepResult, wrong: list[str]) -> None:
+        """StopRun: nothing of the step was applied, and why."""
+        why, remedy = "no two alike", ""
+        if result.apart and attempts.is_a_ranks(result.loss, result.apart):
+            values = {"loss": result.loss, "grad_norm": result.grad_norm, "ranks": result.apart.ranks}
+            self.journal.write("incident", kind="one replica alone", step=self.step, **values)
+            wrong = [in_words(result.apart.ranks), *wrong]
+            why = "for one layer on one rank alone, unlike its replicas"
+            until = f"until step {self.step} is saved"
+            remedy = f"; if it ends so on other hosts too, take it by spikes.suspect_factor=1e30 {until}"
+        norms = ", ".join(f"{one.grad_norm:.6g}" for one in (*attempts.earlier, result))
+        place = "; ".join(wrong) or "the journal names the ranks"
+        raise StopRun(
+            f"step {self.step}: {len(attempts.earlier) + 1} computations from the same weights and rows are all far "
+            f"from the usual, {why} (gradient norms {norms}): {place}. Nothing "
+            f"of it was applied. Exclude the host of the rank that is named, and start again{remedy}"
+        )
+
+
+def _ranks_wrong(before: dict[str, float], chunks: Sequence, groups: Groups) -> dict[str, list[str]]:
+    """{rank in words: its parameters whose gradients are not of the size that they were, the one that changed most
+    first}, the same on every rank.
+
+    Gradients are summed over data-parallel ranks before, so ranks that hold the same parameters are named together.
+    """
+    changes = {
+        name: abs(math.log(max(before[name], 1e-30)) - math.log(max(size, 1e-30)))
+        for name, size in gradient_sizes(chunks).items()
+        if not math.isclose(before[name], size, rel_tol=SAME)
+    }
+    mine = sorted(changes, key=lambda name: -changes[name])[:NAMED]
+    everywhere: list = [None] * groups.world_size
+    distributed.all_gather_object(everywhere, (groups.name, mine))
+    return {name: parameters for name, parameters in everywhere if parameters}

@@ -1,0 +1,70 @@
+"""The saves of one run: how far it is saved, what the journal is told of each, and which older ones may go.
+
+In:  the writer of checkpoints, which saves in the background; the journal. Out: two steps that the loop goes by:
+`saved_step`, which is published (all ranks know of it after `wait`), and `kept_step`, the same or still being written.
+"""
+
+import sys
+import time
+
+from k2_megatron.config.schema import Checkpoint
+from k2_megatron.train.checkpoint_files import apply_retention
+from k2_megatron.train.checkpoint_manifest import CheckpointError
+from k2_megatron.train.checkpoint_save import CheckpointWriter, SaveResult
+from k2_megatron.train.events import checkpoint_fields
+from k2_megatron.train.journal import Journal
+from k2_megatron.train.spikes.watch import SpikeWatch
+
+
+class Saves:
+    """Begins at `step`, that of the checkpoint that the run goes on from, or 0."""
+
+    def __init__(self, writer: CheckpointWriter, journal: Journal, step: int) -> None:
+        self._writer, self._journal = writer, journal
+        self.saved_step = self.kept_step = step
+        self._seconds = 0.0
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows that the save in flight has failed; `wait` tells all."""
+        return self._writer.failed
+
+    def begin(self, step: int, *state) -> None:
+        """Begin to save `step`; `state` as CheckpointWriter.save takes it."""
+        began = time.monotonic()
+        self._writer.save(step, *state)
+        self._seconds = time.monotonic() - began
+        self.kept_step = step
+
+    def look(self) -> None:
+        """Tell of a save that has come to its end, if one has. Never waits."""
+        self._tell(self._writer.finished())
+
+    def wait(self) -> None:
+        """Wait for the save in flight, if there is one, and tell of it. CheckpointError, on all ranks, if it failed."""
+        self._tell(self._writer.wait())
+
+    def go_back(self, step: int) -> None:
+        """The run goes on from the checkpoint of `step`, which is an earlier one."""
+        self.saved_step = self.kept_step = step
+
+    def take_seconds(self) -> float:
+        """What the run waited for the last save, where that came after this was asked before."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def remove_older(self, keep: Checkpoint, spikes: SpikeWatch) -> None:
+        """Let older checkpoints go. To be called where no rank is in a step: removing a large one may outlast its
+        limit. One that cannot be removed does not end a run."""
+        if not self._journal.is_writer:
+            return
+        checkpoints = self._writer.checkpoints
+        try:
+            apply_retention(checkpoints, keep.keep_last, keep.keep_every_steps, spikes.pinned(checkpoints))
+        except (CheckpointError, OSError) as error:
+            print(f"older checkpoints stay until the next save: {error}", file=sys.stderr, flush=True)
+
+    def _tell(self, saved: SaveResult | None) -> None:
+        if saved is not None:
+            self._journal.write("checkpoint", **checkpoint_fields(saved))
+            self.saved_step = saved.step
