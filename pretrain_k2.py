@@ -10,6 +10,7 @@ Started again it resumes from the newest checkpoint, in the same layout or anoth
 """
 
 import argparse
+import contextlib
 import faulthandler
 import sys
 from dataclasses import asdict
@@ -34,11 +35,11 @@ from k2_megatron.runtime.launch import (
     read_environment,
     run_local_ranks,
     single_rank,
-    stop_with_launcher,
 )
-from k2_megatron.runtime.mistakes import run_program
+from k2_megatron.runtime.mistakes import leave, run_program
 from k2_megatron.runtime.seeds import require_determinism, seed_everything
 from k2_megatron.runtime.signals import StopSignals, end_at_once
+from k2_megatron.train.agreement import require_agreement
 from k2_megatron.train.attempts import Attempts, reruns_left, settle
 from k2_megatron.train.checkpoint import find_checkpoint, load_checkpoint
 from k2_megatron.train.checkpoint_files import remove_unfinished
@@ -68,7 +69,7 @@ from k2_megatron.train.spikes.rollback import decide_together, go_back
 from k2_megatron.train.spikes.watch import SpikeWatch
 from k2_megatron.train.start_from import check_start, start_from_checkpoint, start_plan, start_report
 from k2_megatron.train.step import evaluate, train_step
-from k2_megatron.train.summary import resume_changes, resume_report, summary_text
+from k2_megatron.train.summary import resume_changes, resume_report, stopped_text, summary_text
 from k2_megatron.train.views import Views
 from k2_megatron.train.watchdog import STEP, Watchdog, collective_timeout_seconds
 
@@ -93,16 +94,23 @@ def main(arguments: list[str]) -> int:
             return run_local_ranks([__file__, *arguments], config.world_size)
         environment = single_rank()
     device = find_device(environment.local_rank)
-    with cpu_stands_in_for_cuda(device.type):
-        return train(config, environment, device, options.until or config.train.steps, given)
+    until = config.train.steps if options.until is None else options.until
+    with cpu_stands_in_for_cuda(device.type), contextlib.ExitStack() as ending:
+        return train(config, environment, device, until, given, ending)
 
 
-def train(config: Config, environment: RankEnvironment, device: Device, until: int, given: set[str]) -> int:
+def train(
+    config: Config,
+    environment: RankEnvironment,
+    device: Device,
+    until: int,
+    given: set[str],
+    ending: contextlib.ExitStack,
+) -> int:
     # The world, the folder, and what events are written to
     faulthandler.enable()  # a crash inside a library shows where
     if config.train.deterministic:
         require_determinism()
-    stop_with_launcher(environment)
     end_at_once()
     connect(environment, device, RENDEZVOUS_TIMEOUT_SECONDS)
     # A rank may wait for a dead node's lock before it meets the others again; after that the watchdog's limits decide.
@@ -135,6 +143,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
 
     # Data, model, optimizer
     data = open_run_data(config, writer=is_writer)
+    require_agreement(config, data, groups)
     if is_writer:
         write_config(config)
     views = Views(config, folder, enabled=is_writer)
@@ -143,7 +152,8 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
     chunks = wrap_model(config, build_model(config, kernels, groups.collection), groups.collection)
     optimizer = build_optimizer(config, chunks, kernels, groups.collection)
     activations = ActivationSquares(groups, chunks, config.model.layers, kernels["adamw"], device.torch)
-    journal.write("start", **start_fields(config, environment.launcher, device, choices, data.fingerprint))
+    if is_writer:
+        journal.write("start", **start_fields(config, environment.launcher, device, choices, data.fingerprint))
 
     # Resume from it, whatever layout wrote it
     step, origin, passed_over = 0, None, 0  # passed_over: steps without an update since the last one
@@ -161,6 +171,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
     how = {"asynchronous": config.checkpoint.asynchronous, "retry_seconds": config.checkpoint.retry_seconds}
     writer = CheckpointWriter(checkpoints, groups, part_bytes=part_bytes(chunks, groups), **how)
     saves = Saves(writer, journal, step)
+    ending.push(lambda _kind, error, _trace: saves.let_end(watchdog, error))
     reports = StragglerReports(groups, output_share(config.model, config.parallel.pipeline))
     leaving = "--until"
 
@@ -196,7 +207,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
         if phases:
             own = {**phases.collect(result.data_seconds), "checkpoint": saves.take_seconds()}
             every_rank, slow = reports.gather(own)
-            journal.write("phases", step=step, seconds=every_rank, slow=slow and asdict(slow))
+            journal.write("phases", step=step, slow=slow and asdict(slow), seconds=every_rank)
             if slow:
                 views.say(f"step {step}: {slow.words}")
         data.consumed(first_sample, consumed)
@@ -217,6 +228,7 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
                 found = resume_changes(config, manifest, newest, CHANGEABLE)  # they hold from here on
                 config = going_on_from(config, manifest)
                 data = open_run_data(config, writer=is_writer)
+                require_agreement(config, data, groups)
                 data.resume_at(manifest)
                 spikes.resume_at(manifest)
                 if is_writer:
@@ -254,11 +266,8 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
     saves.remove_older(config.checkpoint, spikes)
     finished = step == config.train.steps
     journal.write("stop", step=step, saved_step=saves.saved_step, reason="finished" if finished else leaving)
-    views.say(
-        summary_text(config, journal.path)
-        if finished
-        else f"stopped by {leaving} after step {step}; {'saved' if step else 'nothing to save'}, start again to resume"
-    )
+    if is_writer:
+        views.say(summary_text(config, journal.path) if finished else stopped_text(leaving, step))
     views.close()
     journal.close()
     if is_writer:
@@ -268,15 +277,21 @@ def train(config: Config, environment: RankEnvironment, device: Device, until: i
     return 0
 
 
+def step_number(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no step: they are counted from 1")
+    return int(text)
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="pretrain_k2.py", description="Pretrain K2 from a TOML configuration.")
     parser.add_argument("config", help="the run's configuration, such as examples/toy/toy.toml")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override one value")
-    parser.add_argument("--until", type=int, metavar="STEP", help="save after this step, and stop")
+    parser.add_argument("--until", type=step_number, metavar="STEP", help="save after this step, and stop")
     parser.add_argument("--plan", action="store_true", help="print what would run, and stop")
     parser.add_argument("--dry-run", action="store_true", help="build every distinct rank with fake tensors, and stop")
     return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, sys.argv[1:]))
+    leave(lambda: run_program(main, sys.argv[1:]))

@@ -123,11 +123,11 @@ def pretrain(
 def run_pretrain(arguments: list[str], fault: Callable[[], None] | None = None) -> None:
     """pretrain_k2.py with these arguments, in this process, which has its imports behind it; then the exit."""
     import pretrain_k2
-    from k2_megatron.runtime.mistakes import run_program
+    from k2_megatron.runtime.mistakes import leave, run_program
 
     if fault is not None:
         fault()
-    sys.exit(run_program(pretrain_k2.main, arguments))
+    leave(lambda: run_program(pretrain_k2.main, arguments))
 
 
 def _forkserver() -> multiprocessing.context.ForkServerContext:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from k2_megatron.runtime.mistakes import LOST_PEER, MISTAKE, NOT_FINITE, STOPPED
@@ -75,11 +75,12 @@ def single_rank() -> RankEnvironment:
 def run_local_ranks(arguments: Sequence[str], world_size: int) -> int:
     """Start `world_size` ranks of `python arguments...` on this machine, wait for them, return an exit code.
 
-    When a rank dies, the others are asked to stop and killed after `TERMINATE_GRACE_SECONDS`. SIGINT and SIGTERM are
-    passed on, so that the ranks finish their step and save.
+    When a rank dies, the others have `TERMINATE_GRACE_SECONDS` to end by themselves, then they are killed. SIGINT and
+    SIGTERM are passed on, so that the ranks finish their step and save; so is the death of this process.
     """
     from torch.distributed import TCPStore
 
+    end_with_launcher = _end_with(os.getpid())
     # The store is opened here, on a port the system chooses, so that no rank can find its port taken.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     threads = max(1, (os.cpu_count() or 1) // world_size)
@@ -97,7 +98,8 @@ def run_local_ranks(arguments: Sequence[str], world_size: int) -> int:
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         }
         # A session of their own: Ctrl-C reaches this process alone, which passes it on once.
-        ranks.append(subprocess.Popen([sys.executable, *arguments], env=environment, start_new_session=True))
+        program = [sys.executable, *arguments]
+        ranks.append(subprocess.Popen(program, env=environment, start_new_session=True, preexec_fn=end_with_launcher))
     return _supervise(ranks)
 
 
@@ -161,10 +163,19 @@ def _most_telling(codes: Sequence[tuple[int, int | None]]) -> tuple[int, int]:
     return min(failed, key=lambda one: (one[1] not in EXPLAINED, one[1] > 0))
 
 
-def stop_with_launcher(environment: RankEnvironment) -> None:
-    """Have a local rank receive SIGTERM (save and leave) when the process that started it dies, however it dies."""
-    if environment.launcher == "local" and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _end_with(launcher: int) -> Callable[[], None] | None:
+    """What a rank calls before it is a program of its own: it receives SIGTERM (save and leave; while it imports, end)
+    when the process that started it dies, however that dies. None where the system has no such thing."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+
+    def call() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != launcher:  # it died meanwhile
+            os._exit(LOST_PEER)
+
+    return call
 
 
 def port_is_free(port: int) -> bool:

@@ -7,9 +7,11 @@ it keeps its traceback.
 import hashlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch.distributed as distributed
 
@@ -19,6 +21,7 @@ STOPPED = 3
 NOT_FINITE = 5
 INTERRUPTED = 130  # as a shell has it for SIGINT
 LOST_PEER = 1  # as an uncaught exception: start again to resume
+_LISTENING_SECONDS = 0.5
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words
 
 
@@ -66,6 +69,23 @@ def run_program(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) 
         # The rank that died has the story; a traceback of each one that noticed would bury it.
         print("this rank lost its connection to another rank, which died or was ended", file=sys.stderr, flush=True)
         return LOST_PEER
+
+
+def leave(program: Callable[[], int]) -> NoReturn:
+    """End the process with the exit code of `program`, or with 1 and a traceback. When it is not 0, at once: a save in
+    the background is not waited for, since the ranks that it needs may be gone."""
+    try:
+        code = program()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if distributed.is_initialized() and distributed.get_rank() == 0:
+            time.sleep(_LISTENING_SECONDS)  # its store is asked by the others who of them speaks
+        os._exit(code)
+    sys.exit(0)
 
 
 def _is_ours(error: BaseException) -> bool:

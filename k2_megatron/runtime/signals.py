@@ -30,7 +30,7 @@ class StopSignals:
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
+        self.received = self.received or number
 
     def agreed(self, device: torch.device, *, save_failed: bool = False) -> str | None:
         """Why to stop, the same on every rank: SAVE_FAILED if `save_failed` on any, else the name of the signal if any

@@ -111,8 +111,14 @@ def hold_run_folder(config: Config) -> IO[str]:
     So a lock whose holder gives no sign of life is waited for, up to `TAKEOVER_SECONDS`.
     """
     folder = Path(config.run.folder)
-    make_folder(folder)
-    lock = (folder / ".lock").open("a+")
+    try:
+        make_folder(folder)
+        lock = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise ValueError(
+            f"run.folder = {str(folder)!r} cannot be made or written to ({error.strerror}): name another folder, or "
+            "restore access to it"
+        ) from None
     before, deadline = _beats(folder), time.monotonic() + TAKEOVER_SECONDS
     while True:
         try:

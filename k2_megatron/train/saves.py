@@ -8,12 +8,14 @@ import sys
 import time
 
 from k2_megatron.config.schema import Checkpoint
+from k2_megatron.runtime.mistakes import StopRun
 from k2_megatron.train.checkpoint_files import apply_retention
 from k2_megatron.train.checkpoint_manifest import CheckpointError
 from k2_megatron.train.checkpoint_save import CheckpointWriter, SaveResult
 from k2_megatron.train.events import checkpoint_fields
 from k2_megatron.train.journal import Journal
 from k2_megatron.train.spikes.watch import SpikeWatch
+from k2_megatron.train.watchdog import Watchdog
 
 
 class Saves:
@@ -63,6 +65,18 @@ class Saves:
             apply_retention(checkpoints, keep.keep_last, keep.keep_every_steps, spikes.pinned(checkpoints))
         except (CheckpointError, OSError) as error:
             print(f"older checkpoints stay until the next save: {error}", file=sys.stderr, flush=True)
+
+    def let_end(self, watchdog: Watchdog, error: BaseException | None) -> None:
+        """The run ends, by `error` if there is one. Where all ranks stop together the save in flight is waited for:
+        what it holds was sound. Another error is one rank's, and a save needs them all."""
+        if error is None:
+            return
+        watchdog.leaving()
+        if isinstance(error, StopRun):
+            try:
+                self.wait()
+            except CheckpointError as failed:
+                print(failed, file=sys.stderr, flush=True)
 
     def _tell(self, saved: SaveResult | None) -> None:
         if saved is not None:

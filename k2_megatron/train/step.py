@@ -232,6 +232,8 @@ def train_step(
     if updated:
         with phases.updating(optimizer) if phases else nullcontext():
             update(optimizer, norm, config.optimizer.clip_grad_norm)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # the update is queued, and the step's seconds are to hold it
     layers = None
     if activations:
         elements = global_batch * config.model.sequence_length * config.model.hidden_size

@@ -74,3 +74,9 @@ def summary_text(config: Config, journal: Path) -> str:
         lines.append(f"  held-out loss {held_out[-1]:.4f}")
     lines.append(f"  {speeds[len(speeds) // 2]:,.0f} tokens/s (median step), {last['consumed_tokens']:,} tokens in all")
     return "\n".join(lines)
+
+
+def stopped_text(reason: str, step: int) -> str:
+    """A run that is not finished."""
+    kept = "saved" if step else "nothing to save"
+    return f"stopped by {reason} after step {step}; {kept}, start again to resume"

@@ -107,6 +107,10 @@ class Watchdog:
         self._progress = Progress(phase, step, now, limit)
         faulthandler.dump_traceback_later(limit + GRACE_SECONDS + BACKSTOP_SECONDS, exit=True, file=sys.stderr)
 
+    def leaving(self) -> None:
+        """The rank does what is left to do before it ends, wherever it was; that is no step."""
+        self.at("end", self._progress.step)
+
     def stop(self) -> None:
         """The run leaves: nothing is watched any more."""
         self._stopped.set()

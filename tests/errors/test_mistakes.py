@@ -10,6 +10,7 @@ import pytest
 from endings import MISTAKE, says_one_line
 from rank_processes import rank_environment
 
+import pretrain_k2
 from k2_megatron.data.manifest import manifest_of_foreign_files
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "examples" / "toy" / "tokenizer.json"  # 4096 pieces
@@ -41,6 +42,20 @@ def test_missing_data_file(attempt, tmp_path):
     outcomes = attempt({"data.train": tmp_path / "nowhere"})
     says_one_line(outcomes, MISTAKE, f"{tmp_path}/nowhere.bin: no such file; make it with tools/preprocess_data.py")
     assert not (tmp_path / "run").exists(), "a mistake leaves nothing behind"
+
+
+def test_run_folder_that_cannot_be_made(attempt):
+    said = (
+        "run.folder = '/proc/no_folder' cannot be made or written to (No such file or directory): name another folder"
+    )
+    says_one_line(attempt({"run.folder": "/proc/no_folder"}), MISTAKE, said)
+
+
+@pytest.mark.parametrize("until", ["0", "-3", "2.5", "soon"])
+def test_until_that_is_no_step(until, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        pretrain_k2.main(["run.toml", f"--until={until}"])
+    assert f"--until: '{until}' is no step: they are counted from 1" in capsys.readouterr().err
 
 
 def test_truncated_data_file(attempt, tokens):

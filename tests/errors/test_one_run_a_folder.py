@@ -99,7 +99,8 @@ def test_a_line_that_another_process_appended_is_not_cut_off(tmp_path):
     assert [entry["reason"] for entry in Ledger(tmp_path).amendments] == ["by hand"]
 
 
-def test_ranks_save_and_leave_when_their_launcher_is_killed(small_config, tmp_path):
+@pytest.mark.parametrize("when", ["importing", "training"])
+def test_ranks_leave_when_their_launcher_is_killed_and_save_what_there_is(small_config, tmp_path, when):
     folder = tmp_path / "run"
     settings = {"run.folder": folder, "train.steps": 100_000, "train.evaluate_every_steps": 50_000}
     arguments = [part for item in overrides({**settings, "parallel.data": 2}) for part in ("--set", item)]
@@ -108,10 +109,12 @@ def test_ranks_save_and_leave_when_their_launcher_is_killed(small_config, tmp_pa
     launcher = subprocess.Popen(program, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
-        while not (folder / "journal.jsonl").exists() or not events_of(folder, "step"):
+        while len(ranks := psutil.Process(launcher.pid).children()) < 2:
+            assert time.monotonic() < deadline, "no ranks within 120 s"
+            time.sleep(0.01)
+        while when == "training" and not ((folder / "journal.jsonl").exists() and events_of(folder, "step")):
             assert time.monotonic() < deadline, "no step within 120 s"
             time.sleep(0.1)
-        ranks = psutil.Process(launcher.pid).children()
         assert len(ranks) == 2
         launcher.kill()
         _, alive = psutil.wait_procs(ranks, timeout=30)
@@ -122,6 +125,9 @@ def test_ranks_save_and_leave_when_their_launcher_is_killed(small_config, tmp_pa
         launcher.kill()
         launcher.wait()
     assert alive == []
+    if when == "importing":
+        assert not folder.exists()
+        return
     (stop,) = events_of(folder, "stop")
     assert stop["reason"] == signal.Signals.SIGTERM.name
     assert stop["saved_step"] == stop["step"]

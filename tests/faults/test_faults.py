@@ -127,8 +127,8 @@ def _spoil_and_leave(after: int = 6) -> None:
     import pretrain_k2
 
     train = pretrain_k2.train
-    pretrain_k2.train = lambda config, environment, device, until, given: train(
-        config, environment, device, after, given
+    pretrain_k2.train = lambda config, environment, device, until, given, ending: train(
+        config, environment, device, after, given, ending
     )
 
 

@@ -207,8 +207,8 @@ def _leave_after(step: int) -> None:
     import pretrain_k2
 
     train = pretrain_k2.train
-    pretrain_k2.train = lambda config, environment, device, _until, given: train(
-        config, environment, device, step, given
+    pretrain_k2.train = lambda config, environment, device, _until, given, ending: train(
+        config, environment, device, step, given, ending
     )
 
 

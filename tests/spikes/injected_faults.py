@@ -30,8 +30,8 @@ def leave_after(step: int) -> None:
     import pretrain_k2
 
     train = pretrain_k2.train
-    pretrain_k2.train = lambda config, environment, device, until, given: train(
-        config, environment, device, step, given
+    pretrain_k2.train = lambda config, environment, device, until, given, ending: train(
+        config, environment, device, step, given, ending
     )
 
 

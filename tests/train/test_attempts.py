@@ -128,8 +128,8 @@ def _flip(rank: str, calls_spoiled: tuple[int, ...], leave_after: int | None = N
     step.finalize_model_grads = spoiled
     train = pretrain_k2.train
     if leave_after:
-        pretrain_k2.train = lambda config, environment, device, until, given: train(
-            config, environment, device, leave_after, given
+        pretrain_k2.train = lambda config, environment, device, until, given, ending: train(
+            config, environment, device, leave_after, given, ending
         )
 
 
