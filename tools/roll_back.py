@@ -18,7 +18,7 @@ from k2_megatron.config import Config, load_run_config
 from k2_megatron.config.schema import Spikes
 from k2_megatron.train.checkpoint_files import complete_checkpoints
 from k2_megatron.train.checkpoint_manifest import step_of
-from k2_megatron.train.journal import Journal, read_steps
+from k2_megatron.train.journal import JOURNAL, Journal, read_steps
 from k2_megatron.train.run_data import open_run_data
 from k2_megatron.train.run_folder import CONFIG, hold_run_folder
 from k2_megatron.train.spikes.detector import Finding
@@ -58,6 +58,11 @@ def roll_back(options: argparse.Namespace) -> str:
     where a disk does not take it. In this order: a run started in between reads the same rows again, no others."""
     if not (options.run / CONFIG).is_file():
         raise ValueError(f"{options.run / CONFIG} does not exist: {options.run} is no run folder")
+    if options.to is not None and "batches" not in (options.defer, options.skip):
+        raise ValueError(f"--to {options.to} goes with --defer batches or --skip batches: leave it out, or name one")
+    reached = max(read_steps(options.run / JOURNAL), default=0) if (options.run / JOURNAL).is_file() else None
+    if reached is not None and options.before > reached + 1:
+        raise ValueError(f"--before {options.before}: the run has made {reached} steps; nothing after them can be bad")
     config = load_run_config(options.run / CONFIG)
     config = config.model_copy(update={"run": config.run.model_copy(update={"folder": str(options.run)})})
     checkpoints = options.run / "checkpoints"

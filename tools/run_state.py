@@ -46,6 +46,9 @@ def _tell(folder: str, journal: Path, total: int) -> int:
     if saved >= total:
         print(f"{folder}: finished, {total} steps")
         return FINISHED
+    if not last:
+        print(f"{folder}: started, and its journal tells of nothing yet; {total} steps to do")
+        return UNFINISHED
     what = f"stopped by {last['reason']}" if last.get("event") == "stop" else f"last event: {last.get('event')}"
     print(f"{folder}: step {reached} of {total}, saved at {saved}; {what} at {last.get('time')}")
     return UNFINISHED

@@ -13,6 +13,7 @@ from pathlib import Path
 from k2_megatron.data.readers import documents
 from k2_megatron.data.sources import find_sources
 from k2_megatron.data.training import train_byte_level_bpe
+from k2_megatron.runtime.durable import write_file
 
 
 def main() -> int:
@@ -24,10 +25,10 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="where tokenizer.json goes")
     options = parser.parse_args()
     try:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
+        check_output(options.output)
         texts = documents(find_sources(options.input), options.json_key)
         tokenizer = train_byte_level_bpe(texts, options.vocab_size, options.special_tokens)
-        tokenizer.save(str(options.output))
+        write_file(options.output, tokenizer.to_str(pretty=True))
     except (ValueError, OSError) as error:
         print(f"train_tokenizer: {error}", file=sys.stderr)
         return 1
@@ -35,6 +36,16 @@ def main() -> int:
     short = f" of the {options.vocab_size} asked for: the text has no more; give more text"
     print(f"{options.output}: {pieces} pieces{short if pieces < options.vocab_size else ''}")
     return 0
+
+
+def check_output(path: Path) -> None:
+    """Make the folder that `path` goes to. ValueError, before any text is read, where there can be no such file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {path}: its folder cannot be made ({error.strerror}); name another file") from None
+    if path.is_dir():
+        raise ValueError(f"--output {path}: is a folder; name a file in it, such as {path / 'tokenizer.json'}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """`python -m k2_megatron.config`: every key of a run's TOML file with its default and its meaning."""
 
+import argparse
 import re
 from collections.abc import Iterator
 from typing import Any, get_args, get_origin
@@ -39,5 +40,14 @@ def _one_line(text: str | None) -> str:
     return re.sub(r"\s+", " ", text or "").strip()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """It takes no arguments: a configuration that is given is not read, which must not look like a check of it."""
+    argparse.ArgumentParser(
+        prog="python -m k2_megatron.config",
+        description="Print every key of a run's TOML file. To check a file: python tools/plan_run.py FILE",
+    ).parse_args()
     print(reference())
+
+
+if __name__ == "__main__":
+    main()

@@ -46,8 +46,12 @@ def build_plans(
             f"held_out_fraction is {recipe.held_out_fraction}: name a folder for the held-out plan where it is more "
             "than 0, and only there"
         )
-    if train_folder == held_out_folder:
-        raise ValueError(f"{train_folder}: named for both plans; the held-out plan needs a folder of its own")
+    if held_out_folder is not None and _one_holds_the_other(train_folder, held_out_folder):
+        raise ValueError(
+            f"{train_folder} and {held_out_folder}: one lies in the other; each plan needs a folder of its own"
+            if train_folder != held_out_folder
+            else f"{train_folder}: named for both plans; the held-out plan needs a folder of its own"
+        )
     for folder in (train_folder, held_out_folder):
         if folder is not None and folder.exists():
             raise ValueError(f"{folder}: exists; remove it, or name another folder")
@@ -58,15 +62,20 @@ def build_plans(
     rows_per_chunk, totals = rows_of_sources(recipe, available)
     report(f"{recipe.chunks} chunks of {rows_per_chunk} rows")
     used = used_after_chunks(totals, recipe.chunks)
-    if held_out_folder is not None:  # after all that can be refused, so that a refusal leaves no folder behind
-        _write_held_out_plan(recipe, held_out_folder, manifests, sources)
+    parts = {}  # the held-out plan first: it is the one that may still be refused
+    if held_out_folder is not None:
+        parts[held_out_folder] = _held_out_part(recipe, manifests, sources)
     order = chunk_order(recipe.order, recipe.chunks)
-    return _write_plan(_Part(recipe, manifests, sources, available, used, order, fim), train_folder, threads)
+    parts[train_folder] = _Part(recipe, manifests, sources, available, used, order, fim)
+    return _write_plans(parts, threads)[train_folder]
 
 
-def _write_held_out_plan(
-    recipe: Recipe, folder: Path, manifests: list[dict[str, Any]], sources: list[list[SourceFile]]
-) -> None:
+def _one_holds_the_other(one: Path, other: Path) -> bool:
+    one, other = one.resolve(), other.resolve()
+    return one.is_relative_to(other) or other.is_relative_to(one)
+
+
+def _held_out_part(recipe: Recipe, manifests: list[dict[str, Any]], sources: list[list[SourceFile]]) -> _Part:
     """One chunk of every held-out row, each once."""
     available = [_rows(files, recipe.sequence_length, True) for files in sources]
     if sum(available) == 0:
@@ -75,7 +84,7 @@ def _write_held_out_plan(
             "tokens; raise it, or give more text"
         )
     used = [[0] * len(sources), available]
-    _write_plan(_Part(recipe, manifests, sources, available, used, [0], held_out=True), folder, 1)
+    return _Part(recipe, manifests, sources, available, used, [0], held_out=True)
 
 
 def _rows(files: Sequence[SourceFile], row_length: int, held_out: bool) -> int:
@@ -154,9 +163,31 @@ class _Part:
         return {"manifests": paths, "fim_tokenizer": os.path.relpath(self.recipe.fim.tokenizer, folder)}
 
 
-def _write_plan(part: _Part, folder: Path, threads: int) -> dict[str, Any]:
-    """Write a plan folder aside and rename it into place. Returns plan.json."""
-    aside = folder.with_name(folder.name + ".partial")
+def _write_plans(parts: dict[Path, _Part], threads: int) -> dict[Path, dict[str, Any]]:
+    """Write every plan aside, and give them their names when all are whole: both or none. Returns each plan.json."""
+    try:
+        contents = {folder: _write_aside(part, folder, threads) for folder, part in parts.items()}
+        for folder in parts:
+            os.replace(_aside(folder), folder)
+    except BaseException as error:
+        for folder in parts:
+            shutil.rmtree(_aside(folder), ignore_errors=True)
+        if isinstance(error, OSError):
+            names = " and ".join(map(str, parts))
+            raise ValueError(
+                f"{names}: cannot be written ({error.strerror}); make room, or name other folders"
+            ) from None
+        raise
+    return contents
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".partial")
+
+
+def _write_aside(part: _Part, folder: Path, threads: int) -> dict[str, Any]:
+    """Write the plan that `folder` is to hold. Returns plan.json."""
+    aside = _aside(folder)
     shutil.rmtree(aside, ignore_errors=True)
     try:
         (aside / "chunks").mkdir(parents=True)
@@ -170,7 +201,6 @@ def _write_plan(part: _Part, folder: Path, threads: int) -> dict[str, Any]:
     content = part.content(xxhash.xxh3_64_hexdigest(span_bytes), chunk_hashes)
     write_sealed(aside / "plan.json", content)
     (aside / "locations.json").write_text(json.dumps(part.locations(folder), indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, folder)
     return content
 
 

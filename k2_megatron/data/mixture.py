@@ -48,6 +48,10 @@ def rows_of_sources(recipe: Recipe, available: Sequence[int]) -> tuple[int, list
             )
         totals = apportion(total, [Fraction(rows) for rows in asked])
     for (name, source), rows, own in zip(sources, totals, available, strict=True):
+        if rows == 0:
+            raise ValueError(
+                f"sources.{name}: gets none of the {total} rows; raise its share or repeats, or leave it out"
+            )
         if source.max_repeats is not None and rows > source.max_repeats * own:
             raise ValueError(
                 f"sources.{name}: its share repeats it {rows / own:.2f} times ({rows} rows of {own}), max_repeats is "

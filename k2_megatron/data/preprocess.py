@@ -6,14 +6,17 @@ or parts, killed and started again or not.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import gc
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, cast
 
 from k2_megatron.data.encoder import settings_for_workers
@@ -68,6 +71,11 @@ def preprocess(
     Returns the totals, or None where other parts are still needed. ValueError for the user's mistakes, RuntimeError
     where a worker died.
     """
+    if not os.path.basename(job.prefix):
+        raise ValueError(
+            f"--output-prefix {job.prefix!r}: ends without a name, and outputs are PREFIX_KEY_document.bin; give one "
+            f"such as {job.prefix + 'web'}"
+        )
     try:
         os.makedirs(os.path.dirname(job.prefix) or ".", exist_ok=True)
     except OSError as error:
@@ -75,6 +83,44 @@ def preprocess(
             f"--output-prefix {job.prefix}: its folder cannot be made ({error.strerror}); choose a prefix in a folder "
             "that you may write to"
         ) from None
+    with _alone(job) if part[1] == 1 else contextlib.nullcontext():  # parts have their files for themselves
+        return _preprocess(job, workers, max_bad_fraction, part, merge_only, report, announce)
+
+
+@contextlib.contextmanager
+def _alone(job: Job) -> Iterator[None]:
+    """Lock the job's records. ValueError where another process holds them: whoever ends first removes what is left."""
+    folder = job.record_folder
+    with contextlib.ExitStack() as afterwards:
+        try:
+            folder.mkdir(exist_ok=True)
+            lock = os.open(folder, os.O_RDONLY)
+            afterwards.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{job.prefix}: another process is making it; wait for that one, or choose another --output-prefix"
+            ) from None
+        except OSError:  # a file system without locks, or one that is only read: all may be there already
+            pass
+        afterwards.callback(_remove_empty, folder)
+        yield
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # records are in it, or another process has removed it
+        folder.rmdir()
+
+
+def _preprocess(
+    job: Job,
+    workers: int,
+    max_bad_fraction: float,
+    part: tuple[int, int],
+    merge_only: bool,
+    report: Report,
+    announce: Callable[[str], None],
+) -> dict[str, Any] | None:
     maker = ShardMaker(job)
     finished = _finished(job, maker)
     if finished:

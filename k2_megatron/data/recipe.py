@@ -19,8 +19,12 @@ else:
     import tomli as tomllib
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(gt=0)]
+# A chunk is shuffled in memory, and plan.json names each chunk: beyond these a plan fills the machine. K2's has 360
+# chunks of 1.9 M rows.
+LARGEST_CHUNK_ROWS = 500_000_000
+MOST_CHUNKS = 1_000_000
 
 
 class Section(BaseModel):
@@ -84,9 +88,9 @@ class Recipe(Section):
 
     sequence_length: PositiveInt
     """Tokens a row trains on: model.sequence_length."""
-    chunks: PositiveInt
+    chunks: Annotated[int, Field(gt=0, le=MOST_CHUNKS)]
     """Parts of the plan, each with the whole mixture."""
-    rows_per_chunk: PositiveInt | None = None
+    rows_per_chunk: Annotated[int, Field(gt=0, le=LARGEST_CHUNK_ROWS)] | None = None
     """Rows of a chunk; left out (repeats only), as many as the sources give."""
     seed: int
     held_out_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -113,7 +117,7 @@ def load_recipe(path: str | Path) -> Recipe:
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; name a recipe, e.g. examples/toy/data.toml") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not TOML: {error}") from None
     for source in tables.get("sources", {}).values():
         if isinstance(source, dict) and isinstance(source.get("tokens"), str):

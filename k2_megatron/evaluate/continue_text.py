@@ -18,9 +18,9 @@ def continue_tokens(
 ) -> list[int]:
     """The token ids that follow `prompt`: at most `new_tokens`, ending early at `end_of_document`.
 
-    Each token is drawn from the `top_k` likeliest of softmax(logits / temperature) (Fan et al. 2018, top-k sampling).
-    Every step runs the whole window again: right for a look at a model, slow for a service. ValueError for a prompt
-    that leaves no room in the window.
+    Each token is drawn from the `top_k` likeliest of softmax(logits / temperature) (Fan et al. 2018, top-k sampling);
+    at temperature 0 the likeliest is taken. Every step runs the whole window again: right for a look at a model, slow
+    for a service. ValueError for a prompt that leaves no room in the window.
     """
     if not 0 < len(prompt) < sequence_length:
         raise ValueError(f"the prompt has {len(prompt)} tokens; the model's window takes 1 to {sequence_length - 1}")
@@ -33,9 +33,10 @@ def continue_tokens(
         window[0, : len(tokens)] = torch.tensor(tokens)
         with torch.no_grad():
             logits_BSV = model(window, None, None)
-        best = torch.topk(logits_BSV[0, len(tokens) - 1].float().cpu() / temperature, top_k)
-        chosen = torch.multinomial(torch.softmax(best.values, dim=0), 1, generator=generator)
-        token = int(best.indices[chosen])
+        logits_V = logits_BSV[0, len(tokens) - 1].float().cpu()
+        best = torch.topk(logits_V, min(top_k, len(logits_V)) if temperature > 0 else 1)
+        weights = torch.softmax(best.values / (temperature or 1.0), dim=0)
+        token = int(best.indices[torch.multinomial(weights, 1, generator=generator)])
         if token == end_of_document:
             break
         tokens.append(token)

@@ -40,13 +40,14 @@ def checkpoint_bytes(config: Config) -> int:
 def kept_checkpoints(config: Config) -> int:
     """Checkpoints on disk when the run has finished."""
     checkpoint, steps = config.checkpoint, config.train.steps
-    saved = {*range(checkpoint.every_steps, steps + 1, checkpoint.every_steps), steps}
     if checkpoint.keep_last is None:
-        return len(saved)
-    kept = set(sorted(saved)[-checkpoint.keep_last :])
-    if checkpoint.keep_every_steps is not None:
-        kept |= {step for step in saved if step % checkpoint.keep_every_steps == 0}
-    return len(kept)
+        return config.checkpoints
+    newest = min(checkpoint.keep_last, config.checkpoints)
+    if checkpoint.keep_every_steps is None:
+        return newest
+    # The newest are the last step and the multiples of every_steps before it.
+    first = steps if newest == 1 else (config.checkpoints - newest + 1) * checkpoint.every_steps
+    return newest + (first - 1) // checkpoint.keep_every_steps
 
 
 def _parameters(config: Config) -> tuple[str, list[str]]:

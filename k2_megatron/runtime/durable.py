@@ -15,18 +15,18 @@ SYNC_FILE_RANGE_WRITE = 2  # fcntl.h
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a small text file so that a reader sees the old one or the new one, never a part."""
+    """Write a small text file so that a reader sees the old one or the new one, never a part. OSError names `path`."""
     aside = path.with_name(f".{path.name}{ASIDE}")
     try:
-        with aside.open("w") as stream:
+        with aside.open("w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(aside, path)
-    except OSError:
+    except OSError as error:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
     sync(path.parent)
 
 

@@ -15,7 +15,8 @@ from typing import NoReturn
 
 import torch.distributed as distributed
 
-_OURS = str(Path(__file__).resolve().parents[1]) + os.sep
+_PACKAGE = Path(__file__).resolve().parents[1]
+_OURS = (f"{_PACKAGE}{os.sep}", f"{_PACKAGE.parent / 'tools'}{os.sep}", str(_PACKAGE.parent / "pretrain_k2.py"))
 MISTAKE = 2  # exit codes; 1 is Python's own for an uncaught exception
 STOPPED = 3
 NOT_FINITE = 5
@@ -90,7 +91,7 @@ def leave(program: Callable[[], int]) -> NoReturn:
 
 def _is_ours(error: BaseException) -> bool:
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return raised_in.startswith(_OURS) or Path(raised_in).name in ("pretrain_k2.py",)
+    return os.path.abspath(raised_in).startswith(_OURS)
 
 
 def _say_once(text: str, error: BaseException) -> None:

@@ -1,11 +1,12 @@
 """The run folder: one configuration for its whole life, and what is known about the code that fills it."""
 
 import contextlib
+import errno
 import fcntl
 import platform
 import subprocess
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO
@@ -24,6 +25,9 @@ from k2_megatron.train.watchdog import HEARTBEATS, read_heartbeats
 CONFIG = "config.toml"
 # A node that died holds its lock until the file server's lease ends (NFS: about 90 s), and Slurm requeues at once.
 TAKEOVER_SECONDS = 300.0
+# What a start by itself would meet again; of a file system that refuses for the moment the batch script starts again.
+LASTING = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
+LASTING |= {errno.ENOSPC, errno.EDQUOT}
 
 
 def check_run_folder(config: Config, given: Collection[str] = ()) -> list[str]:
@@ -111,14 +115,9 @@ def hold_run_folder(config: Config) -> IO[str]:
     So a lock whose holder gives no sign of life is waited for, up to `TAKEOVER_SECONDS`.
     """
     folder = Path(config.run.folder)
-    try:
+    with _told_of(folder):
         make_folder(folder)
         lock = (folder / ".lock").open("a+")
-    except OSError as error:
-        raise ValueError(
-            f"run.folder = {str(folder)!r} cannot be made or written to ({error.strerror}): name another folder, or "
-            "restore access to it"
-        ) from None
     before, deadline = _beats(folder), time.monotonic() + TAKEOVER_SECONDS
     while True:
         try:
@@ -142,6 +141,20 @@ def hold_run_folder(config: Config) -> IO[str]:
         time.sleep(min(1.0, config.watchdog.heartbeat_seconds / 4))
 
 
+@contextlib.contextmanager
+def _told_of(folder: Path) -> Iterator[None]:
+    """ValueError where the run folder cannot be written and will not be by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in LASTING:
+            raise
+        raise ValueError(
+            f"run.folder {folder} cannot be written ({error.strerror}: {error.filename}); make room or restore access, "
+            "or give another run.folder"
+        ) from None
+
+
 def _beats(folder: Path) -> dict[int, dict]:
     return {beat["rank"]: beat for beat in read_heartbeats(folder / HEARTBEATS)}
 
@@ -163,9 +176,10 @@ def _whose(beat: dict) -> str:
 def write_config(config: Config) -> None:
     """Store the resolved configuration, with the code's revision and versions as comments above it."""
     folder = Path(config.run.folder)
-    folder.mkdir(parents=True, exist_ok=True)
     about = "\n".join(f"# {name}: {value}" for name, value in provenance().items())
-    write_file(folder / CONFIG, f"{about}\n\n{config.to_toml()}")
+    with _told_of(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / CONFIG, f"{about}\n\n{config.to_toml()}")
 
 
 def provenance() -> dict[str, str | None]:

@@ -1,5 +1,6 @@
 """What a valid file becomes: derived numbers, overrides, the batch ramp, the way back to TOML, the fingerprint."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from k2_megatron.config import Config, load_config
-from k2_megatron.config.__main__ import reference
+from k2_megatron.config.__main__ import main, reference
 from k2_megatron.config.batch import constant_stages, consumed_samples, ramp_stages, stage_at
 from k2_megatron.config.schema import SECTIONS
 
@@ -195,6 +196,14 @@ def test_reference_lists_every_key_with_default_and_meaning():
     assert entries["kernels.adamw"] == "left out"
     assert {key for section in SECTIONS.values() for key in section.model_fields} <= set(entries)
     assert "    Transformer layers." in lines
+
+
+def test_reference_takes_no_configuration_for_checked(monkeypatch, capsys):
+    """What is ignored must not look like what was found right."""
+    monkeypatch.setattr(sys, "argv", ["config", "run.toml"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "unrecognized arguments: run.toml" in capsys.readouterr().err
 
 
 # The batch ramp

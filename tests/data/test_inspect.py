@@ -345,6 +345,14 @@ def test_the_command_line_has_no_traceback(tmp_path, tool_environment):
     assert done.stderr == f"inspect_data: {tmp_path}: no config.toml there; name the folder of a run\n"
 
 
+def test_a_negative_number_of_characters_is_refused(tmp_path, tool_environment):
+    """As a slice it would print all but the last of them."""
+    command = [sys.executable, str(ROOT / "tools/inspect_data.py"), "step", str(tmp_path), "1", "--characters", "-5"]
+    done = subprocess.run(command, env=tool_environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "argument --characters: '-5' is not a number from 0" in done.stderr
+
+
 def test_the_toy_goes_through_the_same_tools(tmp_path, tool_environment):
     """The two commands of examples/toy/data.toml, from its folder's files to feeds."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -10,12 +12,14 @@ import numpy as np
 import pytest
 from token_corpora import outputs, tokenize
 
+from k2_megatron.data import build
 from k2_megatron.data.build import build_plans
 from k2_megatron.data.feed import open_feed
 from k2_megatron.data.manifest import manifest_of_foreign_files, manifest_path
 from k2_megatron.data.plan import Plan
 from k2_megatron.data.recipe import Recipe
 from k2_megatron.data.rows import unpack
+from k2_megatron.data.store import write_sealed
 
 LENGTH = 16
 
@@ -189,9 +193,26 @@ def test_what_does_not_fit_is_named(tmp_path, prefixes, settings, held_out, mess
 def test_the_two_plans_need_two_folders_that_can_be_made(tmp_path, prefixes):
     with pytest.raises(ValueError, match="named for both plans"):
         build_plans(make_recipe(prefixes), tmp_path / "x", tmp_path / "x")
+    with pytest.raises(ValueError, match="one lies in the other"):
+        build_plans(make_recipe(prefixes), tmp_path / "x", tmp_path / "x" / "held_out")
+    assert not list(tmp_path.iterdir())
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"file/held_out: cannot be made \(Not a directory\); name a folder"):
         build_plans(make_recipe(prefixes), tmp_path / "file/train", tmp_path / "file/held_out")
+
+
+def test_a_full_disk_leaves_neither_plan(tmp_path, prefixes, monkeypatch):
+    """The held-out plan is whole by then; without the other it would only be in the way of the next try."""
+
+    def full(path, content):
+        if path.parent.name == "train.partial":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_sealed(path, content)
+
+    monkeypatch.setattr(build, "write_sealed", full)
+    with pytest.raises(ValueError, match=r"train: cannot be written \(No space left on device\); make room"):
+        build_plans(make_recipe(prefixes), tmp_path / "train", tmp_path / "held_out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_manifests_and_other_tokenizers_are_named(tmp_path, prefixes, speeches, sentencepiece_model):

@@ -282,6 +282,35 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, corpus, toy_tokenizer, 
         run(corpus, toy_tokenizer, tmp_path / prefix)
 
 
+@pytest.mark.parametrize("prefix", ["", "new/"])
+def test_a_prefix_without_a_name_is_refused(tmp_path, corpus, toy_tokenizer, monkeypatch, prefix):
+    """The outputs of "new/" would be hidden files and shards that no merge finds."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="ends without a name"):
+        run(corpus, toy_tokenizer, prefix)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_run_at_once_is_refused_and_does_the_first_no_harm(tmp_path, corpus, toy_tokenizer, monkeypatch):
+    """The second would tidy away the open files of the first."""
+    told = []
+
+    def second(unused):
+        if not told:
+            told.append(1)
+            with pytest.raises(ValueError, match="another process is making it; wait for that one"):
+                run(corpus, toy_tokenizer, tmp_path / "x")
+
+    job = make_job([corpus], toy_tokenizer, tmp_path / "x")
+    assert preprocess(job, workers=1, max_bad_fraction=0.1, report=second)["rejected"] == 2
+    assert told
+    run(corpus, toy_tokenizer, tmp_path / "y")
+    for suffix in (".bin", ".idx", ".xxh3"):
+        one, other = (tmp_path / f"{name}_text_document{suffix}" for name in ("x", "y"))
+        assert one.read_bytes() == other.read_bytes()
+    assert not list(tmp_path.glob("*.shards")) and not list(tmp_path.glob("*.partial"))
+
+
 def test_far_too_many_bad_lines_stop_early(tmp_path, toy_tokenizer):
     source = tmp_path / "in.jsonl"
     source.write_text('{"body": "x"}\n' * 5000, encoding="utf-8")

@@ -76,12 +76,24 @@ def test_all_problems_at_once(tmp_path):
         ('[sources.a]\ntokens="x"\nrepeats=1\ndocuments=[5, 5]', "0 <= first < end"),
         ("[sources]", "sources"),
         ("nonsense", "not TOML"),
+        ("# \udcff", r"r\.toml: not TOML: 'utf-8'"),
+        (
+            'rows_per_chunk = 4_000_000_000\n[sources.a]\ntokens="x"\nrepeats=1',
+            r"rows_per_chunk: .* \(found 4000000000\)",
+        ),
+        ('[sources.a]\ntokens="x"\nrepeats=inf', "sources.a.repeats: .* finite"),
     ],
 )
 def test_each_mistake_is_named(tmp_path, lines, message):
-    (tmp_path / "r.toml").write_text(f"sequence_length = 8\nchunks = 4\nseed = 1\n{lines}\n", encoding="utf-8")
+    text = f"sequence_length = 8\nchunks = 4\nseed = 1\n{lines}\n"
+    (tmp_path / "r.toml").write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(ValueError, match=message):
         load_recipe(tmp_path / "r.toml")
+
+
+def test_more_chunks_than_a_machine_holds_are_refused():
+    with pytest.raises(ValueError, match="less than or equal to 1000000"):
+        Recipe.model_validate({"sequence_length": 8, "chunks": 10**11, "seed": 1, "sources": {}})
 
 
 def test_a_recipe_that_is_not_there(tmp_path):
@@ -111,6 +123,7 @@ def test_shares_divide_what_repeats_leave():
         ({"a": {"repeats": 9.0}, "b": {"share": 1.0}}, 30, [100, 1], "repeats alone ask for 900 rows"),
         ({"a": {"share": 1.0, "max_repeats": 2.0}}, 30, [50], r"repeats it 2.40 times \(120 rows of 50\)"),
         ({"a": {"share": 1.0}, "b": {"share": 1.0}}, 30, [50, 0], "sources.b: no whole row of 9 tokens"),
+        ({"a": {"share": 1e-9}, "b": {"share": 1.0}}, 30, [9, 50], "sources.a: gets none of the 120 rows"),
         ({"a": {"repeats": 1.0}}, None, [3], "the sources give 3 rows in all; use fewer chunks"),
     ],
 )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
-from token_corpora import TOY
+from token_corpora import ROOT, TOY
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from k2_megatron.data import encoder as encoders
@@ -161,3 +162,26 @@ def test_the_end_of_document_piece_must_exist(toy_tokenizer, tmp_path):
 def test_too_small_a_vocabulary_is_refused():
     with pytest.raises(ValueError, match="--vocab-size 100: bytes and special tokens alone take 257"):
         train_byte_level_bpe(["text"], 100, ["<|endoftext|>"])
+
+
+@pytest.mark.parametrize("special", [[], [""], ["<a>", "<a>"]])
+def test_special_pieces_that_are_none_are_refused(special):
+    with pytest.raises(ValueError, match="give one or more, none of them empty or twice"):
+        train_byte_level_bpe(["text"], 300, special)
+
+
+def test_a_tokenizer_that_cannot_be_written_is_one_line(tmp_path, tool_environment):
+    """No Python exception of the library's, no text read before, nothing left."""
+    (tmp_path / "in.jsonl").write_text('{"text": "some text"}', encoding="utf-8")
+    (tmp_path / "folder").mkdir()
+    for size, output, says in (
+        (300, "folder", f"--output {tmp_path}/folder: is a folder; name a file in it"),
+        (300, "in.jsonl/x.json", f"--output {tmp_path}/in.jsonl/x.json: its folder cannot be made"),
+        (10**30, "t.json", f"--vocab-size {10**30}: at most 2147483647"),
+    ):
+        command = [sys.executable, str(ROOT / "tools/train_tokenizer.py"), "--input", str(tmp_path / "in.jsonl")]
+        command += ["--vocab-size", str(size), "--output", str(tmp_path / output)]
+        done = subprocess.run(command, env=tool_environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"train_tokenizer: {says}") and done.stderr.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "in.jsonl"]

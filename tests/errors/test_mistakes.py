@@ -45,9 +45,7 @@ def test_missing_data_file(attempt, tmp_path):
 
 
 def test_run_folder_that_cannot_be_made(attempt):
-    said = (
-        "run.folder = '/proc/no_folder' cannot be made or written to (No such file or directory): name another folder"
-    )
+    said = "run.folder /proc/no_folder cannot be written (No such file or directory: /proc/no_folder); make room or"
     says_one_line(attempt({"run.folder": "/proc/no_folder"}), MISTAKE, said)
 
 

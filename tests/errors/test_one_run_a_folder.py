@@ -36,6 +36,24 @@ def test_a_second_run_in_the_folder_is_refused(small_config, tmp_path, monkeypat
     hold_run_folder(config).close()
 
 
+@pytest.mark.parametrize("refused", ["lock", "config"])
+def test_a_folder_that_cannot_be_written_is_one_line(small_config, tmp_path, monkeypatch, refused):
+    config = load_config(small_config, [f"run.folder={tmp_path / 'file' / 'run'}"])
+    (tmp_path / "file").touch()
+    says = r"run\.folder .*file/run cannot be written \(Not a directory: .*file/run\); make room or restore access"
+    with pytest.raises(ValueError, match=says):
+        hold_run_folder(config) if refused == "lock" else run_folder.write_config(config)
+
+    def failing(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "file")
+
+    for name in ("make_folder", "write_file"):
+        monkeypatch.setattr(run_folder, name, failing)
+    config = load_config(small_config, [f"run.folder={tmp_path / 'run'}"])
+    with pytest.raises(OSError):  # the next start may find it well: no mistake of the user's
+        hold_run_folder(config) if refused == "lock" else run_folder.write_config(config)
+
+
 def test_lock_of_a_machine_that_died_is_taken_over_when_its_lease_ends(small_config, tmp_path, monkeypatch):
     """NFS lets go of a dead client's lock after its lease; Slurm starts the job again before that."""
     config = load_config(small_config, [f"run.folder={tmp_path / 'run'}"])

@@ -275,6 +275,8 @@ def test_what_other_ranks_repeat_otherwise_is_not_judged():
         (["{run}", "--step", "0"], "step 0 is not in"),
         (["{run}/checkpoints", "--step", "5"], "{run}/checkpoints is no run folder"),
         (["{run}", "--step", "5", "--folder", "{run}"], "--folder {run} is not empty"),
+        (["{run}", "--step", "5", "--folder", "{run}/journal.jsonl"], "--folder {run}/journal.jsonl is no folder"),
+        (["{run}", "--step", "5", "--folder", "{run}/journal.jsonl/x"], "Not a directory"),
         (["{run}", "--step", "5", "--launch", "no-such-launcher -n 2"], "--launch no-such-launcher -n 2: No such file"),
         (["{run}", "--step", "5", "--launch", "false"], "the replay itself ended with exit code 1"),
     ],

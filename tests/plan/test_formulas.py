@@ -1,5 +1,6 @@
 """The planner's formulas against published numbers, against megatron-core's schedule, and against themselves."""
 
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -154,6 +155,20 @@ def test_checkpoints_of_k2():
     # 240 steps, saved every 100: at 100, 200 and 240
     uneven = load_config(TOY, ["checkpoint.chunks=", "checkpoint.every_steps=100", "checkpoint.keep_last="])
     assert (uneven.checkpoints, kept_checkpoints(uneven)) == (3, 3)
+
+
+def test_kept_checkpoints_are_those_that_retention_leaves():
+    def shaped(every, steps, last, thinned):
+        checkpoint = SimpleNamespace(every_steps=every, keep_last=last, keep_every_steps=thinned)
+        saved = -(-steps // every)
+        return SimpleNamespace(checkpoint=checkpoint, train=SimpleNamespace(steps=steps), checkpoints=saved)
+
+    for every, steps, last, times in product(range(1, 6), range(1, 30), (1, 2, 3, 40), (None, 1, 2, 3)):
+        thinned = times and times * every
+        saved = sorted({*range(every, steps + 1, every), steps})
+        kept = {*saved[-last:], *(step for step in saved if thinned and step % thinned == 0)}
+        assert kept_checkpoints(shaped(every, steps, last, thinned)) == len(kept), (every, steps, last, thinned)
+    assert kept_checkpoints(shaped(1, 10**26, 2, 10**25)) == 11, "counted by formula: one by one it has no end"
 
 
 def test_plan_text_of_k2():

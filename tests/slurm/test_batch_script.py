@@ -177,3 +177,15 @@ def test_run_state_takes_the_layout_from_the_job(small_config, tmp_path):
     for tasks, code in (({"SLURM_NTASKS": "2"}, 10), ({}, 2)):
         ended = subprocess.run(command, env={**environment, **tasks}, capture_output=True, text=True)
         assert ended.returncode == code, ended.stderr
+
+
+def test_run_state_of_a_journal_that_tells_of_nothing_yet(small_config, tmp_path):
+    (tmp_path / "journal.jsonl").touch()
+    command = [sys.executable, str(REPOSITORY / "tools" / "run_state.py"), str(small_config)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command += ["--set", f"run.folder={tmp_path}"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout.partition(":")[2]) == (
+        10,
+        " started, and its journal tells of nothing yet; 5 steps to do\n",
+    )

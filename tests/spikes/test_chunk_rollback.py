@@ -247,6 +247,9 @@ def test_going_back_by_hand_says_what_is_missing_and_changes_nothing(whole, caps
         ("--before 12", "no checkpoint from before step 12 is kept"),
         ("--before 40 --defer batches", "--to is None: with batches it is the last step whose batch goes"),
         ("--before 40 --to 60 --skip batches", "skipping would leave"),
+        ("--before 40 --to 41", "--to 41 goes with --defer batches or --skip batches"),
+        ("--before 40 --to 41 --defer chunk", "--to 41 goes with --defer batches or --skip batches"),
+        (f"--before {STEPS + 2}", f"--before {STEPS + 2}: the run has made {STEPS} steps"),
     ):
         monkeypatch.setattr(sys, "argv", ["roll_back.py", str(whole), *arguments.split(), "--reason", "x"])
         assert roll_back.main() == 2

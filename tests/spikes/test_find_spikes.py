@@ -1,12 +1,14 @@
 """tools/find_spikes.py over a journal and over a CSV: the same spikes, and a picture that stands alone."""
 
 import csv
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from rank_processes import REPOSITORY
 from test_detector import layer_signals, signals, with_fault
 
@@ -64,13 +66,77 @@ def test_layers_of_a_journal_are_watched(tmp_path):
     assert "; activation_rms of layer 3 " in found.stdout
 
 
-def test_what_is_no_curve_is_named(tmp_path):
-    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    for path, text in (
-        ("missing.csv", "does not exist"),
-        ("other.csv", "columns are ['a', 'b']; step and loss are needed"),
+def loaded_find_spikes():
+    spec = importlib.util.spec_from_file_location("find_spikes", REPOSITORY / "tools" / "find_spikes.py")
+    tool = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = tool  # its dataclasses look themselves up there
+    spec.loader.exec_module(tool)
+    return tool
+
+
+@pytest.fixture
+def ended(tmp_path, monkeypatch, capsys):
+    """ended(content, *options, name="curve.csv") -> (exit code, stdout, stderr) over a file of that content."""
+    tool = loaded_find_spikes()
+
+    def end(content: bytes | None, *options: str, name: str = "curve.csv") -> tuple[int, str, str]:
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        monkeypatch.setattr(sys, "argv", ["find_spikes.py", str(tmp_path / name), *options])
+        code = tool.main()
+        return code, *capsys.readouterr()
+
+    return end
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "says"),
+    [
+        (None, "missing.csv", "missing.csv does not exist"),
+        (None, ".", " is a folder; give a run's journal.jsonl"),
+        (b"", "curve.csv", "columns are []; step and loss are needed"),
+        (b"a,b\n1,2\n", "curve.csv", "columns are ['a', 'b']; step and loss are needed"),
+        (b"step,loss\n", "curve.csv", "has a heading and no step below it"),
+        (b"step,loss\n1,2.5\n2\n", "curve.csv", "curve.csv, line 3: loss is None, which is no number"),
+        (b"step,loss\n1,x\n", "curve.csv", "curve.csv, line 2: loss is 'x', which is no number"),
+        (b"step,loss\ninf,1\n", "curve.csv", "curve.csv, line 2: step is 'inf', which is no number"),
+        (b"step,loss,grad_norm\n1,2,\n", "curve.csv", "curve.csv, line 2: grad_norm is '', which is no number"),
+        (b"step,loss\n1,\xff\n", "curve.csv", "curve.csv cannot be read as a CSV: "),
+        (b"{}\n", "journal.jsonl", "journal.jsonl tells of no step"),
+        (b'{"event": "step", "step": 1}\n', "journal.jsonl", "journal.jsonl tells of no loss and grad_norm"),
+    ],
+)
+def test_what_is_no_curve_is_named(ended, content, name, says):
+    code, _, error = ended(content, name=name)
+    assert code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert says in error
+
+
+def test_options_that_do_not_fit_are_named(ended, tmp_path):
+    curve = b"step,loss\n1,2\n"
+    for options, says in (
+        (("--window-steps", "-3"), "--window-steps -3: should be greater than or equal to 16"),
+        (("--threshold", "nan"), "--threshold nan: should be a finite number"),
+        (("--picture", str(tmp_path / "no" / "x.html")), f"No such file or directory: '{tmp_path}/no/x.html'"),
+        (("--picture", str(tmp_path)), f"Is a directory: '{tmp_path}'"),
     ):
-        ended = find(tmp_path / path)
-        assert ended.returncode == 2
-        assert text in ended.stderr
-        assert "Traceback" not in ended.stderr
+        code, _, error = ended(curve, *options)
+        assert code == 2
+        assert error.startswith("error: ") and error.endswith(f"{says}\n") and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["curve.csv"], "nothing half-written is left"
+
+
+def test_a_diverged_curve_of_losses_alone(ended):
+    """A spreadsheet's file (it begins with a mark), with no gradient norms, whose end is not finite."""
+    losses = [3.0 + 0.01 * (number % 7) for number in range(200)]
+    losses[150:160] = [9.0] * 10
+    rows = "".join(f"{number},{loss}\n" for number, loss in enumerate(losses))
+    code, found, _ = ended(f"\ufeffstep,loss\n{rows}200,nan\n201,inf\n".encode())
+    assert code == 0
+    spike, count = found.splitlines()
+    assert spike.startswith("benign     from step 150,")
+    assert "gradient norm" not in spike, "none is known"
+    assert count == "1 spikes in 200 steps; 2 steps not finite and left out, the first 200"
+    _, few, _ = ended(b"step,loss\n1,2\n")
+    assert "nothing is judged before 128 steps are known" in few

@@ -1,0 +1,67 @@
+"""tools/continue_text.py asked for what no model can do: one line before the model is loaded, and exit code 2."""
+
+import contextlib
+import importlib.util
+from types import SimpleNamespace
+
+import pytest
+import torch
+from endings import MISTAKE
+from rank_processes import REPOSITORY
+
+from k2_megatron.evaluate.continue_text import continue_tokens
+from k2_megatron.runtime.mistakes import run_program
+
+
+@pytest.fixture
+def tool():
+    spec = importlib.util.spec_from_file_location("continue_text", REPOSITORY / "tools" / "continue_text.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--temperature", "-1"), "--temperature -1.0: give a number from 0"),
+        (("--temperature", "nan"), "--temperature nan: give a number from 0"),
+        (("--top-k", "0"), "--top-k 0: give 1 or more"),
+        (("--new-tokens", "-5"), "--new-tokens -5: give 1 or more"),
+        (("--seed", str(1 << 63)), f"--seed {1 << 63}: give a number of 64 bits"),
+        (("--prompt", "\udcff"), r"--prompt '\udcff': give text in the terminal's encoding, UTF-8"),
+    ],
+)
+def test_option_without_a_meaning(tool, capsys, arguments, says):
+    """The line comes from the tool's own file, and is a user's mistake all the same."""
+    assert run_program(tool.main, ["nowhere", "--prompt", "x", *arguments]) == MISTAKE
+    assert capsys.readouterr().err == f"error: {says}\n"
+
+
+def test_tokenizer_with_more_pieces_than_the_model(tool, capsys, monkeypatch):
+    """Its ids would be other words to the model, or none."""
+    path = REPOSITORY / "examples" / "toy" / "tokenizer.json"
+    config = SimpleNamespace(model=SimpleNamespace(vocab_size=1000), data=SimpleNamespace(tokenizer=str(path)))
+    monkeypatch.setattr(tool, "loaded_model", lambda run: contextlib.nullcontext((config, 7, None)))
+    assert run_program(tool.main, ["run", "--prompt", "x"]) == MISTAKE
+    assert f"{path} has 4096 pieces, the model 1000" in capsys.readouterr().err
+
+
+class Likes(torch.nn.Module):
+    """A model of eight tokens that likes the one after the last best, and the one after that nearly as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, window_BS, *_unused):
+        following = torch.nn.functional.one_hot((window_BS + 1) % 8, 8)
+        return 2.0 * following + 1.9 * following.roll(1, dims=-1)
+
+
+def test_temperature_zero_takes_the_likeliest_and_top_k_stops_at_the_vocabulary():
+    settings = {"new_tokens": 20, "sequence_length": 30, "end_of_document": None}
+    sure = [continue_tokens(Likes(), [3], **settings, temperature=0.0, top_k=5, seed=seed) for seed in range(3)]
+    assert sure == [[(4 + number) % 8 for number in range(20)]] * 3
+    drawn = continue_tokens(Likes(), [3], **settings, temperature=0.8, top_k=10**6, seed=1)
+    assert len(drawn) == 20 and drawn != sure[0]
