@@ -1,6 +1,6 @@
 """What a checkpoint costs one rank: what the step waits, what hashing takes, the memory; and what a start takes.
 
-    python -m benchmarks.save [--layers 16] [--mode background] [--turns 3] [--folder SCRATCH]
+    python -m benchmarks.save [--layers 16] [--mode background] [--turns 3] [--hash xxh3] [--folder SCRATCH]
 
 A bfloat16 model of K2's shape with fp32 main parameters and both moments, all filled (14 bytes a parameter; the default
 is 551 M parameters, 7.7 GB). In the background a save holds a copy as large again. Gradients are let go: no step is
@@ -30,6 +30,7 @@ from k2_megatron.train import checkpoint_hashing
 from k2_megatron.train.checkpoint import find_checkpoint, load_checkpoint
 from k2_megatron.train.checkpoint_save import CheckpointWriter
 from k2_megatron.train.checkpoint_state import model_state, optimizer_state, part_bytes, weight_fingerprint
+from k2_megatron.train.file_hash import AES_LANES, HASHES
 from k2_megatron.train.optimizer import build_optimizer, wrap_model
 
 KERNELS = dict.fromkeys(OPS, "torch")
@@ -71,12 +72,12 @@ class HashClock:
             time.thread_time()
         reading = (time.thread_time() - began) / CLOCK_READINGS
         self.seconds = 0.0
-        make = checkpoint_hashing.xxhash.xxh3_128
+        make = checkpoint_hashing.new_hash
         clock = self
 
         class Digest:
-            def __init__(self) -> None:
-                self.digest = make()
+            def __init__(self, name: str) -> None:
+                self.digest = make(name)
 
             def update(self, data) -> None:
                 began = time.thread_time()
@@ -86,10 +87,7 @@ class HashClock:
             def hexdigest(self) -> str:
                 return self.digest.hexdigest()
 
-        class Module:
-            xxh3_128 = Digest
-
-        checkpoint_hashing.xxhash = Module
+        checkpoint_hashing.new_hash = Digest
 
 
 def write_plainly(path: Path, size: int) -> float:
@@ -120,6 +118,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         for buffer in chunks[0].buffers:  # no step is taken
             buffer.grad_data.untyped_storage().resize_(0)
         parameters = sum(parameter.numel() for parameter in chunks[0].parameters())
+        checkpoint_hashing.HASH = options.hash
         process, clock = psutil.Process(), HashClock()
         resident = process.memory_info().rss
         print(f"{parameters / 1e6:.0f} M parameters, {resident / 1e9:.1f} GB resident, {options.mode}", flush=True)
@@ -167,6 +166,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks/save.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--layers", type=int, default=16, help="16: 551 M parameters; 10: 381 M")
     parser.add_argument("--mode", choices=("foreground", "background"), default="foreground")
+    parser.add_argument("--hash", choices=HASHES, default=AES_LANES, help="xxh3: as earlier versions, to compare")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to write; left out, a temporary folder")
     options = parser.parse_args(arguments)

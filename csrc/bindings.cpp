@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "aes_lanes.h"
 #include "bindings.h"
 
 namespace {
@@ -15,7 +16,8 @@ constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
 InstructionSet best_instruction_set() {
 #ifdef __x86_64__
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+                    __builtin_cpu_supports("aes");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx2 && avx512) return InstructionSet::avx512;
@@ -49,11 +51,12 @@ PYBIND11_MODULE(_cpu, module) {
   module.doc() = "CPU kernels of k2_megatron (csrc/ops.h): addresses in, nothing checked. Use k2_megatron.kernels.";
   module.attr("instruction_set") = kNames[static_cast<int>(set)];
 #ifdef __x86_64__
-#define K2_BIND(NAME) \
-  k2::bind(module, #NAME, pick(set, &k2::cpu::portable::NAME, &k2::cpu::avx2::NAME, &k2::cpu::avx512::NAME));
+#define K2_PICK(NAME) pick(set, &k2::cpu::portable::NAME, &k2::cpu::avx2::NAME, &k2::cpu::avx512::NAME)
 #else
-#define K2_BIND(NAME) k2::bind(module, #NAME, &k2::cpu::portable::NAME);
+#define K2_PICK(NAME) &k2::cpu::portable::NAME
 #endif
+#define K2_BIND(NAME) k2::bind(module, #NAME, K2_PICK(NAME));
   K2_BIND_ALL(K2_BIND)
   K2_BIND_CPU(K2_BIND)
+  k2::bind_aes_lanes(module, {K2_PICK(aes_lanes_absorb), K2_PICK(aes_lanes_digest)});
 }

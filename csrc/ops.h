@@ -138,6 +138,11 @@ enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
 //   in + state[0] to out + state[1], until either lacks room or bytes (fewer than 5 may be left of a tag). `out` still
 //   holds the last 64 KiB before. state [7]: both positions, what is under way, and 1 where a copy begins before `out`
 //   (state[4] is then how far back).
+//
+// The hash of checkpoint files, aes_lanes (k2_megatron/train/aes_lanes.py defines it; csrc/aes_lanes.h makes it an
+// object), in two parts, on one thread:
+// aes_lanes_absorb: lanes, 32 words of 16 bytes, take `stripes` stripes of 512 bytes: lane = AES round(lane) xor word.
+// aes_lanes_digest: 16 bytes of `lanes` and of the number of bytes that were taken.
 #define K2_CPU_OPS(RESULT, WHERE)                                                                                      \
   RESULT fingerprint(const void* values, int64_t itemsize, int64_t rows, int64_t columns, int64_t row_stride,          \
                      int64_t first_index, int64_t index_stride, uint64_t key, uint64_t* sum, WHERE);                   \
@@ -146,7 +151,9 @@ enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
   RESULT narrow_ids(const uint32_t* ids, const int64_t* lengths, int64_t documents, int64_t end, void* out,            \
                     int64_t itemsize, WHERE);                                                                          \
   RESULT unpack_block(int64_t format, const void* in, int64_t in_size, void* out, int64_t out_size, int64_t* state,    \
-                      WHERE);
+                      WHERE);                                                                                          \
+  RESULT aes_lanes_absorb(void* lanes, const void* data, int64_t stripes, WHERE);                                      \
+  RESULT aes_lanes_digest(const void* lanes, int64_t bytes, void* digest, WHERE);
 
 #define K2_ALL_OPS(RESULT, WHERE) \
   K2_RMS_NORM(RESULT, WHERE)      \

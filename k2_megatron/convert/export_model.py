@@ -23,7 +23,7 @@ from k2_megatron.convert.transformers_model import TransformersModel
 from k2_megatron.convert.work import require_space, run_units
 from k2_megatron.convert.workers import Workers
 from k2_megatron.runtime.durable import sync, write_file
-from k2_megatron.train.checkpoint_manifest import hash_file
+from k2_megatron.train.file_hash import XXH3, file_facts, hash_file
 
 MANIFEST = "k2_conversion.json"
 
@@ -208,9 +208,9 @@ def _manifest(
     aside: Path, folder: Path, manifest: dict, results: list[dict], rounding: Rounding, proof: str | None
 ) -> dict[str, Any]:
     tensors = {name: digest for result in results for name, digest in result["tensors"].items()}
-    files = {result["file"]: {"bytes": result["bytes"], "xxh3": result["xxh3"]} for result in results}
+    files = {result["file"]: file_facts(result) for result in results}
     companions = (path for path in aside.iterdir() if path.name not in files and path.name != JOURNAL)
-    files.update((path.name, hash_file(path)) for path in companions)
+    files.update((path.name, hash_file(path, XXH3)) for path in companions)
     return {
         "format": 1,
         "direction": "to-hf",

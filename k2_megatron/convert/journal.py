@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.runtime.durable import make_folder
-from k2_megatron.train.checkpoint_manifest import hash_file
+from k2_megatron.train.file_hash import problem_of_file
 
 JOURNAL = "finished.jsonl"
 
@@ -74,6 +74,4 @@ def begin_or_continue(journal: IO[str], folder: Path, plan: dict[str, Any]) -> d
 
 def is_there(folder: Path, facts: dict | None) -> bool:
     """Whether the file that `facts` of the journal tell of is in `folder`, whole."""
-    if facts is None or not (folder / facts["file"]).is_file():
-        return False
-    return hash_file(folder / facts["file"]) == {"bytes": facts["bytes"], "xxh3": facts["xxh3"]}
+    return facts is not None and problem_of_file(folder / facts["file"], facts) is None

@@ -17,6 +17,7 @@ from k2_megatron.convert.source import Kind
 from k2_megatron.convert.torch_dist import TorchDistSource
 from k2_megatron.convert.work import HashedFile, Unit
 from k2_megatron.convert.workers import resident_bytes
+from k2_megatron.train.file_hash import XXH3
 
 BLOCK_BYTES = 32 << 20
 
@@ -54,7 +55,7 @@ class HuggingFaceJob:
 
     def run(self, unit: Unit) -> dict[str, Any]:
         tensors = [(Place(TABLE[entry], layer), index) for entry, layer, index in unit.content]
-        file = HashedFile(self.folder / unit.file)
+        file = HashedFile(self.folder / unit.file, XXH3)
         file.write(header_bytes({place.hugging_face[index]: self._stored(place, index) for place, index in tensors}))
         facts: dict[str, Any] = {"fingerprint": 0, "tensors": {}}
         rounding = Rounding()

@@ -21,6 +21,7 @@ from k2_megatron.convert.torch_blob import object_blob, tensor_blob
 from k2_megatron.convert.torch_metadata import Chunk, Stored, Tensor
 from k2_megatron.convert.work import HashedFile, Unit
 from k2_megatron.convert.workers import resident_bytes
+from k2_megatron.train.file_hash import AES_LANES
 
 KINDS: tuple[Kind, ...] = ("weights", "main", "exp_avg", "exp_avg_sq")
 SHARED = "__0_0.distcp"
@@ -101,7 +102,7 @@ class TorchDistJob:
         return found
 
     def run(self, unit: Unit) -> dict[str, Any]:
-        file = HashedFile(self.folder / unit.file)
+        file = HashedFile(self.folder / unit.file, AES_LANES)
         facts: dict[str, Any] = {"chunks": [], "fingerprint": 0}
         if unit.content == ("shared",):
             facts["chunks"], facts["objects"] = self._write_shared(file)

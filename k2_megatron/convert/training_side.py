@@ -28,6 +28,7 @@ from k2_megatron.convert.work import Totals, require_space, run_checks, run_unit
 from k2_megatron.convert.workers import Workers
 from k2_megatron.train.checkpoint_files import publish
 from k2_megatron.train.checkpoint_manifest import folder_name
+from k2_megatron.train.file_hash import file_facts
 
 
 def writing_phases(job: TorchDistJob, workers: int) -> list[Phase]:
@@ -81,7 +82,7 @@ def write_checkpoint(
         "precision": job.precision,
         "weights": as_text(sum(result["fingerprint"] for result in results)),
         "config": config.model_dump(exclude_none=True),
-        "files": {result["file"]: {"bytes": result["bytes"], "xxh3": result["xxh3"]} for result in results},
+        "files": {result["file"]: file_facts(result) for result in results},
     }
     return Product(job.folder, manifest, totals, rounding)
 

@@ -20,8 +20,8 @@ from k2_megatron.convert.to_torch_dist import blocks
 from k2_megatron.convert.torch_dist import MANIFEST, TorchDistSource, read_manifest
 from k2_megatron.convert.work import Unit, run_checks
 from k2_megatron.convert.workers import Workers, resident_bytes
-from k2_megatron.train.checkpoint_manifest import hash_file
 from k2_megatron.train.checkpoint_pickles import pickle_problems
+from k2_megatron.train.file_hash import problem_of_file
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,10 @@ class HashCheck:
         return {"problem": self._problem(unit.file), "resident_bytes": resident_bytes()}
 
     def _problem(self, name: str) -> str | None:
-        path, wanted = self.folder / name, self.expected[name]
-        if not path.is_file():
-            return f"{path} is missing"
         try:
-            size = path.stat().st_size
-            if size != wanted["bytes"]:
-                return f"{path} has {size} bytes, {wanted['bytes']} were written"
-            if hash_file(path) != {"bytes": wanted["bytes"], "xxh3": wanted["xxh3"]}:
-                return f"{path} was altered after it was written (its xxh3 hash differs)"
+            return problem_of_file(self.folder / name, self.expected[name])
         except OSError as error:
-            return f"{path} cannot be read ({error.strerror})"
-        return None
+            return f"{self.folder / name} cannot be read ({error.strerror})"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import xxhash
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -22,6 +21,7 @@ from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.journal import JOURNAL, begin_or_continue, is_there
 from k2_megatron.convert.workers import Workers
 from k2_megatron.runtime.durable import make_folder
+from k2_megatron.train.file_hash import new_hash
 
 
 class Unit(NamedTuple):
@@ -63,11 +63,12 @@ class Totals:
 
 
 class HashedFile:
-    """A file being written, with the xxh3 of all that goes through it. It gets its name when it is closed."""
+    """A file being written, with a hash of all that goes through it. It gets its name when it is closed."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, hash_name: str) -> None:
         self.path = path
-        self.digest = xxhash.xxh3_128()
+        self.hash_name = hash_name
+        self.digest = new_hash(hash_name)
         self.bytes = 0
         self._aside = path.with_name(f".{path.name}.{os.getpid()}")
         self._stream = self._aside.open("wb", buffering=0)
@@ -85,11 +86,11 @@ class HashedFile:
             ) from None
 
     def close(self) -> dict[str, Any]:
-        """{"bytes", "xxh3"}, the content being on disk."""
+        """{"bytes", hash}, the content being on disk."""
         os.fsync(self._stream.fileno())
         self._stream.close()
         os.rename(self._aside, self.path)
-        return {"bytes": self.bytes, "xxh3": self.digest.hexdigest()}
+        return {"bytes": self.bytes, self.hash_name: self.digest.hexdigest()}
 
 
 def require_space(folder: Path, needed: int) -> None:

@@ -1,6 +1,6 @@
 """Checkpoints as folders and files: written aside, hashed while written, published by a rename, `latest` last.
 
-    checkpoints/step_00000941/    complete: every file of it stands in its manifest k2.json with size and xxh3 hash
+    checkpoints/step_00000941/    complete: every file of it stands in its manifest k2.json with size and hash
     checkpoints/.step_00000941.writing/   a save in progress, or what a kill left of one; removed at the next start
     checkpoints/latest            a text file naming one complete folder
 
@@ -19,10 +19,10 @@ from k2_megatron.train.checkpoint_manifest import (
     MANIFEST,
     CheckpointError,
     folder_name,
-    hash_file,
     manifest_text,
     step_of,
 )
+from k2_megatron.train.file_hash import hash_file
 
 
 def first_cause(error: BaseException) -> str:

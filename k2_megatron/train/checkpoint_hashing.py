@@ -5,14 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import xxhash
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from k2_megatron.runtime.collector import collector_paused
+from k2_megatron.train.file_hash import AES_LANES, new_hash
 
+HASH = AES_LANES
 _BLOCK = 256 << 10  # stays in a core's second cache between writing and hashing
 
 
@@ -21,7 +22,7 @@ class _HashingStream:
 
     def __init__(self, stream) -> None:
         self._stream = stream
-        self.digest = xxhash.xxh3_128()
+        self.digest = new_hash(HASH)
         self.bytes_written = 0
 
     def write(self, data) -> int:
@@ -48,7 +49,7 @@ class _HashingStream:
 
 
 class _HashingFileSystem(FileSystem):
-    """torch's file system, keeping {file name: {"bytes", "xxh3"}} of all that is written through it."""
+    """torch's file system, keeping {file name: {"bytes", hash}} of all that is written through it."""
 
     def __init__(self) -> None:
         self.files: dict[str, dict] = {}
@@ -61,7 +62,7 @@ class _HashingFileSystem(FileSystem):
                 return
             hashing = _HashingStream(stream)
             yield hashing
-        self.files[Path(path).name] = {"bytes": hashing.bytes_written, "xxh3": hashing.digest.hexdigest()}
+        self.files[Path(path).name] = {"bytes": hashing.bytes_written, HASH: hashing.digest.hexdigest()}
 
     def rename(self, path, new_path) -> None:
         super().rename(path, new_path)
@@ -82,7 +83,7 @@ class HashingWriter(FileSystemWriter):
 
     @property
     def files(self) -> dict[str, dict]:
-        """{file name: {"bytes", "xxh3"}} of what was written."""
+        """{file name: {"bytes", hash}} of what was written."""
         return self._hashing.files
 
 

@@ -1,6 +1,8 @@
 """The manifest k2.json of a checkpoint: what a complete one says of itself, and whether its files agree.
 
-    {"format": 1, "step": 941, ..., "files": {name: {"bytes", "xxh3"}}, "xxh3": hash of all the rest}
+    {"format": 2, "step": 941, ..., "files": {name: {"bytes", "aes_lanes"}}, "xxh3": hash of all the rest}
+
+Format 1 is of before aes_lanes (file_hash.py): its files have xxh3, and it is read as before.
 
 Needs no torch: training, `verify` and conversions read it alike.
 """
@@ -12,13 +14,14 @@ from typing import Any
 
 import xxhash
 
+from k2_megatron.train.file_hash import HASHES, problem_of_file
+
 MANIFEST = "k2.json"
-MANIFEST_FORMAT = 1
+MANIFEST_FORMAT = 2
+READ_FORMATS = (1, MANIFEST_FORMAT)
 FOLDER = re.compile(r"step_(\d{8,})")
-_READ_BYTES = 1 << 22
 _ALTERED = "its content was altered: its own xxh3 hash differs"
 _FIELDS = {"step": int, "files": dict, "layout": str, "precision": str, "weights": str, "config": dict}
-_FILE = {"bytes": int, "xxh3": str}
 _COUNTS = ("consumed_samples", "consumed_tokens", "optimizer_step")  # integers where they are told
 
 
@@ -71,9 +74,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     problem = _problem_of_content(manifest, text)
     if problem:
         raise CheckpointError(f"{path} is damaged ({problem}); use another checkpoint")
-    if manifest["format"] != MANIFEST_FORMAT:
+    if manifest["format"] not in READ_FORMATS:
         raise CheckpointVersionError(
-            f"{path} has format {manifest['format']!r}, this version reads {MANIFEST_FORMAT}; "
+            f"{path} has format {manifest['format']!r}, this version reads {' and '.join(map(str, READ_FORMATS))}; "
             "use the version of k2_megatron that wrote it"
         )
     if manifest["step"] != step_of(folder):
@@ -84,8 +87,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def _problem_of_content(manifest: Any, text: str) -> str | None:
     if not isinstance(manifest, dict) or type(manifest.get("format")) is not int:
         return "it is no manifest"
-    if manifest["format"] != MANIFEST_FORMAT:  # another version knows what belongs in it; but the number may be damaged
-        return _ALTERED if manifest.get("xxh3") == content_hash({**manifest, "format": MANIFEST_FORMAT}) else None
+    if manifest["format"] not in READ_FORMATS:  # that version knows what belongs in it; but the number may be damaged
+        sound = [content_hash({**manifest, "format": number}) for number in READ_FORMATS]
+        return _ALTERED if manifest.get("xxh3") in sound else None
     if "xxh3" in manifest:  # to the byte: a flipped bit in a space or in the case of an exponent is damage, too
         if text != manifest_text(manifest):
             return _ALTERED
@@ -98,9 +102,9 @@ def _problem_of_content(manifest: Any, text: str) -> str | None:
     if wrong:
         return f"{', '.join(wrong)} is no number"
     for name, facts in manifest["files"].items():
-        known = isinstance(facts, dict) and {key: type(fact) for key, fact in facts.items()} == _FILE
-        if Path(name).name != name or not known:
-            return f"what it says of the file {name!r} is no size and hash"
+        kinds = {key: type(fact) for key, fact in facts.items()} if isinstance(facts, dict) else {}
+        if Path(name).name != name or kinds not in ({"bytes": int, hash_name: str} for hash_name in HASHES):
+            return f"what it says of the file {name!r} is no size and hash ({' or '.join(HASHES)})"
     return None
 
 
@@ -115,16 +119,6 @@ def is_imported(manifest: dict) -> bool:
     return manifest.get("data", "") is None
 
 
-def hash_file(path: Path) -> dict:
-    """{"bytes", "xxh3"} of a file on disk."""
-    digest, size = xxhash.xxh3_128(), 0
-    with path.open("rb") as stream:
-        while block := stream.read(_READ_BYTES):
-            digest.update(block)
-            size += len(block)
-    return {"bytes": size, "xxh3": digest.hexdigest()}
-
-
 def verify_files(folder: Path, manifest: dict, part: int = 0, parts: int = 1) -> list[str]:
     """Problems of the `part`-th of `parts` shares of the checkpoint's files: missing, truncated, altered.
 
@@ -137,7 +131,7 @@ def verify_files(folder: Path, manifest: dict, part: int = 0, parts: int = 1) ->
     own = [name for name, writer in writers.items() if writer is not None and writer % parts == part]
     for name in [*own, *others[part::parts]]:
         try:
-            problem = _problem_of_file(folder / name, manifest["files"][name])
+            problem = problem_of_file(folder / name, manifest["files"][name])
         except OSError as error:
             problem = f"{folder / name} cannot be read ({error.strerror})"
         if problem:
@@ -149,14 +143,3 @@ def _writer_of(name: str) -> int | None:
     """The rank that wrote a file of tensors, "__RANK_NUMBER.distcp"; None of any other file."""
     found = re.fullmatch(r"__(\d+)_\d+\.distcp", name)
     return int(found.group(1)) if found else None
-
-
-def _problem_of_file(path: Path, expected: dict) -> str | None:
-    if not path.is_file():
-        return f"{path} is missing"
-    size = path.stat().st_size
-    if size != expected["bytes"]:
-        return f"{path} has {size} bytes, {expected['bytes']} were written"
-    if hash_file(path) != expected:
-        return f"{path} was altered after it was written (its xxh3 hash differs)"
-    return None

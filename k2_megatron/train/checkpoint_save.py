@@ -138,7 +138,7 @@ class _Plan:
         save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
     def write(self, folder: Path, group: distributed.ProcessGroup) -> dict[str, dict]:
-        """Write this rank's share under `folder`; {file name: {"bytes", "xxh3"}}."""
+        """Write this rank's share under `folder`; {file name: {"bytes", hash}}."""
         writer = HashingWriter(folder)
         torch_checkpoint.save_state_dict(
             self.tensors,

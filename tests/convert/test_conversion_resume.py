@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from conversions import export_model, import_model, require_same_tensors, source_of, write_llama
 from legacy_checkpoint import legacy_folder, options
+from manifest_of_before import write_manifest_of_before
 
 from k2_megatron.convert import logits
 from k2_megatron.convert.errors import ConversionError
@@ -116,6 +117,8 @@ def test_two_processes_make_the_same_files(tmp_path: Path) -> None:
 def test_reshard_keeps_every_bit_and_cuts_chunks_for_the_layout(tmp_path: Path) -> None:
     write_llama(tmp_path / "hf")
     import_model(tmp_path / "hf", tmp_path / "run", precision="bfloat16")
+    write_manifest_of_before(checkpoint_folder(tmp_path / "run"))
+    assert verify_training(checkpoint_folder(tmp_path / "run"), workers=1) == []
     reshard(tmp_path / "run", tmp_path / "other", tensor=4, pipeline=3, workers=1)
     before, after = source_of(tmp_path / "run"), source_of(tmp_path / "other")
     for kind in KEY_PREFIX:
@@ -187,6 +190,9 @@ def test_each_conversion_leaves_its_record_in_the_manifest(tmp_path: Path, monke
     assert manifests["cut"]["resharded"]["source"] == str(checkpoint_folder(tmp_path / "run"))
     assert {manifest["weights"] for manifest in manifests.values()} == {exported["weights"]}
     assert verify_export(tmp_path / "out", workers=1) == []
+    assert {tuple(facts) for facts in exported["files"].values()} == {("bytes", "xxh3")}, "which others can check"
+    for manifest in manifests.values():
+        assert {tuple(facts) for facts in manifest["files"].values()} == {("bytes", "aes_lanes")}
     for name in manifests:
         assert verify_training(checkpoint_folder(tmp_path / name), workers=1) == []
 

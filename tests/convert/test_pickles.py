@@ -39,9 +39,10 @@ from k2_megatron.runtime.groups import connect, disconnect
 from k2_megatron.runtime.launch import single_rank
 from k2_megatron.train.checkpoint import _problems_of
 from k2_megatron.train.checkpoint_files import first_cause
-from k2_megatron.train.checkpoint_manifest import hash_file, manifest_text
+from k2_megatron.train.checkpoint_manifest import manifest_text
 from k2_megatron.train.checkpoint_pickles import pickle_problems
 from k2_megatron.train.checkpoint_reader import RestrictedLoading
+from k2_megatron.train.file_hash import hash_file
 
 
 class Attack:

@@ -16,7 +16,8 @@ from k2_megatron.convert.record import find_record
 from k2_megatron.convert.reshard import reshard
 from k2_megatron.convert.torch_dist import TorchDistSource, checkpoint_folder, read_manifest
 from k2_megatron.convert.verify import HashCheck, verify_export, verify_training
-from k2_megatron.train.checkpoint_manifest import hash_file, manifest_text
+from k2_megatron.train.checkpoint_manifest import manifest_text
+from k2_megatron.train.file_hash import hash_file
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ WOUNDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "extra": (lambda c: (c / "__9_0.distcp").write_bytes(b"?"), "__9_0.distcp is not in the manifest"),
     "mixed-steps": (mix_steps, "belongs to step 941"),
     "mixed-tensors": (mix_tensors, "belong to another checkpoint"),
-    "version": (lambda c: edit_manifest(c, format=2), "format 2"),
+    "version": (lambda c: edit_manifest(c, format=3), "format 3"),
     "altered-manifest": (
         lambda c: replace_text(c / "k2.json", '"consumed_samples": 0', '"consumed_samples": 8'),
         "k2.json is damaged (its content was altered",
@@ -113,7 +114,7 @@ def test_a_manifest_of_another_form_is_one_line(run: Path) -> None:
     places = [(key,) for key in manifest]
     places += [("config", key) for key in manifest["config"]]
     places += [("config", "model", key) for key in manifest["config"]["model"]]
-    places += [("files", file), ("files", file, "bytes"), ("files", file, "xxh3")]
+    places += [("files", file), ("files", file, "bytes"), ("files", file, "aes_lanes")]
     wounds: list[object] = [None, {}, [], "x", 7, -1.5]
     edited = [*wounds, *(set_at(manifest, place, value) for place in places for value in wounds)]
     told = []

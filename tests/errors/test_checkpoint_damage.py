@@ -1,5 +1,6 @@
 """200 seeded damages to the files of the newest checkpoint: each is found before anything is loaded, the checkpoint is
-set aside with the reason, and the one before is taken. In one process: what a start does until it loads."""
+set aside with the reason, and the one before is taken. In one process: what a start does until it loads. Every fifth
+time both are as a version before aes_lanes left them."""
 
 import os
 import random
@@ -8,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from manifest_of_before import write_manifest_of_before
 from rank_processes import Rank
 
 from k2_megatron.config.schema import Parallel
@@ -48,6 +50,9 @@ def _start_from_damaged_ones(original: Path, scratch: Path) -> tuple[dict[str, i
             draw = random.Random(f"{kind} {seed}")
             checkpoints = scratch / f"{kind}_{seed}"
             shutil.copytree(original, checkpoints, copy_function=os.link)
+            if seed % 5 == 0:
+                for step in (NEWEST, BEFORE):
+                    write_manifest_of_before(checkpoints / step)
             name = draw.choice(sorted(path.name for path in (checkpoints / NEWEST).iterdir()))
             damage(checkpoints / NEWEST / name, kind, draw)
             damaged[name] += 1

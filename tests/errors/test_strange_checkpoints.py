@@ -30,9 +30,9 @@ def newest(finished_run: Path, tmp_path: Path) -> Path:
 def test_checkpoint_of_a_later_version_stops_the_run_and_stays(attempt, newest):
     """It is not damaged: setting it aside and going on from an older one would lose what it holds."""
     manifest = json.loads((newest / "k2.json").read_text())
-    (newest / "k2.json").write_text(manifest_text({**manifest, "format": 2}))
+    (newest / "k2.json").write_text(manifest_text({**manifest, "format": 3}))
     outcomes = attempt(SETTINGS)
-    says_one_line(outcomes, MISTAKE, "k2.json has format 2, this version reads 1; use the version of k2_megatron that")
+    says_one_line(outcomes, MISTAKE, "k2.json has format 3, this version reads 1 and 2; use the version of k2_megatron")
     assert newest.is_dir()
     last = [event["event"] for event in read_events(newest.parents[1] / "journal.jsonl")][-1]
     assert last == "stop", "of the run before: nothing was begun"

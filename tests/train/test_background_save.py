@@ -12,9 +12,10 @@ from training_rank import TORCH_KERNELS, training_rank
 
 from k2_megatron.train.checkpoint import load_weights
 from k2_megatron.train.checkpoint_files import complete_checkpoints
-from k2_megatron.train.checkpoint_manifest import CheckpointError, hash_file, read_manifest, verify_files
+from k2_megatron.train.checkpoint_manifest import CheckpointError, read_manifest, verify_files
 from k2_megatron.train.checkpoint_save import CheckpointWriter
 from k2_megatron.train.checkpoint_state import model_state, optimizer_state, weight_fingerprint
+from k2_megatron.train.file_hash import hash_file
 
 SETTINGS = ["parallel.tensor=2", "model.layers=2"]
 SHARED = ["parallel.distributed_optimizer=true", "model.layers=2"]

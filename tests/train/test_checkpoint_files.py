@@ -27,15 +27,31 @@ from k2_megatron.train.checkpoint_manifest import (
     CheckpointError,
     CheckpointVersionError,
     content_hash,
-    hash_file,
     manifest_text,
     read_manifest,
     step_of,
     verify_files,
 )
+from k2_megatron.train.file_hash import hash_file
 from k2_megatron.train.summary import resume_changes
 
 FACTS = {"layout": "tp1", "precision": "float32", "weights": "00", "config": {}, "optimizer_step": 1234}
+MANIFEST_OF_BEFORE = """\
+{
+ "format": 1,
+ "layout": "tp1",
+ "precision": "float32",
+ "weights": "00",
+ "config": {},
+ "step": 5,
+ "files": {
+  "a": {
+   "bytes": 11,
+   "xxh3": "0b19d9ffdf7fb6eeb3423b669b9a1060"
+  }
+ },
+ "xxh3": "a718d6de4fdd3dbc02b4e088304a7425"
+}"""
 
 
 @pytest.fixture
@@ -199,7 +215,7 @@ def test_manifest_of_another_format_is_refused(saved):
     folder = complete_checkpoints(saved(5))[0]
     manifest = json.loads((folder / "k2.json").read_text())
     (folder / "k2.json").write_text(manifest_text({**manifest, "format": 99}))
-    with pytest.raises(CheckpointError, match="has format 99, this version reads 1"):
+    with pytest.raises(CheckpointError, match="has format 99, this version reads 1 and 2;"):
         read_manifest(folder)
 
 
@@ -210,6 +226,32 @@ def test_altered_digit_of_the_manifest_is_seen(saved, digit):
     path.write_text(path.read_text().replace("1234", digit))
     with pytest.raises(CheckpointError, match=r"k2\.json is damaged \(its content was altered"):
         read_manifest(path.parent)
+
+
+def test_checkpoint_of_before_aes_lanes_is_sound_and_its_damage_is_found(tmp_path):
+    """Its manifest to the byte as an earlier version wrote it."""
+    folder = tmp_path / "step_00000005"
+    folder.mkdir()
+    (folder / "a").write_text("a of step 5")
+    (folder / "k2.json").write_text(MANIFEST_OF_BEFORE)
+    manifest = read_manifest(folder)
+    assert verify_files(folder, manifest) == []
+    (folder / "a").write_text("b of step 5")
+    assert verify_files(folder, manifest) == [
+        f"{folder / 'a'} was altered after it was written (its xxh3 hash differs)"
+    ]
+    (folder / "k2.json").write_text(MANIFEST_OF_BEFORE.replace('"format": 1', '"format": 2'))
+    with pytest.raises(CheckpointError, match=r"k2\.json is damaged \(its content was altered"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("hashes", [{}, {"xxh7": "0"}, {"xxh3": 0}, {"xxh3": "0", "aes_lanes": "0"}])
+def test_file_without_a_hash_that_is_known_is_told(saved, hashes):
+    folder = complete_checkpoints(saved(5))[0]
+    manifest = json.loads((folder / "k2.json").read_text())
+    (folder / "k2.json").write_text(manifest_text({**manifest, "files": {"a": {"bytes": 1, **hashes}}}))
+    with pytest.raises(CheckpointError, match=r"says of the file 'a' is no size and hash \(aes_lanes or xxh3\)"):
+        read_manifest(folder)
 
 
 def test_manifest_of_before_its_own_hash_is_read(saved):
