@@ -87,9 +87,12 @@ def test_every_bit_of_a_manifest_counts(finished_run, tmp_path):
     content = (finished_run / "checkpoints" / NEWEST / "k2.json").read_bytes()
     folder = tmp_path / NEWEST
     folder.mkdir()
-    for place in [*range(60), *range(60, len(content) - 60, 7), *range(len(content) - 60, len(content))]:
+    number = content.index(b'"format": ') + len('"format": ')
+    places = [*range(60), *range(60, len(content) - 60, 7), *range(len(content) - 60, len(content))]
+    bits = [(place, random.Random(place).randrange(8)) for place in places] + [(number, bit) for bit in range(8)]
+    for place, bit in bits:
         changed = bytearray(content)
-        changed[place] ^= 1 << random.Random(place).randrange(8)
+        changed[place] ^= 1 << bit
         (folder / "k2.json").write_bytes(changed)
         with pytest.raises(CheckpointError, match=r"k2\.json is damaged"):
             read_manifest(folder)
