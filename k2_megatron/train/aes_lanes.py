@@ -1,4 +1,4 @@
-"""aes_lanes, the hash of checkpoint files: a lane of 128 bits for each of 32 words, a round of AES for each word.
+"""aes_lanes, the hash of checkpoint files: 32 lanes of 128 bits take turns at the words, with a round of AES a word.
 
 In:  bytes of any number, in pieces of any length.  Out: a digest of 128 bits, 32 hexadecimal digits.
 
@@ -9,14 +9,14 @@ In:  bytes of any number, in pieces of any length.  Out: a digest of 128 bits, 3
     for i = 0 to 31:  fold = R(R(R(R(fold xor lane i))))
     digest  = fold
 
-It finds damage, and is no defence against a person who wants a collision. R and every step of the fold are bijections,
-so a change within one word, of any size, is always seen, and so is another length. So is what leaves one lane otherwise
-than it was: changes that take no lane twice (any that lie within 497 bytes) can but cancel in the fold, by four rounds,
-a chance of about 2^-128. What is left are changes of two words or more of one lane, 512 bytes or a multiple apart, of
-which the later undoes what R made of the earlier: R spreads a byte over a column, so at least five bytes must differ,
-four of them by values that depend on all that the lane had taken.
+It finds damage, and is no defence against a person who wants a collision. R and every step of the fold are
+bijections. So a change of any size within one word is always seen, and so are zeros at the end that lie within the
+last stripe. Changes that meet no lane twice (any that lie within 497 bytes) leave lanes otherwise than they were,
+which cancel in the fold, over four rounds each, with a chance of about 2^-128. What is left is a lane that two
+changes meet, the later of which undoes what R made of the earlier: R spreads a byte over a column, so five bytes or
+more must differ, in places that fit and by values that depend on all that the lane had taken.
 
-A processor has R as an instruction (csrc/cpu/aes_lanes.cpp): this hash is as fast as reading, where xxh3 is not.
+Processors have R as an instruction (csrc/cpu/aes_lanes.cpp).
 """
 
 import importlib
