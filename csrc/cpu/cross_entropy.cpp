@@ -1,8 +1,8 @@
 // Vocab-parallel cross-entropy: the CPU twin of csrc/cross_entropy.cu. Definitions and shapes are in ops.h.
 //
 // Statistics read each logit once and take one exponential of it, of its distance from a guess at the row's maximum:
-// that of the first columns. A block that exceeds the guess by so much that sums might overflow becomes the new guess,
-// and is walked again. The gradient reads and writes each logit once.
+// that of the first columns. A block that exceeds the guess by so much that the distances lose digits makes its own
+// maximum the new guess, and is walked again. The gradient reads and writes each logit once.
 #include "exponential.h"
 #include "parallel.h"
 #include "prefetch.h"
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kBlock = 1024;  // columns after which running sums are closed, for the sake of their rounding error
 constexpr int64_t kGuess = 64;    // columns whose maximum is taken for the row's at first
-constexpr float kHeadroom = 60.0f;  // e^60 times any number of columns is far from infinity
+constexpr float kHeadroom = 8.0f;  // a logit minus the guess is rounded: off by up to 2 units of e^x where x is 8
 constexpr float kInfinity = __builtin_inff();
 
 float exp(float x) {

@@ -5,6 +5,8 @@
 
 namespace k2::cpu::K2_ISA {
 
+constexpr bool kFusedMultiplyAdd = true;
+
 struct Vec {
   __m512 v;
 };

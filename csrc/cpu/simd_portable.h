@@ -16,13 +16,16 @@ inline Vec each(Function function) {
   return result;
 }
 
+#ifdef __FP_FAST_FMAF
+constexpr bool kFusedMultiplyAdd = true;
+#else
+constexpr bool kFusedMultiplyAdd = false;
+#endif
+
 // Without a hardware fma the C library's emulation would cost more than the rounding it saves.
 inline float multiply_add(float a, float b, float c) {
-#ifdef __FP_FAST_FMAF
-  return __builtin_fmaf(a, b, c);
-#else
-  return a * b + c;
-#endif
+  if constexpr (kFusedMultiplyAdd) return __builtin_fmaf(a, b, c);
+  else return a * b + c;
 }
 
 inline float as_float(uint32_t bits) {
