@@ -61,42 +61,22 @@ __device__ __forceinline__ Exponentials<T> merge_in_warp(Exponentials<T> mine) {
   return mine;
 }
 
-// 32 bits of a row: two logits of bf16 or fp16, one of fp32. Kept whole: taken apart into elements and put together
-// again they would cost more instructions than the exponentials.
+// The greater logit in each place of two words; of a number and a NaN the number.
 template <class T>
-struct Word {
-  static constexpr int count = 4 / sizeof(T);
-  using Bits = uint32_t;
-  static constexpr Bits minus_infinity = std::is_same_v<T, float>    ? 0xFF800000u
-                                         : std::is_same_v<T, __half> ? 0xFC00FC00u
-                                                                     : 0xFF80FF80u;
+__device__ __forceinline__ uint32_t greater(uint32_t one, uint32_t other) {
+  using Bits = Word<T>;
+  if constexpr (std::is_same_v<T, float>) {
+    return Bits::bits_of(fmaxf(Bits::template as<float>(one), Bits::template as<float>(other)));
+  } else {
+    using Pair = typename Bits::Pair;
+    return Bits::bits_of(__hmax2(Bits::template as<Pair>(one), Bits::template as<Pair>(other)));
+  }
+}
 
-  template <class Value>
-  __device__ __forceinline__ static Value as(const Bits& bits) {
-    return reinterpret_cast<const Value&>(bits);
-  }
-  // The greater logit in each place; of a number and a NaN the number.
-  __device__ __forceinline__ static Bits greater(Bits one, Bits other) {
-    if constexpr (std::is_same_v<T, float>) {
-      const float result = fmaxf(as<float>(one), as<float>(other));
-      return reinterpret_cast<const Bits&>(result);
-    } else {
-      using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-      const Pair result = __hmax2(as<Pair>(one), as<Pair>(other));
-      return reinterpret_cast<const Bits&>(result);
-    }
-  }
-  __device__ __forceinline__ static void unpack(Bits bits, float (&logits)[count]) {
-    if constexpr (std::is_same_v<T, float>) {
-      logits[0] = as<float>(bits);
-    } else if constexpr (std::is_same_v<T, __half>) {
-      const float2 both = __half22float2(as<__half2>(bits));
-      logits[0] = both.x, logits[1] = both.y;
-    } else {
-      logits[0] = as<float>(bits << 16), logits[1] = as<float>(bits & 0xFFFF0000u);
-    }
-  }
-};
+template <class T>
+constexpr uint32_t minus_infinities = std::is_same_v<T, float>    ? 0xFF800000u
+                                      : std::is_same_v<T, __half> ? 0xFC00FC00u
+                                                                  : 0xFF80FF80u;
 
 template <class T, bool WITH_SUM>
 __global__ void __launch_bounds__(most_threads)
@@ -110,7 +90,7 @@ __global__ void __launch_bounds__(most_threads)
   const RowParts<T> parts(row, columns);
   // Asked for before the vectors, needed after them: a block has nothing to hide another wait for memory behind. Of
   // edges there are at most 2 * (width - 1), fewer than threads.
-  const int64_t label = labels[blockIdx.x] - vocabulary_start;
+  const int64_t global_label = labels[blockIdx.x];
   const bool has_edge = static_cast<int>(threadIdx.x) < parts.edges;
   const T edge = has_edge ? row[parts.edge_column(threadIdx.x)] : from_float<T>(0.0f);
   Exponentials<T> mine;
@@ -120,12 +100,12 @@ __global__ void __launch_bounds__(most_threads)
 #pragma unroll
     for (int i = 0; i < statistics_vectors; ++i) {
       const int vector = start + i * blockDim.x;
-      constexpr uint32_t none = Logits::minus_infinity;
+      constexpr uint32_t none = minus_infinities<T>;
       const uint4 words =
           vector < parts.vectors ? load_16_bytes(row + parts.vector_column(vector)) : uint4{none, none, none, none};
       held[i][0] = words.x, held[i][1] = words.y, held[i][2] = words.z, held[i][3] = words.w;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) greatest[j] = i == 0 ? held[0][j] : Logits::greater(greatest[j], held[i][j]);
+      for (int j = 0; j < 4; ++j) greatest[j] = i == 0 ? held[0][j] : greater<T>(greatest[j], held[i][j]);
     }
     float maximum = mine.maximum, logits[Logits::count];
 #pragma unroll
@@ -150,6 +130,7 @@ __global__ void __launch_bounds__(most_threads)
       }
     }
   }
+  const int64_t label = global_label - vocabulary_start;  // subtracted up there, it would be waited for up there
   const bool is_owner = threadIdx.x == 0 && label >= 0 && label < columns;
   const T target = is_owner ? row[label] : from_float<T>(0.0f);  // on its way during the merge
   if (has_edge) {
@@ -244,17 +225,14 @@ __device__ __forceinline__ Packed<T> gradient_of(const Packed<T>& logits, int fi
   constexpr int width = Packed<T>::count;
   float values[width];
 #pragma unroll
-  for (int j = 0; j < width; ++j) values[j] = row.at(to_float(logits.values[j]));
+  for (int j = 0; j < width; ++j) values[j] = row.at(logits.at(j));
   const int64_t offset = row.label - first_column;
   if (offset >= 0 && offset < width) {
 #pragma unroll
     for (int j = 0; j < width; ++j)
       if (j == offset) values[j] -= row.at_label;  // before rounding: p - 1 of a sure token keeps its digits
   }
-  Packed<T> result;
-#pragma unroll
-  for (int j = 0; j < width; ++j) result.values[j] = from_float<T>(values[j]);
-  return result;
+  return pack<T>(values);
 }
 
 template <class T>
@@ -268,23 +246,27 @@ __global__ void __launch_bounds__(most_threads) gradient_kernel(GradientArgument
     parts.make_all_edges(a.columns);
   const int64_t label = a.labels[row];
   float factor = a.grad_loss[row * a.grad_loss_stride];
-  const bool is_zero = label == a.ignore_index || factor == 0.0f;
-  if (label < 0 || label >= a.vocabulary_size) factor = nanf("");
   const float lse = a.lse[row];
   T edge_logit = from_float<T>(0.0f);  // the first one's, on its way with the vectors
   if (static_cast<int>(threadIdx.x) < parts.edges) edge_logit = logits[parts.edge_column(threadIdx.x)];
-  const RowGradient<T> of_row{lse, factor * (1.0f + 2.0f * a.z_loss * lse),
-                           factor * a.smoothed_share,
-                           factor * (1.0f - a.label_smoothing), label - a.vocabulary_start};
-
-  for (int start = threadIdx.x; start < parts.vectors; start += gradient_vectors * blockDim.x) {
-    Packed<T> held[gradient_vectors];
+  Packed<T> held[gradient_vectors];
+  const auto load_vectors = [&](int start) {
 #pragma unroll
     for (int i = 0; i < gradient_vectors; ++i) {
       const int vector = start + i * blockDim.x;
       // Of rows that become zero too: not to read them would be to wait for the label first.
       if (vector < parts.vectors) held[i] = load_packed<Cache::streamed>(logits + parts.vector_column(vector));
     }
+  };
+  load_vectors(threadIdx.x);  // outside of the loop, before which the compiler computes with label, factor and lse
+
+  const bool is_zero = label == a.ignore_index || factor == 0.0f;
+  if (label < 0 || label >= a.vocabulary_size) factor = nanf("");
+  const RowGradient<T> of_row{lse, factor * (1.0f + 2.0f * a.z_loss * lse),
+                           factor * a.smoothed_share,
+                           factor * (1.0f - a.label_smoothing), label - a.vocabulary_start};
+  for (int start = threadIdx.x; start < parts.vectors; start += gradient_vectors * blockDim.x) {
+    if (start != static_cast<int>(threadIdx.x)) load_vectors(start);
 #pragma unroll
     for (int i = 0; i < gradient_vectors; ++i) {
       const int vector = start + i * blockDim.x, column = parts.vector_column(vector);

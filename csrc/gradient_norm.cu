@@ -11,6 +11,8 @@
 namespace k2::cuda {
 namespace {
 
+constexpr int add_chunks_threads = 1024;
+
 // workspace: one pair (sum of squares, not finite) a chunk
 template <class T>
 __global__ void __launch_bounds__(multi_tensor_threads)
@@ -22,15 +24,21 @@ __global__ void __launch_bounds__(multi_tensor_threads)
   const T* elements = reinterpret_cast<const T*>(table.addresses[0][part.tensor]) + part.first;
   double sum = 0.0;
   int not_finite = 0;
-#pragma unroll 2
-  for (int first = threadIdx.x * group; first < part.size; first += multi_tensor_threads * group) {
-    const int left = static_cast<int>(part.size) - first;
-    float values[group];
-    load_group(elements + first, left < group ? left : group, values);
+  const auto add = [&](const float (&values)[group]) {
 #pragma unroll
     for (int i = 0; i < group; ++i) {
       sum += static_cast<double>(values[i]) * static_cast<double>(values[i]);
       not_finite += !(fabsf(values[i]) <= 3.402823466e38f);
+    }
+  };
+  if (part.size == multi_tensor_chunk && reinterpret_cast<uintptr_t>(elements) % 16 == 0) {
+    WholeChunk<T>(elements).for_each_group(add);
+  } else {
+    for (int first = threadIdx.x * group; first < part.size; first += multi_tensor_threads * group) {
+      const int left = static_cast<int>(part.size) - first;
+      float values[group];
+      load_group(elements + first, left < group ? left : group, values);
+      add(values);
     }
   }
   sum = block_sum(sum, sums);
@@ -38,13 +46,15 @@ __global__ void __launch_bounds__(multi_tensor_threads)
   if (threadIdx.x == 0) workspace[2 * blockIdx.x] = sum, workspace[2 * blockIdx.x + 1] = count;
 }
 
-__global__ void __launch_bounds__(multi_tensor_threads)
+// One block, of as many threads as it can have: a rank of K2 has a quarter of a million chunks, and every round of loads
+// takes its time.
+__global__ void __launch_bounds__(add_chunks_threads)
     add_chunks_kernel(const double* workspace, int64_t chunks, double* result) {
   K2_SHARED(double, sums, warp_threads);
   K2_SHARED(double, counts, warp_threads);
   double sum = 0.0, count = 0.0;
 #pragma unroll 4
-  for (int64_t chunk = threadIdx.x; chunk < chunks; chunk += multi_tensor_threads) {
+  for (int64_t chunk = threadIdx.x; chunk < chunks; chunk += add_chunks_threads) {
     sum += workspace[2 * chunk];
     count += workspace[2 * chunk + 1];
   }
@@ -95,7 +105,7 @@ int squared_norm(const int64_t* tensors, const int64_t* sizes, int64_t count, do
     });
   });
   if (error != cudaSuccess) return error;
-  return launch(add_chunks_kernel, 1, dim3(multi_tensor_threads), 0, stream,
+  return launch(add_chunks_kernel, 1, dim3(add_chunks_threads), 0, stream,
                 static_cast<const double*>(workspace), chunks_before, result);
 }
 

@@ -48,7 +48,7 @@ __device__ __forceinline__ void load_group(const T* address, int count, float (&
     for (int i = 0; i < multi_tensor_group; i += Packed<T>::count) {
       const Packed<T> packed = load_packed<Cache::streamed>(address + i);
 #pragma unroll
-      for (int j = 0; j < Packed<T>::count; ++j) values[i + j] = to_float(packed.values[j]);
+      for (int j = 0; j < Packed<T>::count; ++j) values[i + j] = packed.at(j);
     }
   } else {
 #pragma unroll
@@ -61,10 +61,10 @@ __device__ __forceinline__ void store_group(T* address, int count, const float (
   if (count == multi_tensor_group && reinterpret_cast<uintptr_t>(address) % 16 == 0) {
 #pragma unroll
     for (int i = 0; i < multi_tensor_group; i += Packed<T>::count) {
-      Packed<T> packed;
+      float part[Packed<T>::count];
 #pragma unroll
-      for (int j = 0; j < Packed<T>::count; ++j) packed.values[j] = from_float<T>(values[i + j]);
-      store_packed<Cache::streamed>(address + i, packed);
+      for (int j = 0; j < Packed<T>::count; ++j) part[j] = values[i + j];
+      store_packed<Cache::streamed>(address + i, pack<T>(part));
     }
   } else {
 #pragma unroll
@@ -72,6 +72,35 @@ __device__ __forceinline__ void store_group(T* address, int count, const float (
       if (i < count) address[i] = from_float<T>(values[i]);
   }
 }
+
+// What a thread adds up of a whole chunk at an aligned address: all of its vectors are asked for at once, the elements come
+// in the order of load_group's steps.
+template <class T>
+struct WholeChunk {
+  static constexpr int groups = multi_tensor_chunk / (multi_tensor_threads * multi_tensor_group);
+  static constexpr int vectors = multi_tensor_group / Packed<T>::count;  // of a group
+  Packed<T> held[groups][vectors];
+
+  __device__ __forceinline__ explicit WholeChunk(const T* elements) {
+#pragma unroll
+    for (int i = 0; i < groups; ++i) {
+      const T* group = elements + (i * multi_tensor_threads + threadIdx.x) * multi_tensor_group;
+#pragma unroll
+      for (int j = 0; j < vectors; ++j) held[i][j] = load_packed<Cache::streamed>(group + j * Packed<T>::count);
+    }
+  }
+  template <class Body>
+  __device__ __forceinline__ void for_each_group(Body body) const {
+#pragma unroll
+    for (int i = 0; i < groups; ++i) {
+      float values[multi_tensor_group];
+#pragma unroll
+      for (int j = 0; j < multi_tensor_group; ++j)
+        values[j] = held[i][j / Packed<T>::count].at(j % Packed<T>::count);
+      body(values);
+    }
+  }
+};
 
 inline int64_t chunks_of(int64_t size) { return divide_up(size, multi_tensor_chunk); }
 

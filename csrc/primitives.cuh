@@ -34,12 +34,72 @@ __device__ __forceinline__ T from_float(float value) {
   else return __float2half_rn(value);
 }
 
-// ---- 16 bytes of a tensor, the widest access of a thread.
+// ---- 32 bits of a tensor: two elements of bf16 or fp16, one of fp32.
+template <class T>
+struct Word {
+  static constexpr int count = 4 / sizeof(T);
+  using Element = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;  // the bits of one
+  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+
+  template <class Value>
+  __device__ __forceinline__ static Value as(const uint32_t& bits) {
+    return reinterpret_cast<const Value&>(bits);
+  }
+  template <class Value>
+  __device__ __forceinline__ static uint32_t bits_of(const Value& value) {
+    return reinterpret_cast<const uint32_t&>(value);
+  }
+  __device__ __forceinline__ static void unpack(uint32_t bits, float (&values)[count]) {
+    if constexpr (std::is_same_v<T, float>) {
+      values[0] = as<float>(bits);
+    } else if constexpr (std::is_same_v<T, __half>) {
+      const float2 both = __half22float2(as<__half2>(bits));
+      values[0] = both.x, values[1] = both.y;
+    } else {
+      values[0] = as<float>(bits << 16), values[1] = as<float>(bits & 0xFFFF0000u);
+    }
+  }
+  __device__ __forceinline__ static uint32_t pack(const float (&values)[count]) {
+    if constexpr (std::is_same_v<T, float>) return bits_of(values[0]);
+    else if constexpr (std::is_same_v<T, __half>) return bits_of(__floats2half2_rn(values[0], values[1]));
+    else return bits_of(__floats2bfloat162_rn(values[0], values[1]));
+  }
+};
+
+// ---- 16 bytes of a tensor, the widest access of a thread. Kept as the words that memory gives: elements of 16 bits each
+// the compiler takes apart where they arrive, and there it waits for them, before the next load is asked for.
 template <class T>
 struct alignas(16) Packed {
-  static constexpr int count = 16 / sizeof(T);
-  T values[count];
+  static constexpr int count = 16 / sizeof(T), in_word = Word<T>::count;
+  uint32_t words[4];
+
+  __device__ __forceinline__ float at(int j) const {
+    float values[in_word];
+    Word<T>::unpack(words[j / in_word], values);
+    return values[j % in_word];
+  }
+  // The bits of element j alone, of a row that is not aligned.
+  __device__ __forceinline__ void set_bits(int j, typename Word<T>::Element bits) {
+    words[j / in_word] |= static_cast<uint32_t>(bits) << (j % in_word * 16);
+  }
+  __device__ __forceinline__ typename Word<T>::Element bits(int j) const {
+    return static_cast<typename Word<T>::Element>(words[j / in_word] >> (j % in_word * 16));
+  }
 };
+
+template <class T>
+__device__ __forceinline__ Packed<T> pack(const float (&values)[Packed<T>::count]) {
+  constexpr int in_word = Packed<T>::in_word;
+  Packed<T> packed;
+#pragma unroll
+  for (int word = 0; word < 4; ++word) {
+    float parts[in_word];
+#pragma unroll
+    for (int j = 0; j < in_word; ++j) parts[j] = values[word * in_word + j];
+    packed.words[word] = Word<T>::pack(parts);
+  }
+  return packed;
+}
 
 // cached: read again soon (gamma, tables). streamed: evicted first, it would only push others out of L2.
 enum class Cache { cached, streamed };
@@ -85,11 +145,12 @@ __device__ __forceinline__ Packed<T> load_of_row(const T* row, int index, int co
   if constexpr (ALIGNED) {
     return load_packed<POLICY>(row + static_cast<int64_t>(index) * width);
   } else {
-    Packed<T> packed;
+    const auto* elements = reinterpret_cast<const typename Word<T>::Element*>(row);
+    Packed<T> packed{};
 #pragma unroll
     for (int j = 0; j < width; ++j) {
       const int column = index * width + j;
-      packed.values[j] = column < columns ? row[column] : from_float<T>(0.0f);
+      if (column < columns) packed.set_bits(j, elements[column]);
     }
     return packed;
   }
@@ -101,10 +162,11 @@ __device__ __forceinline__ void store_to_row(T* row, int index, int columns, con
   if constexpr (ALIGNED) {
     store_packed<POLICY>(row + static_cast<int64_t>(index) * width, packed);
   } else {
+    auto* elements = reinterpret_cast<typename Word<T>::Element*>(row);
 #pragma unroll
     for (int j = 0; j < width; ++j) {
       const int column = index * width + j;
-      if (column < columns) row[column] = packed.values[j];
+      if (column < columns) elements[column] = packed.bits(j);
     }
   }
 }
@@ -117,7 +179,7 @@ __device__ __forceinline__ void load_floats(const float* address, float (&values
     for (int i = 0; i < COUNT; i += 4) {
       const Packed<float> packed = load_packed(address + i);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) values[i + j] = packed.values[j];
+      for (int j = 0; j < 4; ++j) values[i + j] = packed.at(j);
     }
   } else {
 #pragma unroll

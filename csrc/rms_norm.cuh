@@ -20,7 +20,7 @@ struct Weight {
       parts[part] = load_of_row<ALIGNED>(static_cast<const G*>(gamma), index * count + part, columns);
   }
   __device__ __forceinline__ float at(int j, float offset) const {
-    return to_float(parts[j / part_width].values[j % part_width]) + offset;
+    return parts[j / part_width].at(j % part_width) + offset;
   }
 };
 

@@ -41,15 +41,14 @@ struct Normalised {
   __device__ __forceinline__ Normalised(const Packed<T>& x, const Packed<T>& grad_y, const float (&w)[width],
                                         float rstd) {
 #pragma unroll
-    for (int j = 0; j < width; ++j) xhat[j] = to_float(x.values[j]) * rstd, g[j] = to_float(grad_y.values[j]) * w[j];
+    for (int j = 0; j < width; ++j) xhat[j] = x.at(j) * rstd, g[j] = grad_y.at(j) * w[j];
   }
   // dx. `mean` is mean(g * xhat) over the row; grad_h is zero where none is given.
   __device__ __forceinline__ Packed<T> input_gradient(float rstd, float mean, const Packed<T>& grad_h) const {
-    Packed<T> result;
+    float result[width];
 #pragma unroll
-    for (int j = 0; j < width; ++j)
-      result.values[j] = from_float<T>(rstd * (g[j] - xhat[j] * mean) + to_float(grad_h.values[j]));
-    return result;
+    for (int j = 0; j < width; ++j) result[j] = rstd * (g[j] - xhat[j] * mean) + grad_h.at(j);
+    return pack<T>(result);
   }
 };
 
@@ -92,7 +91,7 @@ struct Ring {
   }
   // 16 bytes at once: of a struct in shared memory the compiler fetches each member by itself.
   __device__ __forceinline__ Packed<T> read(int stage, int tensor, int index) const {
-    return load_packed(at(stage, tensor, index)->values);
+    return load_packed(reinterpret_cast<const T*>(at(stage, tensor, index)));
   }
 
   template <int PER_THREAD>
@@ -158,7 +157,7 @@ __global__ void __launch_bounds__(rms_norm_threads) backward_kernel(BackwardArgu
       const Normalised<T> row_part = normalise(i, index, grad_y);
 #pragma unroll
       for (int j = 0; j < width; ++j) {
-        grad_gamma[i][j] += to_float(grad_y.values[j]) * row_part.xhat[j];
+        grad_gamma[i][j] += grad_y.at(j) * row_part.xhat[j];
         sum += row_part.g[j] * row_part.xhat[j];
       }
       if constexpr (keeps) kept[i] = row_part;
@@ -186,9 +185,9 @@ __global__ void __launch_bounds__(rms_norm_threads) backward_kernel(BackwardArgu
     if (index >= vectors) continue;
 #pragma unroll
     for (int j = 0; j < width; j += 4) {
-      const Packed<float> sums = {{grad_gamma[i][j], grad_gamma[i][j + 1], grad_gamma[i][j + 2], grad_gamma[i][j + 3]}};
+      const float sums[4] = {grad_gamma[i][j], grad_gamma[i][j + 1], grad_gamma[i][j + 2], grad_gamma[i][j + 3]};
       store_to_row<ALIGNED>(a.workspace + static_cast<int64_t>(blockIdx.x) * a.hidden, (index * width + j) / 4,
-                            a.hidden, sums);
+                            a.hidden, pack<float>(sums));
     }
   }
 }
@@ -217,7 +216,7 @@ __global__ void __launch_bounds__(rms_norm_threads) backward_looped_kernel(Backw
       weight.template load<ALIGNED>(a.gamma, index, a.hidden);
 #pragma unroll
       for (int j = 0; j < width; ++j)
-        sum += to_float(grad_y.values[j]) * weight.at(j, a.gamma_offset) * (to_float(x.values[j]) * rstd);
+        sum += grad_y.at(j) * weight.at(j, a.gamma_offset) * (x.at(j) * rstd);
     }
     const float mean = block_sum(sum, scratch + parity * warp_threads) / static_cast<float>(a.hidden);
     for (int index = threadIdx.x; index < vectors; index += rms_norm_threads) {
@@ -232,11 +231,11 @@ __global__ void __launch_bounds__(rms_norm_threads) backward_looped_kernel(Backw
       if (partial == nullptr) continue;
 #pragma unroll
       for (int j = 0; j < width; j += 4) {
-        Packed<float> sums = load_of_row<ALIGNED>(partial, (index * width + j) / 4, a.hidden);
+        const Packed<float> before = load_of_row<ALIGNED>(partial, (index * width + j) / 4, a.hidden);
+        float sums[4];
 #pragma unroll
-        for (int k = 0; k < 4; ++k)
-          sums.values[k] += to_float(grad_y.values[j + k]) * (to_float(x.values[j + k]) * rstd);
-        store_to_row<ALIGNED>(partial, (index * width + j) / 4, a.hidden, sums);
+        for (int k = 0; k < 4; ++k) sums[k] = before.at(k) + grad_y.at(j + k) * (x.at(j + k) * rstd);
+        store_to_row<ALIGNED>(partial, (index * width + j) / 4, a.hidden, pack<float>(sums));
       }
     }
   }

@@ -26,29 +26,27 @@ struct ForwardArguments {
 
 template <class T>
 __device__ __forceinline__ Packed<T> rounded_sum(const Packed<T>& one, const Packed<T>& other) {
-  Packed<T> sum;
+  float sum[Packed<T>::count];
 #pragma unroll
-  for (int j = 0; j < Packed<T>::count; ++j)
-    sum.values[j] = from_float<T>(to_float(one.values[j]) + to_float(other.values[j]));
-  return sum;
+  for (int j = 0; j < Packed<T>::count; ++j) sum[j] = one.at(j) + other.at(j);
+  return pack<T>(sum);
 }
 
 template <class T>
 __device__ __forceinline__ float sum_of_squares(const Packed<T>& packed) {
   float sum = 0.0f;
 #pragma unroll
-  for (int j = 0; j < Packed<T>::count; ++j) sum += to_float(packed.values[j]) * to_float(packed.values[j]);
+  for (int j = 0; j < Packed<T>::count; ++j) sum += packed.at(j) * packed.at(j);
   return sum;
 }
 
 template <bool ALIGNED, class T, class G>
 __device__ __forceinline__ void store_normalised(const ForwardArguments<T>& a, const Packed<T>& h,
                                                  const Weight<T, G>& weight, int64_t row_start, int index, float rstd) {
-  Packed<T> y;
+  float y[Packed<T>::count];
 #pragma unroll
-  for (int j = 0; j < Packed<T>::count; ++j)
-    y.values[j] = from_float<T>(to_float(h.values[j]) * rstd * weight.at(j, a.gamma_offset));
-  store_to_row<ALIGNED>(a.y + row_start, index, a.hidden, y);
+  for (int j = 0; j < Packed<T>::count; ++j) y[j] = h.at(j) * rstd * weight.at(j, a.gamma_offset);
+  store_to_row<ALIGNED>(a.y + row_start, index, a.hidden, pack<T>(y));
 }
 
 // Threads (x, y): x along the row, y rows; several rows a block only where x is one warp, which then needs no barrier.
@@ -80,15 +78,16 @@ __global__ void __launch_bounds__(rms_norm_threads) forward_kernel(ForwardArgume
       store_to_row<ALIGNED, Cache::streamed>(a.h + row_start, index, a.hidden, h[i]);
     }
   }
-  Weight<T, G> weight[forward_vectors];  // on its way before the barrier
-  float sum = 0.0f;
+  Weight<T, G> weight[forward_vectors];  // all on its way before the first of h is waited for
 #pragma unroll
   for (int i = 0; i < forward_vectors; ++i) {
     const int index = i * blockDim.x + threadIdx.x;
-    if (index >= vectors) continue;
-    weight[i].template load<ALIGNED>(a.gamma, index, a.hidden);
-    sum += sum_of_squares(h[i]);
+    if (index < vectors) weight[i].template load<ALIGNED>(a.gamma, index, a.hidden);
   }
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < forward_vectors; ++i)
+    if (static_cast<int>(i * blockDim.x + threadIdx.x) < vectors) sum += sum_of_squares(h[i]);
   sum = blockDim.x == warp_threads ? warp_reduce(sum, Sum{}) : block_sum(sum, scratch);
   const float rstd = reciprocal_root(sum / static_cast<float>(a.hidden) + a.epsilon);
   if (threadIdx.x == 0) a.rstd[row] = rstd;

@@ -45,48 +45,49 @@ struct Arguments {
 template <class T, bool VECTOR, bool INTERLEAVED>
 struct Chunk {
   static constexpr int pairs = !VECTOR ? 1 : INTERLEAVED ? Packed<T>::count / 2 : Packed<T>::count;
-  T first[pairs], second[pairs];
+  static constexpr int parts = INTERLEAVED ? 1 : 2;
+  Packed<T> vectors[VECTOR ? parts : 1];
+  T elements[2];  // where it is no vector
 
   __device__ __forceinline__ void load(const T* head, int chunk, int half) {
-    if constexpr (VECTOR && INTERLEAVED) {
-      const Packed<T> both = load_packed(head + chunk * 2 * pairs);
+    if constexpr (VECTOR) {
 #pragma unroll
-      for (int i = 0; i < pairs; ++i) first[i] = both.values[2 * i], second[i] = both.values[2 * i + 1];
-    } else if constexpr (VECTOR) {
-      const Packed<T> one = load_packed(head + chunk * pairs), other = load_packed(head + half + chunk * pairs);
-#pragma unroll
-      for (int i = 0; i < pairs; ++i) first[i] = one.values[i], second[i] = other.values[i];
+      for (int part = 0; part < parts; ++part)
+        vectors[part] = load_packed(head + part * half + chunk * Packed<T>::count);
     } else {
-      first[0] = head[INTERLEAVED ? 2 * chunk : chunk];
-      second[0] = head[INTERLEAVED ? 2 * chunk + 1 : half + chunk];
+      elements[0] = head[INTERLEAVED ? 2 * chunk : chunk];
+      elements[1] = head[INTERLEAVED ? 2 * chunk + 1 : half + chunk];
     }
   }
 
-  __device__ __forceinline__ void rotate(const float (&cosine)[pairs], const float (&sine)[pairs]) {
+  __device__ __forceinline__ void rotate_and_store(const float (&cosine)[pairs], const float (&sine)[pairs], T* head,
+                                                   int chunk, int half) const {
+    float rotated[2 * pairs];  // as they lie in memory: pairs, or one half after the other
 #pragma unroll
     for (int i = 0; i < pairs; ++i) {
-      const float a = to_float(first[i]), b = to_float(second[i]);
-      first[i] = from_float<T>(a * cosine[i] - b * sine[i]);
-      second[i] = from_float<T>(b * cosine[i] + a * sine[i]);
+      const int one = INTERLEAVED ? 2 * i : i, other = INTERLEAVED ? 2 * i + 1 : pairs + i;
+      const float a = element(one), b = element(other);
+      rotated[one] = a * cosine[i] - b * sine[i];
+      rotated[other] = b * cosine[i] + a * sine[i];
+    }
+    if constexpr (VECTOR) {
+#pragma unroll
+      for (int part = 0; part < parts; ++part) {
+        float values[Packed<T>::count];
+#pragma unroll
+        for (int i = 0; i < Packed<T>::count; ++i) values[i] = rotated[part * Packed<T>::count + i];
+        store_packed(head + part * half + chunk * Packed<T>::count, pack<T>(values));
+      }
+    } else {
+      head[INTERLEAVED ? 2 * chunk : chunk] = from_float<T>(rotated[0]);
+      head[INTERLEAVED ? 2 * chunk + 1 : half + chunk] = from_float<T>(rotated[1]);
     }
   }
 
-  __device__ __forceinline__ void store(T* head, int chunk, int half) const {
-    if constexpr (VECTOR && INTERLEAVED) {
-      Packed<T> both;
-#pragma unroll
-      for (int i = 0; i < pairs; ++i) both.values[2 * i] = first[i], both.values[2 * i + 1] = second[i];
-      store_packed(head + chunk * 2 * pairs, both);
-    } else if constexpr (VECTOR) {
-      Packed<T> one, other;
-#pragma unroll
-      for (int i = 0; i < pairs; ++i) one.values[i] = first[i], other.values[i] = second[i];
-      store_packed(head + chunk * pairs, one);
-      store_packed(head + half + chunk * pairs, other);
-    } else {
-      head[INTERLEAVED ? 2 * chunk : chunk] = first[0];
-      head[INTERLEAVED ? 2 * chunk + 1 : half + chunk] = second[0];
-    }
+ private:
+  __device__ __forceinline__ float element(int i) const {
+    if constexpr (VECTOR) return vectors[i / Packed<T>::count].at(i % Packed<T>::count);
+    else return to_float(elements[i]);
   }
 };
 
@@ -120,21 +121,22 @@ __global__ void __launch_bounds__(block_threads) rotary_kernel(Arguments<T> a) {
       load_floats(a.cosines + position * a.pairs + chunk * Part::pairs, cosine);
       load_floats(a.sines + position * a.pairs + chunk * Part::pairs, sine);
     }
+    Part first, second;
+    const auto load_two = [&](int head) {
+      if (head < heads) first.load(from_head(head), chunk, a.pairs);
+      if (head + a.groups < heads) second.load(from_head(head + a.groups), chunk, a.pairs);
+    };
+    load_two(group);  // beside the tables' values, which only then are waited for
 #pragma unroll
     for (int i = 0; i < Part::pairs; ++i) {
       if (!known) cosine[i] = sine[i] = nanf("");
       if (a.conjugate) sine[i] = -sine[i];
     }
     for (int head = group; head < heads; head += 2 * a.groups) {
-      const bool is_last = head + a.groups >= heads;
-      Part first, second;
-      first.load(from_head(head), chunk, a.pairs);
-      if (!is_last) second.load(from_head(head + a.groups), chunk, a.pairs);
-      first.rotate(cosine, sine);
-      first.store(to_head(head), chunk, a.pairs);
-      if (is_last) break;
-      second.rotate(cosine, sine);
-      second.store(to_head(head + a.groups), chunk, a.pairs);
+      if (head != group) load_two(head);
+      first.rotate_and_store(cosine, sine, to_head(head), chunk, a.pairs);
+      if (head + a.groups < heads)
+        second.rotate_and_store(cosine, sine, to_head(head + a.groups), chunk, a.pairs);
     }
   }
   for (int i = lane - group * a.chunk_lanes; i < a.tail; i += a.chunk_lanes)

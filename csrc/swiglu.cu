@@ -47,15 +47,12 @@ struct Tiles {
 template <bool ALIGNED, class T>
 __device__ __forceinline__ Packed<T> read(const T* address) {
   if constexpr (ALIGNED) return load_packed<Cache::streamed>(address);
-  Packed<T> one{};
-  one.values[0] = *address;
-  return one;
+  else return load_of_row<false>(address, 0, 1);
 }
 
 template <bool ALIGNED, class T>
 __device__ __forceinline__ void write(T* address, const Packed<T>& packed) {
-  if constexpr (ALIGNED) store_packed(address, packed);
-  else *address = packed.values[0];
+  store_to_row<ALIGNED>(address, 0, 1, packed);
 }
 
 template <class T>
@@ -79,13 +76,13 @@ __global__ void __launch_bounds__(tile_threads) forward_kernel(const T* packed, 
   for (int i = 0; i < vectors_per_thread; ++i) {
     if (!tiles.has(i)) continue;
     const Place at = places[i];
-    Packed<T> result;
+    float result[Packed<T>::count] = {};
 #pragma unroll
     for (int j = 0; j < Tiles<T, ALIGNED>::width; ++j) {
-      const float g = to_float(gate[i].values[j]);
-      result.values[j] = from_float<T>(g * sigmoid<T>(g) * to_float(up[i].values[j]));
+      const float g = gate[i].at(j);
+      result[j] = g * sigmoid<T>(g) * up[i].at(j);
     }
-    write<ALIGNED>(out + at.row * columns + at.column, result);
+    write<ALIGNED>(out + at.row * columns + at.column, pack<T>(result));
   }
 }
 
@@ -107,17 +104,16 @@ __global__ void __launch_bounds__(tile_threads)
   for (int i = 0; i < vectors_per_thread; ++i) {
     if (!tiles.has(i)) continue;
     const Place at = places[i];
-    Packed<T> grad_gate, grad_up;
+    float grad_gate[Packed<T>::count] = {}, grad_up[Packed<T>::count] = {};
 #pragma unroll
     for (int j = 0; j < Tiles<T, ALIGNED>::width; ++j) {
-      const float d = to_float(grad[i].values[j]), g = to_float(gate[i].values[j]), u = to_float(up[i].values[j]),
-                  s = sigmoid<T>(g);
-      grad_gate.values[j] = from_float<T>(d * u * s * (1.0f + g * (1.0f - s)));
-      grad_up.values[j] = from_float<T>(d * g * s);
+      const float d = grad[i].at(j), g = gate[i].at(j), u = up[i].at(j), s = sigmoid<T>(g);
+      grad_gate[j] = d * u * s * (1.0f + g * (1.0f - s));
+      grad_up[j] = d * g * s;
     }
     T* row = grad_packed + at.row * 2 * columns;
-    write<ALIGNED>(row + at.column, grad_gate);
-    write<ALIGNED>(row + columns + at.column, grad_up);
+    write<ALIGNED>(row + at.column, pack<T>(grad_gate));
+    write<ALIGNED>(row + columns + at.column, pack<T>(grad_up));
   }
 }
 
