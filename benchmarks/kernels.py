@@ -8,8 +8,8 @@ none; the fastest round counts, since other processes only ever add time (the JS
 takes the next of the sets of inputs, which together exceed the last-level cache, and its results are kept until as many
 others have followed: what one candidate has read or written, the next one would find in the cache. Who begins changes
 from round to round. On a GPU a round is a queue of launches behind a device-side wait, timed by events: the host's time
-is not in it. On a CPU glibc is told to keep freed memory, for everyone: else the
-page faults of fresh results would be what is timed.
+is not in it; a round whose wait was too short to enqueue all of them is taken again behind a longer one. On a CPU glibc
+is told to keep freed memory, for everyone: else the page faults of fresh results would be what is timed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import json
 import platform
 import re
 import statistics
+import sys
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -41,7 +43,8 @@ ROTATION_BYTES = {
 }  # beyond the caches: 260 MiB on large Xeons, 50-60 MB on H100/H200
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 LAUNCHES = 5  # of one candidate in one round on a GPU
-WAIT_CYCLES = 4_000_000  # 2 ms at 2 GHz: long enough to enqueue the launches behind it
+WAIT_CYCLES = 4_000_000  # 2 ms at 2 GHz: long enough to enqueue most launches behind it
+LONGEST_WAIT_CYCLES = 32 * WAIT_CYCLES  # of launches that take longer to enqueue, an optimizer's over many tensors
 WARM_UP_ROUNDS = 2  # the first of them compiles
 
 
@@ -88,14 +91,20 @@ def milliseconds(device: str, run: Callable[[], object]) -> float:
         start = time.perf_counter()
         run()
         return (time.perf_counter() - start) * 1e3
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(WAIT_CYCLES)
-    first.record()
-    for _ in range(LAUNCHES):
-        run()
-    last.record()
-    last.synchronize()
-    return first.elapsed_time(last) / LAUNCHES
+    wait = WAIT_CYCLES
+    while True:
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(wait)
+        first.record()
+        for _ in range(LAUNCHES):
+            run()
+        last.record()
+        # Where the device has gone past the wait before the last launch was enqueued, it may have waited for the host.
+        in_time = not first.query()
+        last.synchronize()
+        if in_time or wait >= LONGEST_WAIT_CYCLES:
+            return first.elapsed_time(last) / LAUNCHES
+        wait *= 2
 
 
 def passes(workload: Workload, rotation: Rotation, candidate: Callable) -> dict[str, Callable[[], object]]:
@@ -243,18 +252,28 @@ def main() -> None:
     workloads = (cuda_workloads if device == "cuda" else cpu_workloads)(arguments.quick)
     name = hardware(device)
     rows: list[dict] = []
+    failed: list[str] = []
     for workload in workloads:
         if arguments.only in (None, workload.op.partition(",")[0]):
+            title = f"{workload.op} {workload.shape} {str(workload.dtype)[6:]}"
             rounds = rounds_of(workload, device, arguments.quick)
-            times = measure(workload, device, rounds, not arguments.no_compile)
+            try:
+                times = measure(workload, device, rounds, not arguments.no_compile)
+            except Exception:  # of our kernel: the others are still to be measured
+                traceback.print_exc()
+                failed.append(title)
+                continue
             rows = with_shares(rows + summarise(workload, times, device))
             # After every workload: a run that is stopped leaves what it has measured.
             path = write(rows, arguments.results, name)
-            print(f"{workload.op} {workload.shape} {str(workload.dtype)[6:]}", flush=True)
-    if not rows:
+            print(title, flush=True)
+    if not rows and not failed:
         parser.error(f"--only {arguments.only}: no such op; see cpu_workloads and cuda_workloads")
-    show(rows, f"{name}, torch {torch.__version__}: x = how many times faster ours is")
-    print(path)
+    if rows:
+        show(rows, f"{name}, torch {torch.__version__}: x = how many times faster ours is")
+        print(path)
+    if failed:
+        sys.exit(f"not measured, for the errors above: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

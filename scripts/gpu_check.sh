@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command and under eight minutes: builds the extension for this GPU, runs
-# `pytest -m gpu` (compute-sanitizer's tests apart from the others) and the benchmarks, and leaves a log of each part
+# `pytest -m gpu` (in processes beside each other, compute-sanitizer's last) and the benchmarks, and leaves a log of each part
 # and a summary in one folder. OUT.tar.gz holds all of it after every part, for machines from which few files come back.
 #
 #   scripts/gpu_check.sh [WHEELS]
@@ -16,7 +16,7 @@
 #   OUT     folder of the results        (default benchmarks/results/<GPU>)
 #   PYTHON  interpreter that has torch   (default python3)
 #
-# Exit code: the number of parts that failed. A part that runs out of its time fails with 124, or 137 if it had to be
+# Exit code: the number of parts that failed, whose failures hide no other part. A part that runs out of its time fails with 124, or 137 if it had to be
 # killed.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
@@ -37,18 +37,39 @@ mkdir -p "$results"
 summary=$results/summary.txt
 failed=0
 
-# part NAME SECONDS COMMAND...: runs it within its time, its output to NAME.log, one line to the summary. At its end it
+# run NAME SECONDS COMMAND...: runs it within its time, its output to NAME.log, one line to the summary. At its end it
 # is interrupted, not terminated: pytest then still tells what had failed, and Python where it was.
-part() {
+run() {
   local name=$1 limit=$2 started=$SECONDS code
   shift 2
   echo "== $name (at most $limit s)"
   timeout --signal=INT --kill-after=5 "$limit" "$@" >"$results/$name.log" 2>&1
   code=$?
   tail -n 5 "$results/$name.log"
-  printf '%-12s exit code %3d  %4d s\n' "$name" "$code" $((SECONDS - started)) | tee -a "$summary"
-  [ "$code" -eq 0 ] || failed=$((failed + 1))
-  tar -C "$(dirname "$results")" -czf "$results.tar.gz" "$(basename "$results")"
+  printf '%-17s exit code %3d  %4d s\n' "$name" "$code" $((SECONDS - started)) | tee -a "$summary"
+  return "$code"
+}
+pack() { tar -C "$(dirname "$results")" -czf "$results.tar.gz" "$(basename "$results")"; }
+
+part() {
+  run "$@" || failed=$((failed + 1))
+  pack
+}
+
+# beside NAME SECONDS COMMAND...: a part that runs beside those after it, until `together` has waited for them all. A
+# shell's background jobs ignore interrupts, and so would what they start.
+running=()
+beside() {
+  local name=$1 limit=$2
+  shift 2
+  run "$name" "$limit" env --default-signal=INT "$@" &
+  running+=($!)
+}
+together() {
+  local job
+  for job in "${running[@]}"; do wait "$job" || failed=$((failed + 1)); done
+  running=()
+  pack
 }
 
 {
@@ -87,22 +108,36 @@ grep -h "^Python\|^GPU\|missing" "$results/needs.log" >>"$summary"
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -cd '0-9')
 export K2_BUILD_CUDA=1 K2_CUDA_ARCHITECTURES=$capability
 part build 75 "$python" setup.py build_ext --inplace
-# Only the kernels' folder has tests for a GPU; the fixtures above it need packages that the machine may not have.
+# Only the kernels' folder has tests for a GPU; the fixtures above it need packages that the machine may not have. Several
+# processes: what an illegal access leaves behind fails every later test of its process, and of no other.
 pytest=("$python" -m pytest -vv -rs --tb=short --durations=10 --continue-on-collection-errors -m gpu -p no:cacheprovider
         --confcutdir tests/kernels)
-part tests 130 "${pytest[@]}" --ignore tests/kernels/test_sanitized_gpu.py --ignore tests/kernels/emulated tests/kernels
+cases=tests/kernels/test_kernel_accuracy.py lists=tests/kernels/test_multi_tensor.py
+beside tests_norm 110 "${pytest[@]}" -k "rms_norm" "$cases"
+beside tests_elementwise 110 "${pytest[@]}" -k "swiglu or rotary" "$cases"
+beside tests_lists 110 "${pytest[@]}" -k "adamw or clip or multi_tensor" "$cases" "$lists"
+beside tests_loss 110 "${pytest[@]}" -k "not (rms_norm or swiglu or rotary or adamw or clip)" "$cases"
+beside tests_device 110 "${pytest[@]}" tests/kernels/test_on_a_gpu.py
+beside tests_rest 110 "${pytest[@]}" --ignore "$cases" --ignore "$lists" --ignore tests/kernels/test_on_a_gpu.py \
+  --ignore tests/kernels/test_sanitized_gpu.py --ignore tests/kernels/emulated tests/kernels
+together
 # Where the extension or the GPU cannot be used every test is skipped, and pytest ends with 0.
-grep -h "^FAILED\|^ERROR\| passed\| skipped" "$results/tests.log" | tail -n 40 >>"$summary"
-if ! grep -q ' PASSED' "$results/tests.log"; then
-  echo "tests        none passed: see tests.log" | tee -a "$summary"
-  failed=$((failed + 1))
-fi
+for log in "$results"/tests_*.log; do
+  grep -h "^FAILED\|^ERROR\| passed\| skipped" "$log" | tail -n 20 >>"$summary"
+  if ! grep -q ' PASSED' "$log"; then
+    echo "$(basename "$log"): none passed" | tee -a "$summary"
+    failed=$((failed + 1))
+  fi
+done
 # All of K2's shapes; then fewer beside torch.compile, each of whose graphs takes seconds to compile.
 part kernels 70 "$python" -m benchmarks.kernels --no-compile --results "$results"
 part compiled 65 "$python" -m benchmarks.kernels --quick --results "$results/beside_torch_compile"
 part train_step 25 "$python" -m benchmarks.train_step --output "$results/train_step.json"
 # Last: under the sanitizer Python alone takes half of its time to start.
-part sanitizer 55 "${pytest[@]}" tests/kernels/test_sanitized_gpu.py
+for check in memcheck racecheck; do
+  beside "$check" 75 "${pytest[@]}" -k "$check" tests/kernels/test_sanitized_gpu.py
+done
+together
 
 echo "results in $results; $failed parts failed"
 exit "$failed"
