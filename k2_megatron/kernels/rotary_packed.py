@@ -65,6 +65,17 @@ def _in_pairs(slices: list[tuple[torch.Tensor, ...]]):
     return zip(slices[::2], slices[1::2], strict=True)
 
 
+def in_wide_elements(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors' memory as elements of 16 bytes, where all of it is whole, aligned ones; else as they are. On a GPU
+    torch copies strided tensors an element a thread and step, and of 2 bytes each that is bound by instructions."""
+    for tensor in tensors:
+        width = 16 // tensor.element_size()
+        steps = (tensor.shape[-1], *tensor.stride()[:-1], tensor.storage_offset())
+        if tensor.stride(-1) != 1 or tensor.data_ptr() % 16 or any(step % width for step in steps):
+            return tensors
+    return tuple(tensor.view(torch.complex128) for tensor in tensors)
+
+
 class _RotaryPacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, cos, sin, head_dim, positions, interleaved):
@@ -85,6 +96,8 @@ class _RotaryPacked(torch.autograd.Function):
         grad_q, grad_k = with_dense_heads(grad_q), with_dense_heads(grad_k)
         packed = grad_q.new_empty(ctx.shape)
         *to_heads, to_v = packed.split(head_dim, dim=3)
+        if grad_v.is_cuda:
+            to_v, grad_v = in_wide_elements(to_v, grad_v)
         to_v.copy_(grad_v)
         queries = len(to_heads) - 1
         heads = [*(grad_q[:, :, query::queries] for query in range(queries)), grad_k]

@@ -13,7 +13,7 @@ from k2_megatron.kernels.cross_entropy import vocab_parallel_cross_entropy
 from k2_megatron.kernels.linear_cross_entropy import linear_cross_entropy
 from k2_megatron.kernels.rms_norm import add_rms_norm, rms_norm
 from k2_megatron.kernels.rotary import rotary, rotary_tables
-from k2_megatron.kernels.rotary_packed import rotary_packed
+from k2_megatron.kernels.rotary_packed import in_wide_elements, rotary_packed
 from k2_megatron.kernels.swiglu import swiglu
 
 OPS = torch.ops.k2_megatron
@@ -207,6 +207,25 @@ def test_packed_rotation_of_a_tensor_that_autograd_saved_is_reported():
     outputs = rotary_packed(packed, *rotary_tables(4, DIM, 100.0, "cpu"), DIM, backend="cpu")
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         sum(output.sum() for output in outputs).backward()
+
+
+@pytest.mark.parametrize(
+    ("dim", "offset", "dtype", "elements"),
+    [
+        (32, 0, torch.bfloat16, torch.complex128),
+        (4, 0, torch.float32, torch.complex128),
+        (12, 0, torch.bfloat16, torch.bfloat16),  # a head and a half of 16 bytes
+        (32, 3, torch.bfloat16, torch.bfloat16),  # starts between them
+    ],
+)
+def test_heads_are_copied_16_bytes_at_a_time_where_memory_allows(dim, offset, dtype, elements):
+    packed = torch.zeros(offset + 5 * 2 * 3 * 3 * dim, dtype=dtype)[offset:].view(5, 2, 3, 3 * dim)
+    value = torch.randn(3, 1, dim).to(dtype).expand(5, 3, 2, dim).transpose(1, 2)  # one batch row for all
+    to, source = in_wide_elements(packed[..., 2 * dim :], value)
+    assert to.dtype == source.dtype == elements
+    to.copy_(source)
+    assert torch.equal(packed[..., 2 * dim :], value)
+    assert not packed[..., : 2 * dim].any()
 
 
 @on_cpu
