@@ -8,8 +8,9 @@ none; the fastest round counts, since other processes only ever add time (the JS
 takes the next of the sets of inputs, which together exceed the last-level cache, and its results are kept until as many
 others have followed: what one candidate has read or written, the next one would find in the cache. Who begins changes
 from round to round. On a GPU a round is a queue of launches behind a device-side wait, timed by events: the host's time
-is not in it; a round whose wait was too short to enqueue all of them is taken again behind a longer one. On a CPU glibc
-is told to keep freed memory, for everyone: else the page faults of fresh results would be what is timed.
+is not in it; a round whose wait was too short to enqueue them is taken again behind a longer one. There a copy of as
+many bytes as the workload's takes its turn too: "of equal" is against its time. On a CPU glibc is told to keep freed
+memory, for everyone: else the page faults of fresh results would be what is timed.
 """
 
 from __future__ import annotations
@@ -120,6 +121,19 @@ def passes(workload: Workload, rotation: Rotation, candidate: Callable) -> dict[
     return runs
 
 
+def equal_copies(source: torch.Tensor, target: torch.Tensor, moved_bytes: int) -> Callable[[], object]:
+    """A copy that moves as many bytes as a workload, each time of the buffers' next part: what a kernel of that size
+    could at best take, with the launch and the ramps that a copy of a gigabyte does not show."""
+    elements = min(max(1, moved_bytes // 2 // source.element_size()), source.numel())
+    starts = itertools.cycle(range(0, source.numel() - elements + 1, elements))
+
+    def copy() -> object:
+        start = next(starts)
+        return target[start : start + elements].copy_(source[start : start + elements])
+
+    return copy
+
+
 def able(workload: Workload, rotation: Rotation, name: str, candidate: Callable) -> dict[str, Callable] | None:
     """passes() of a candidate, tried once; None, with the reason on the screen, where another's package fails."""
     try:
@@ -149,6 +163,8 @@ def measure(workload: Workload, device: str, rounds: int, with_compile: bool) ->
     times: dict[str, dict[str, list[float]]] = {}
     for part in next(iter(runs.values())):
         turns = {name: run[part] for name, run in runs.items()} | {"copy": lambda: target.copy_(source)}
+        if 0 < necessary_bytes(workload, part) <= 2 * COPY_BYTES[device] and device == "cuda":
+            turns["equal copy"] = equal_copies(source, target, necessary_bytes(workload, part))
         times[part] = {name: [] for name in turns}
         names = list(turns)
         for number in range(rounds + WARM_UP_ROUNDS):
@@ -160,11 +176,15 @@ def measure(workload: Workload, device: str, rounds: int, with_compile: bool) ->
     return times
 
 
+def necessary_bytes(workload: Workload, part: str) -> int:
+    return workload.forward_bytes + (workload.backward_bytes if part != "forward" else 0)
+
+
 def summarise(workload: Workload, times: dict[str, dict[str, list[float]]], device: str) -> list[dict]:
     """One row a pass, by the fastest rounds: bandwidth of the necessary bytes, that of the copy beside it, ratios."""
     rows = []
     for part, by_name in times.items():
-        necessary = workload.forward_bytes + (workload.backward_bytes if part != "forward" else 0)
+        necessary = necessary_bytes(workload, part)
         fastest = {name: min(values) for name, values in by_name.items()}
         copy_rate, rate = 2 * COPY_BYTES[device] / fastest["copy"] / 1e6, necessary / fastest["ours"] / 1e6
         rows.append({
@@ -174,8 +194,11 @@ def summarise(workload: Workload, times: dict[str, dict[str, list[float]]], devi
             "necessary_bytes": necessary,
             "gigabytes_per_second": rate,
             "copy_gigabytes_per_second": copy_rate,
+            "share_of_equal_copy": fastest["equal copy"] / fastest["ours"] if "equal copy" in fastest else None,
             "times_faster_than": {
-                name: taken / fastest["ours"] for name, taken in fastest.items() if name not in ("ours", "copy")
+                name: taken / fastest["ours"]
+                for name, taken in fastest.items()
+                if name not in ("ours", "copy", "equal copy")
             },
             "rounds": len(by_name["ours"]),
         })  # fmt: skip
@@ -197,15 +220,17 @@ def show(rows: list[dict], title: str) -> None:
     table = Table(title=title, title_justify="left")
     for heading in ("op", "shape", "dtype", "pass"):
         table.add_column(heading)
-    for heading in ("ms", "GB/s", "% of copy", *(f"x {name}" for name in others)):
+    for heading in ("ms", "GB/s", "% of copy", "of equal", *(f"x {name}" for name in others)):
         table.add_column(heading, justify="right")
     for row in rows:
+        equal = row["share_of_equal_copy"]
         bandwidth = [f"{row['gigabytes_per_second']:.1f}", f"{100 * row['share_of_copy']:.0f}"]
+        bandwidth.append(f"{100 * equal:.0f}" if equal else "-")
         ratios = [
             f"{row['times_faster_than'][name]:.2f}" if name in row["times_faster_than"] else "-" for name in others
         ]
         table.add_row(row["op"], row["shape"], row["dtype"], row["pass"], f"{row['milliseconds']['ours']:.3f}",
-                      *(bandwidth if row["necessary_bytes"] else ["-", "-"]), *ratios)  # fmt: skip
+                      *(bandwidth if row["necessary_bytes"] else ["-", "-", "-"]), *ratios)  # fmt: skip
     Console(width=None if Console().is_terminal else 170).print(table)
 
 

@@ -130,7 +130,7 @@ for log in "$results"/tests_*.log; do
   fi
 done
 # All of K2's shapes; then fewer beside torch.compile, each of whose graphs takes seconds to compile.
-part kernels 70 "$python" -m benchmarks.kernels --no-compile --results "$results"
+part kernels 75 "$python" -m benchmarks.kernels --no-compile --results "$results"
 part compiled 65 "$python" -m benchmarks.kernels --quick --results "$results/beside_torch_compile"
 part train_step 25 "$python" -m benchmarks.train_step --output "$results/train_step.json"
 # Last: under the sanitizer Python alone takes half of its time to start.

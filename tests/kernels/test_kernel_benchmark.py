@@ -190,9 +190,9 @@ def test_all_shapes_fit_the_limit_of_the_check_on_a_gpu():
         linear = workload.op == "linear_cross_entropy"
         both = linear or workload.backward_bytes > 0
         candidates = len(workload.candidates) + (0 if linear or not both else 2)
-        waits += rounds * (1 + both) * (candidates + 1) * kernels.WAIT_CYCLES / 1.4e9
+        waits += rounds * (1 + both) * (candidates + 2) * kernels.WAIT_CYCLES / 1.4e9
         moved = workload.forward_bytes * (1 + both) + workload.backward_bytes
-        seconds = moved * (1 + 4 * (candidates - 1)) / 2e12 + (1 + both) * 2 * kernels.COPY_BYTES["cuda"] / 2e12
+        seconds = moved * (2 + 4 * (candidates - 1)) / 2e12 + (1 + both) * 2 * kernels.COPY_BYTES["cuda"] / 2e12
         if linear:
             tokens, hidden, vocabulary = map(int, workload.shape.split(" x "))
             gemms = (1 + 1) + (4 + 3)  # a round: two forwards, ours with its backward, torch's
@@ -226,6 +226,22 @@ def test_k2s_shapes_are_all_there():
             }
             wanted |= {(op, f"{count} x 8192") for op in ("rms_norm", "add_rms_norm") for count in (rows, rows // 8)}
             assert wanted <= shapes, wanted - shapes
+
+
+def test_a_copy_of_equal_size_moves_those_bytes_elsewhere_each_time():
+    source, target = torch.arange(1.0, 11.0), torch.zeros(10)
+    copy = kernels.equal_copies(source, target, moved_bytes=2 * 4 * 3)
+    for expected in ([1, 2, 3], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7, 8, 9]):
+        copy()
+        assert target.tolist() == expected + [0] * (10 - len(expected))
+    target.zero_()
+    copy()
+    assert target.tolist() == [1, 2, 3, 0, 0, 0, 0, 0, 0, 0]
+    workload = Workload("double", "4", torch.float32, 100, 0, lambda: (), lambda inputs: (), {})
+    times = {"forward": {"ours": [2.0], "copy": [1.0], "equal copy": [1.5], "eager": [3.0]}}
+    (row,) = kernels.summarise(workload, times, "cpu")
+    assert row["share_of_equal_copy"] == 0.75
+    assert row["times_faster_than"] == {"eager": 1.5}
 
 
 def test_a_slow_copy_flatters_nobody():
