@@ -167,6 +167,7 @@ __global__ void __launch_bounds__(loss_threads)
                 int64_t ignore_index) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * loss_threads + threadIdx.x;
   if (row >= rows) return;
+  const int64_t label = labels[row];  // on its way with the statistics
   const auto of_rank = [&](int64_t rank) { return all_statistics + rank * (planes * rows + 1); };
   const auto plane_of = [&](int64_t rank, int plane) { return of_rank(rank)[plane * rows + row]; };
   float maximum = -infinity, sum = 0.0f, target = 0.0f, logit_sum = 0.0f;
@@ -185,7 +186,6 @@ __global__ void __launch_bounds__(loss_threads)
   }
   const float above_shift = logf(sum), log_sum = shift + above_shift;
   const float smoothing = planes > 3 ? label_smoothing : 0.0f;
-  const int64_t label = labels[row];
   // The large numbers first: of logits of 30,000 the loss keeps all its digits.
   float value = above_shift + (shift - (1.0f - smoothing) * target) + z_loss * log_sum * log_sum;
   if (smoothing != 0.0f) value -= smoothing * (logit_sum / static_cast<float>(vocabulary_size));

@@ -34,8 +34,8 @@ print(len(small), "cases ran")
 @pytest.mark.parametrize("check", ["memcheck", "racecheck"])
 def test_small_cases_of_every_op(check):
     ours = ("--kernel-name", "kns=2k24cuda")  # k2::cuda, mangled: torch's kernels run unwatched, at their own speed
-    # torch asks the driver for things that it may not have; a failed launch of ours is an exception anyhow.
-    quiet = ("--report-api-errors", "no") if check == "memcheck" else ()
+    # torch asks the driver for entry points that it may lack; a failed launch of ours is an exception anyhow.
+    quiet = ("--report-api-errors", "no")
     command = [TOOL, "--tool", check, *ours, *quiet, "--error-exitcode", "99", sys.executable, "-c", RUN_SMALL_CASES]
     # Without torch's cache each tensor is an allocation of its own, and an access past its end is seen.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
