@@ -15,6 +15,7 @@ import sys
 import time
 
 from k2_megatron.data.encoder import ENCODERS
+from k2_megatron.data.long_texts import UNBROKEN_BYTES
 from k2_megatron.data.preprocess import preprocess
 from k2_megatron.data.progress import ConsoleProgress
 from k2_megatron.data.shards import Job
@@ -76,10 +77,19 @@ def parse_arguments() -> argparse.Namespace:
         default=0.001,
         help="stop where more documents are unreadable (0.001)",
     )
+    add(
+        "--max-unbroken-size",
+        type=parse_size,
+        default=UNBROKEN_BYTES,
+        help="reject a document with a longer stretch whose ids can only be made at once, in up to 45 times as much "
+        "memory (4M)",
+    )
     add("--encoder", choices=ENCODERS, default="auto", help="library that encodes (auto: the fastest exact one)")
     options = parser.parse_args()
     if (options.part[1] > 1 or options.merge) and options.shard_size is None:
         parser.error("--part and --merge need --shard-size: parts leave their shards as they are")
+    if options.max_unbroken_size < UNBROKEN_BYTES:
+        parser.error(f"--max-unbroken-size: {UNBROKEN_BYTES >> 20}M or more: so much is encoded at once anyway")
     return options
 
 
@@ -98,6 +108,7 @@ def main() -> int:
             shard_bytes=options.shard_size or DEFAULT_SHARD_BYTES,
             one_file=options.shard_size is None,
             encoder=options.encoder,
+            unbroken_bytes=options.max_unbroken_size,
         )
         with ConsoleProgress(sum(source.size for source in job.sources) // options.part[1]) as progress:
             totals = preprocess(

@@ -1,6 +1,6 @@
 // Texts out of JSON lines, and ids into token files: what preprocessing does to every byte besides encoding it.
-// Definitions are in ops.h. json_texts takes a line only where it is sure of it: strict JSON (RFC 8259) with the key
-// once, and its string, escapes and UTF-8 sound. Whatever else is left to the caller's own parser, so that no line is
+// Definitions are in ops.h. json_texts takes a line only where it is sure of it: strict JSON (RFC 8259), the string under
+// the key (the last one, if it is there twice), escapes and UTF-8 sound. Whatever else is left to the caller's own parser, so that no line is
 // ever judged bad here.
 #include <cstring>
 
@@ -15,7 +15,7 @@ namespace {
 
 using Byte = unsigned char;
 constexpr int kDeepest = 32;   // nesting; deeper lines are left to the caller
-constexpr int kDigits = 18;    // of a number: more may not fit 64 bits
+constexpr int kDigits = 200;   // of a number, and two of its exponent: a double for certain
 constexpr int64_t kWide = 32;  // bytes of a step; `text` has room for one step more than the block
 
 struct Line {
@@ -153,7 +153,7 @@ inline bool pass_digits(Line& line, int& left) {
   return line.at > first;
 }
 
-// Plain decimals only: exponents and long numbers are left to the caller.
+// Numbers that may be beyond a double are left to the caller.
 inline bool pass_number(Line& line) {
   int left = kDigits;
   if (*line.at == '-') ++line.at;
@@ -164,7 +164,13 @@ inline bool pass_number(Line& line) {
     ++line.at;
     if (!pass_digits(line, left)) return false;
   }
-  return left >= 0 && (line.at >= line.end || (*line.at | 32) != 'e');
+  if (line.at < line.end && (*line.at | 32) == 'e') {
+    ++line.at;
+    if (line.at < line.end && (*line.at == '+' || *line.at == '-')) ++line.at;
+    int exponent = 2;
+    if (!pass_digits(line, exponent) || exponent < 0) return false;
+  }
+  return left >= 0;
 }
 
 inline bool pass_word(Line& line, const char* word) {
@@ -233,7 +239,7 @@ Byte* pass_line(Line& line, const Byte* key, int64_t key_size, Byte* text) {
       if (!pass_value(line, 1)) return nullptr;
       continue;
     }
-    if (after != nullptr || line.at >= line.end || *line.at++ != '"') return nullptr;
+    if (line.at >= line.end || *line.at++ != '"') return nullptr;
     after = text;
     if (!pass_string<true>(line, after)) return nullptr;
   } while (pass(line, ','));

@@ -24,6 +24,7 @@ from k2_megatron.data.texts import Texts
 LONG_LINE_BYTES = 2 << 20
 LONG_STRING_BYTES = 64 << 10
 PART_BYTES = 1 << 20  # of a long string, at once
+OUTLINE_BYTES = 8 << 20  # of a line without its long strings; orjson's objects take four to twenty times as much
 # Not to be cut: an escape, and two of which the first is the upper half of a pair.
 ESCAPE = re.compile(rb"\\(?:u(?:[dD][89abAB]..\\u)?....|.)", re.DOTALL)
 PAIR_BYTES = 12
@@ -48,8 +49,7 @@ def parse_long_line(line: memoryview, keys: Sequence[str], shard: int) -> Piece:
         release_freed_memory()  # that of the line while it grew
     piece = Piece(shard, {key: [] for key in keys}, lines=1, raw=(line,))
     line = line[: len(line) - (line[-1:] == b"\n")]  # orjson's reasons count to the end of it
-    scanned = _scanned(line, keys[0]) if len(keys) == 1 else None
-    found = {keys[0]: scanned} if scanned is not None else _read_in_parts(line, keys)
+    found = _scanned(line, keys) or _read_in_parts(line, keys)
     if not isinstance(found, str):
         piece.texts = found
     elif re.search(rb"\S", line) is None:
@@ -59,17 +59,22 @@ def parse_long_line(line: memoryview, keys: Sequence[str], shard: int) -> Piece:
     return piece
 
 
-def _scanned(line: memoryview, key: str) -> Texts | None:
-    """The text that the compiled scanner gives, if it does."""
+def _scanned(line: memoryview, keys: Sequence[str]) -> dict[str, Texts] | None:
+    """The texts that the compiled scanner gives, if it does."""
     scanner = compiled()
     if scanner is None:
         return None
-    name = key.encode()
-    content = np.empty(len(line) + SPARE_BYTES, dtype=np.uint8)
-    offsets, cursor = np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.int64)
-    results = (content.ctypes.data, offsets.ctypes.data, cursor.ctypes.data)
-    scanner.json_texts(address(line), len(line), address(name), len(name), *results, 1)
-    return Texts(content[: offsets[1]], offsets) if cursor[1] else None
+    found: dict[str, Texts] = {}
+    for key in keys:
+        name = key.encode()
+        content = np.empty(len(line) + SPARE_BYTES, dtype=np.uint8)
+        offsets, cursor = np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.int64)
+        results = (content.ctypes.data, offsets.ctypes.data, cursor.ctypes.data)
+        scanner.json_texts(address(line), len(line), address(name), len(name), *results, 1)
+        if not cursor[1]:
+            return None
+        found[key] = Texts(content[: offsets[1]], offsets)
+    return found
 
 
 def _read_in_parts(line: memoryview, keys: Sequence[str]) -> dict[str, Texts] | str:
@@ -77,9 +82,12 @@ def _read_in_parts(line: memoryview, keys: Sequence[str]) -> dict[str, Texts] | 
     if why_not_utf8(line):
         return _not_json([(0, NOT_UTF8)])
     strings = _long_strings(line)
-    outline: bytes | memoryview = _outline(line, strings)
-    if len(outline) > LONG_LINE_BYTES:  # of many short values: then there is no other way
-        strings, outline = [], line
+    beside = len(line) - sum(string.places[-1] - string.places[0] for string in strings)
+    if beside > OUTLINE_BYTES and compiled() is not None:
+        return (
+            f"more than {OUTLINE_BYTES >> 20} MiB beside its long strings, not plain enough to be read without objects"
+        )
+    outline = _outline(line, strings)
     texts: dict[str, list[str]] = {key: [] for key in keys}
     try:
         reason = take_texts(orjson.loads(outline), keys, texts)

@@ -1,33 +1,35 @@
 """Long documents to ids in slices, so that memory does not grow with a document: only where the ids are the same.
 
-In: an encoder, its tokenizer and a text. Out: ids, slice after slice. A text may be cut where no piece of the
-vocabulary stands in it across the cut (then no merge reaches over it: each merge's result is a piece) and where, at
-this very cut, the text around it gives the same ids in two parts as in one. Looked for are single
-spaces and newlines between other characters, then other places. What a pre-tokenizer splits at decides over more than
-the text around, so that with one those are only places between two letters without case (Chinese, Japanese, Thai): any
-that keeps runs of letters together goes on with such a run as it would begin it. A text without such places is encoded
-whole.
+In: an encoder, its tokenizer and a text. Out: the slices of the text, and their ids one after another. A text may be
+cut where no piece of the vocabulary stands in it across the cut (then no merge reaches over it: each merge's result is
+a piece) and where, at this very cut, the text around it gives the same ids in two parts as in one. Looked for are
+single spaces and newlines between other characters, then other places. What a pre-tokenizer splits at decides over more
+than the text around, so that with one those are only places between two letters without case (Chinese, Japanese, Thai):
+any that keeps runs of letters together goes on with such a run as it would begin it. Where there is no such place,
+boundaries of byte-pair encoding are tried (byte_pair_cuts.py). A text that stays whole for too long has no slices.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 
+from k2_megatron.data.byte_pair_cuts import Encode, Seam, character_at, find_seam, has_seams, ids_of
 from k2_megatron.data.texts import Texts
 from k2_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
+from k2_megatron.data.word_patterns import counts_characters
 
 LONG_TEXT_BYTES = 2 << 20  # longer ones are sliced
 SLICE_BYTES = 1 << 20
+UNBROKEN_BYTES = 4 << 20  # of a slice that has no place to cut; its ids take thirty times as much meanwhile
 WINDOW_BYTES = 1 << 10  # on either side of a cut that are encoded twice
 TRIED_PLACES = 20  # of a kind, for one cut, before it is looked for a slice later
 READ_PLACES = 400  # between two characters, of which those are tried over which no piece is seen to reach
-Encode = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,16 @@ class Cut:
     drop: int
 
 
+@dataclass(frozen=True)
+class Slice:
+    """Bytes first..end - 1 of a text, encoded on their own, and which of their ids are taken: drop..keep - 1."""
+
+    first: int
+    end: int
+    drop: int = 0
+    keep: int | None = None
+
+
 CUTS = (Cut(1, 0), Cut(0, 0), Cut(0, 1))
 SPACES = (re.compile(rb"(?<=[^\s]) (?=[^\s])"), re.compile(rb"(?<=[^\s])\n(?=[^\s])"))
 BETWEEN = re.compile(rb"(?<=[^\s])(?=[^\s\x80-\xBF])")  # two characters: all but the first byte of one are \x80-\xBF
@@ -47,42 +59,74 @@ BETWEEN = re.compile(rb"(?<=[^\s])(?=[^\s\x80-\xBF])")  # two characters: all bu
 class Slicer:
     """Where an encoder's texts may be cut."""
 
-    def __init__(self, encode: Encode, tokenizer: HuggingFaceTokenizer | SentencePieceTokenizer):
-        self._encode = encode
+    def __init__(
+        self,
+        encode: Encode,
+        tokenizer: HuggingFaceTokenizer | SentencePieceTokenizer,
+        unbroken_bytes: int = UNBROKEN_BYTES,
+    ):
+        """`unbroken_bytes`: the longest slice of a long text."""
+        self._encode, self._tokenizer, self._unbroken_bytes = encode, tokenizer, unbroken_bytes
         self._piece_at = tokenizer.piece_at
         self._pieces = frozenset(tokenizer.pieces())
         self._lengths = sorted(set(map(len, self._pieces)))
         self._longest = self._lengths[-1]
-        self._caseless_only = tokenizer.splits_words
-        self._never = tokenizer.splits_by_count  # what stands behind a cut would be counted anew
+        self._caseless_only = tokenizer.pre_tokenizer is not None
+        self._never = counts_characters(tokenizer.pre_tokenizer)  # what stands behind a cut would be counted anew
+        self._has_seams = has_seams(tokenizer)
 
-    def _ids(self, text: np.ndarray) -> np.ndarray:
-        return self._encode(Texts(text, np.array([0, len(text)], dtype=np.int64)))[0]
+    def encode(self, text: np.ndarray, slices: Sequence[Slice]) -> Iterator[np.ndarray]:
+        """The ids of a text (its UTF-8 as uint8 [bytes]), slice after slice."""
+        for one in slices:
+            yield ids_of(self._encode, text[one.first : one.end])[one.drop : one.keep]
 
-    def encode(self, text: np.ndarray) -> Iterator[np.ndarray]:
-        """The ids of a text (its UTF-8 as uint8 [bytes]), in one or more arrays."""
-        start, drop = 0, 0
-        while len(text) - start > LONG_TEXT_BYTES and not self._never:
-            found = self._find(text, start + SLICE_BYTES)
-            if found is None:
-                break
-            place, cut = found
-            yield self._ids(text[start:place])[drop:]
-            start, drop = place + cut.skip, cut.drop
-        yield self._ids(text[start:])[drop:]
+    def slices(self, text: np.ndarray) -> list[Slice] | None:
+        """The slices of a text; None where one would be too long."""
+        found: list[tuple[Slice, tuple[int, ...]]] = []
+        begins: tuple[int, ...] = ()
+        current, least = Slice(0, len(text)), SLICE_BYTES
+        while True:
+            seam = self._find(text, current, least)
+            end = seam.end if seam else len(text)
+            if len(text) > LONG_TEXT_BYTES and end - current.first > self._unbroken_bytes:
+                return None
+            if begins and not self._begin_with(begins, text[current.first : end], seam):
+                (current, begins), least = found.pop(), end  # the cut before does not hold
+                continue
+            found.append((replace(current, end=end, keep=seam.keep if seam else None), begins))
+            if seam is None:
+                return [one for one, _ in found]
+            current, begins = Slice(seam.first, len(text), seam.drop), seam.begins
+            least = current.first + SLICE_BYTES
 
-    def _find(self, text: np.ndarray, at_least: int) -> tuple[int, Cut] | None:
-        """The first place from `at_least` on where a cut changes no id."""
-        for first in range(at_least, len(text) - WINDOW_BYTES, SLICE_BYTES):
-            for pattern in (*SPACES, BETWEEN):
-                matches = pattern.finditer(text[first : first + SLICE_BYTES + 2].data)
-                places = (first + match.start() for match in matches)
-                if pattern is BETWEEN:
-                    places = (place for place in islice(places, READ_PLACES) if self._may_part(text, place))
-                for place in islice(places, TRIED_PLACES):
-                    cut = self._cut_at(text, place, CUTS[1:] if pattern is BETWEEN else CUTS)
-                    if cut is not None:
-                        return place, cut
+    def _begin_with(self, begins: tuple[int, ...], text: np.ndarray, seam: Seam | None) -> bool:
+        """Whether the ids of a slice begin so; the seam behind it may know them."""
+        ids = seam.ids if seam is not None and seam.ids is not None else ids_of(self._encode, text)
+        return tuple(ids[: len(begins)].tolist()) == begins
+
+    def _find(self, text: np.ndarray, one: Slice, least: int) -> Seam | None:
+        """The first place from `least` on where a cut changes no id of a slice."""
+        if self._never or len(text) - one.first <= LONG_TEXT_BYTES:
+            return None
+        for first in range(least, min(len(text) - WINDOW_BYTES, one.first + self._unbroken_bytes), SLICE_BYTES):
+            found = self._find_unreached(text, first)
+            if found is None and self._has_seams:
+                found = find_seam(self._encode, self._tokenizer, text, one.first, one.drop, first)
+            if found is not None:
+                return found
+        return None
+
+    def _find_unreached(self, text: np.ndarray, first: int) -> Seam | None:
+        """The first place of a slice over which no piece reaches."""
+        for pattern in (*SPACES, BETWEEN):
+            matches = pattern.finditer(text[first : first + SLICE_BYTES + 2].data)
+            places = (first + match.start() for match in matches)
+            if pattern is BETWEEN:
+                places = (place for place in islice(places, READ_PLACES) if self._may_part(text, place))
+            for place in islice(places, TRIED_PLACES):
+                cut = self._cut_at(text, place, CUTS[1:] if pattern is BETWEEN else CUTS)
+                if cut is not None:
+                    return Seam(place, place + cut.skip, cut.drop)
         return None
 
     def _may_part(self, text: np.ndarray, place: int) -> bool:
@@ -130,15 +174,8 @@ class Slicer:
 
 
 def _window(text: np.ndarray, place: int) -> tuple[int, int]:
-    begin = _character_at(text, max(0, place - WINDOW_BYTES))
-    return begin, _character_at(text, min(len(text), place + WINDOW_BYTES))
-
-
-def _character_at(text: np.ndarray, place: int) -> int:
-    """The first byte of the character that holds byte `place`."""
-    while 0 < place < len(text) and text[place] & 0xC0 == 0x80:
-        place -= 1
-    return place
+    begin = character_at(text, max(0, place - WINDOW_BYTES))
+    return begin, character_at(text, min(len(text), place + WINDOW_BYTES))
 
 
 def apart(texts: Sequence[str]) -> Iterator[Sequence[str] | np.ndarray]:

@@ -48,6 +48,13 @@ def can_stream(codec: str) -> bool:
     )
 
 
+def first_byte(chunk: Any) -> int:
+    """Of a column chunk's first page, by what arrow tells of the chunk."""
+    if chunk.dictionary_page_offset:
+        return min(chunk.data_page_offset, chunk.dictionary_page_offset)
+    return chunk.data_page_offset
+
+
 def pages_of(descriptor: int, start: int, values: int) -> Iterator[Page]:
     """The pages from byte `start` on, until the data pages hold so many values. ValueError where a header is none."""
     while values > 0:

@@ -22,12 +22,14 @@ import pyarrow.parquet as parquet
 from k2_megatron.data import sources
 from k2_megatron.data.json_lines import Piece, not_a_string
 from k2_megatron.data.long_texts import LONG_TEXT_BYTES
+from k2_megatron.data.parquet_pages import first_byte, pages_of
 from k2_megatron.data.parquet_texts import Text, TextChunk, text_chunk, texts_of
 from k2_megatron.data.sources import READ_BYTES, Source, why_not_text, why_not_utf8
 from k2_megatron.data.texts import Texts
 
 DECODED_BYTES, DECODED_ROWS = 2 << 20, 128  # at once: bytes by the mean of a row group, at most so many rows
 ARROW_PAGE_BYTES = 8 << 20  # of all columns together; arrow holds a page up to three times
+REFUSED_PAGE_BYTES = 32 << 20  # of a kind that is arrow's alone
 RUN_BYTES = 256 << 10  # of a column's batch that is taken at once; of longer texts a Python object each costs little
 PIECE_ROWS = 1 << 14  # each may take some hundred bytes beside its text
 COPIED_BYTES = 4 << 10  # shorter texts take less memory as bytes of their own than as views of arrow's
@@ -61,6 +63,8 @@ def parquet_pieces(
             if shard < first_shard:
                 continue
             chunks = _large_chunks(file, raw, group, keys)
+            if not chunks:
+                _refuse_large_pages(file, raw, group, keys)
             rows = zip(*map(texts_of, chunks), strict=True) if chunks else _arrow_rows(file, group, keys)
             for piece in _pieces_of_rows(rows, keys, shard, make_room):
                 piece.consumed = source.size * (group + 1) // file.num_row_groups
@@ -81,6 +85,29 @@ def _large_chunks(file: Any, raw: IO[bytes], group: int, keys: Sequence[str]) ->
     chunks = [chunk for one in found if (chunk := text_chunk(raw, *one)) is not None]
     large = sum(chunk.largest_page for chunk in chunks) > ARROW_PAGE_BYTES
     return chunks if large and len(chunks) == len(keys) else []
+
+
+def _refuse_large_pages(file: Any, raw: IO[bytes], group: int, keys: Sequence[str]) -> None:
+    """ValueError where arrow would decode a page that takes more memory than a worker may have."""
+    facts = file.metadata.row_group(group)
+    for number in range(facts.num_columns):
+        column = facts.column(number)
+        wanted = any(f"{column.path_in_schema}.".startswith(f"{key}.") for key in keys)
+        if not wanted or column.total_uncompressed_size <= REFUSED_PAGE_BYTES:
+            continue
+        try:
+            largest = max(
+                (page.bytes for page in pages_of(raw.fileno(), first_byte(column), column.num_values)), default=0
+            )
+        except ValueError:
+            continue  # arrow says what it is
+        if largest > REFUSED_PAGE_BYTES:
+            raise ValueError(
+                f"{raw.name}: a page of {largest >> 20} MiB in column {column.path_in_schema} "
+                f"({', '.join(column.encodings)}; {column.compression}), of a kind that only arrow reads, in up to six "
+                "times as much memory; write the file anew, its texts in no list and not as deltas: "
+                "pyarrow.parquet.write_table(pyarrow.parquet.read_table(FILE), NEW)"
+            )
 
 
 def _is_text(kind: Any) -> bool:

@@ -28,6 +28,7 @@ from k2_megatron.data.parquet_pages import (
     Page,
     PageContent,
     can_stream,
+    first_byte,
     open_page,
     pages_of,
 )
@@ -71,11 +72,8 @@ def text_chunk(file: IO[bytes], column: Any, facts: Any) -> TextChunk | None:
         return None
     if not can_stream(facts.compression):
         return None
-    start = facts.data_page_offset
-    if facts.dictionary_page_offset:
-        start = min(start, facts.dictionary_page_offset)
     try:
-        pages = list(pages_of(file.fileno(), start, facts.num_values))
+        pages = list(pages_of(file.fileno(), first_byte(facts), facts.num_values))
     except ValueError:
         return None  # arrow says what it is
     optional = column.max_definition_level == 1

@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, cast
 
+from k2_megatron.data.compiled import compiled
 from k2_megatron.data.encoder import settings_for_workers
 from k2_megatron.data.manifest import manifest_path, read_manifest
 from k2_megatron.data.merge import merge, remove_leftovers
@@ -30,6 +31,11 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc refuses a larger one
 KEPT_BYTES = 64 << 20
 HUGE_PAGES = "glibc.malloc.hugetlb=1"  # for the workers' tables of words: 3 to 5 % of encoding
+
+NOT_COMPILED = (
+    "k2_megatron._cpu is not built: lines are read slower, and a long one may take more memory than docs/data.md says; "
+    "pip install -e . builds it"
+)
 
 Report = Callable[[Progress], None]
 
@@ -121,6 +127,8 @@ def _preprocess(
     report: Report,
     announce: Callable[[str], None],
 ) -> dict[str, Any] | None:
+    if compiled() is None:
+        announce(NOT_COMPILED)
     maker = ShardMaker(job)
     finished = _finished(job, maker)
     if finished:

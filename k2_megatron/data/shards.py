@@ -20,13 +20,17 @@ import xxhash
 from k2_megatron.data.encoder import Encoder, first_difference, make_encoder
 from k2_megatron.data.indexed import token_dtype
 from k2_megatron.data.json_lines import Piece
-from k2_megatron.data.long_texts import Slicer, apart
+from k2_megatron.data.long_texts import UNBROKEN_BYTES, Slice, Slicer, apart
 from k2_megatron.data.readers import pieces
 from k2_megatron.data.sources import Source
 from k2_megatron.data.store import TokenWriter, read_sealed, write_sealed
 from k2_megatron.data.texts import Texts, beginnings
 from k2_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
 
+Run = tuple[
+    Sequence[str] | np.ndarray, list[Slice] | None
+]  # texts, or a long one (UTF-8) and its slices if it has some
+MEMORY_OF_UNBROKEN = 30
 COMPARED_CHARACTERS = 1 << 16  # what each worker encodes twice, to trust the fast encoder
 
 
@@ -44,10 +48,14 @@ class Job:
     shard_bytes: int  # uncompressed input bytes a shard
     one_file: bool  # join the shards in one file a key, or leave them
     encoder: str
+    unbroken_bytes: int = UNBROKEN_BYTES  # the longest part of a document that is encoded at once
 
     def fingerprint(self, tokenizer_fingerprint: str) -> str:
         """Changes with anything that changes the tokens or how they are cut into shards."""
-        parts = (tokenizer_fingerprint, self.keys, self.append_end_of_document, self.shard_bytes, self.one_file)
+        parts: tuple[Any, ...] = (tokenizer_fingerprint, self.keys, self.append_end_of_document)
+        parts += (self.shard_bytes, self.one_file)
+        if self.unbroken_bytes != UNBROKEN_BYTES:
+            parts += (self.unbroken_bytes,)
         return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
     def output(self, key: str) -> str:
@@ -176,15 +184,26 @@ class ShardMaker:
         self._compare(texts, where)
         return self.encoder.encode(texts)
 
-    def encode_long(self, text: np.ndarray, where: str) -> Iterator[np.ndarray]:
+    def encode_long(self, text: np.ndarray, slices: Sequence[Slice], where: str) -> Iterator[np.ndarray]:
         """The ids of one long text, given as UTF-8, slice after slice."""
         self._compare(Texts(text, np.array([0, len(text)], dtype=np.int64)), where)
-        return self.slicer.encode(text)
+        return self.slicer.encode(text, slices)
+
+    def runs(self, texts: Sequence[str]) -> list[Run]:
+        """The texts as they are encoded."""
+        return [(run, self.slicer.slices(run) if isinstance(run, np.ndarray) else []) for run in apart(texts)]
+
+    @property
+    def why_unbroken(self) -> str:
+        return (
+            f"more than {self.job.unbroken_bytes >> 20} MiB without a place where its ids can be cut, which would take "
+            "up to 45 times as much memory; break it, or raise --max-unbroken-size"
+        )
 
     @cached_property
     def slicer(self) -> Slicer:
         """Made when the first long text comes: it looks through the whole vocabulary."""
-        return Slicer(self.encoder.encode, self.tokenizer)
+        return Slicer(self.encoder.encode, self.tokenizer, self.job.unbroken_bytes)
 
     def _compare(self, texts: Sequence[str], where: str) -> None:
         """ValueError where the fast encoder gives the first texts that this worker sees other ids than the tokenizer's
@@ -213,27 +232,39 @@ class _OpenShard:
         self.writers: dict[str, TokenWriter] = {}
 
     def add(self, piece: Piece, disk_bytes: int) -> int:
-        job, maker = self.maker.job, self.maker
+        maker = self.maker
         self._hash(piece)
         texts_of_keys, piece.texts, piece.raw = dict(piece.texts), {}, ()  # a long document is in memory often enough
-        count = len(texts_of_keys[job.keys[0]])
-        tokens = 0
-        end = maker.tokenizer.end_of_document if job.append_end_of_document else None
-        for key in job.keys if count else ():
-            if key not in self.writers:
-                prefix = job.shard_output(key, self.source, self.number)
-                self.writers[key] = TokenWriter(prefix, token_dtype(maker.tokenizer.vocab_size))
-            where = job.sources[self.source].path
-            for texts in apart(texts_of_keys.pop(key)):
-                if isinstance(texts, np.ndarray):
-                    tokens += self.writers[key].add_long(maker.encode_long(texts, where), end)
-                else:
-                    tokens += self.writers[key].add(*maker.encode(texts, where), end)
+        runs = {key: maker.runs(texts) for key, texts in texts_of_keys.items()}
+        count = len(texts_of_keys.pop(maker.job.keys[0]))
+        texts_of_keys.clear()
+        if any(slices is None for found in runs.values() for _, slices in found):
+            assert (count, piece.lines) == (1, 1), "a document of so many bytes is a piece of its own"
+            piece.rejected.append((0, maker.why_unbroken))
+            count = 0
+        tokens = sum(self._write(key, runs.pop(key)) for key in maker.job.keys) if count else 0
         self.blank += [self.lines + line for line in piece.blank]
         self.rejected += [(self.lines + line, reason) for line, reason in piece.rejected]
         self.lines += piece.lines
         self.documents += count
         self.disk_bytes += disk_bytes
+        return tokens
+
+    def _write(self, key: str, runs: Sequence[Run]) -> int:
+        """Append the texts of a key; how many tokens they are."""
+        job, maker = self.maker.job, self.maker
+        if key not in self.writers:
+            prefix = job.shard_output(key, self.source, self.number)
+            self.writers[key] = TokenWriter(prefix, token_dtype(maker.tokenizer.vocab_size))
+        writer, where = self.writers[key], job.sources[self.source].path
+        end = maker.tokenizer.end_of_document if job.append_end_of_document else None
+        tokens = 0
+        for texts, slices in runs:
+            if isinstance(texts, np.ndarray):
+                assert slices is not None, "a document that is too long unbroken was to be rejected"
+                tokens += writer.add_long(maker.encode_long(texts, slices, where), end)
+            else:
+                tokens += writer.add(*maker.encode(texts, where), end)
         return tokens
 
     def _hash(self, piece: Piece) -> None:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-# In the settings of a pre-tokenizer: what counts characters, and what counts digits alone, as many do.
-_COUNTED_DIGITS = re.compile(r"(\\\\p\{N\w?\}|\\\\d|\[0-9\])\{\d+(,\d*)?\}")
-_COUNTED = re.compile(r'"FixedLength"|\{\d+(,\d*)?\}')
+TRAINER_SPEC, MODEL_TYPE, BPE_TYPE = (
+    2,
+    3,
+    2,
+)  # sentencepiece_model.proto: fields of a model and of its training, a value
 
 # The piece that ends a document, in the order they are looked for when the tokenizer's own files do not name it.
 END_OF_DOCUMENT_PIECES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|eot|>", "<eod>", "<eos>")
@@ -76,18 +78,21 @@ class HuggingFaceTokenizer:
         assert piece is not None, f"{self.path} has no piece {token}, which it gave itself"
         return piece
 
-    @property
-    def splits_words(self) -> bool:
-        """Whether text is split before the pieces of each part are looked for."""
-        return self.backend.pre_tokenizer is not None
+    @cached_property
+    def pre_tokenizer(self) -> dict[str, Any] | None:
+        """The settings of what splits text before the pieces of each part are looked for."""
+        if self.backend.pre_tokenizer is None:
+            return None
+        return json.loads(self.backend.pre_tokenizer.__getstate__())  # to_str writes all pieces too
 
     @property
-    def splits_by_count(self) -> bool:
-        """Whether text other than numbers is split after so many characters, counted from where it begins."""
-        if self.backend.pre_tokenizer is None:
-            return False
-        settings = json.dumps(json.loads(self.backend.pre_tokenizer.__getstate__()))  # to_str writes all pieces too
-        return _COUNTED.search(_COUNTED_DIGITS.sub("", settings)) is not None
+    def merges_pairs(self) -> bool:
+        """Whether ids come of merging pairs by their rank and order alone."""
+        from tokenizers.models import BPE
+
+        model: Any = self.backend.model
+        plain = isinstance(model, BPE) and not model.dropout
+        return plain and not model.continuing_subword_prefix and not model.end_of_word_suffix
 
 
 class SentencePieceTokenizer:
@@ -128,7 +133,38 @@ class SentencePieceTokenizer:
     def piece_at(self, token: int) -> str:
         return self.backend.id_to_piece(token)
 
-    splits_words = splits_by_count = False
+    pre_tokenizer = None
+
+    @property
+    def merges_pairs(self) -> bool:
+        """Whether ids come of merging pairs by their rank and order alone."""
+        settings = dict(_protobuf(dict(_protobuf(self.path.read_bytes()))[TRAINER_SPEC]))
+        is_pairs = settings.get(MODEL_TYPE) == BPE_TYPE
+        return is_pairs and not any(map(self.backend.is_unused, range(self.vocab_size)))
+
+
+def _protobuf(message: bytes) -> Iterator[tuple[int, Any]]:
+    """The numbers and values of a message's fields."""
+    at = 0
+
+    def number() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte, at = message[at], at + 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while at < len(message):
+        field, kind = divmod(number(), 8)
+        if kind == 0:
+            yield field, number()
+            continue
+        size = {1: 8, 5: 4}.get(kind) or number()
+        yield field, message[at : at + size]
+        at += size
 
 
 def load_tokenizer(

@@ -16,6 +16,7 @@ import zstandard
 MAGIC, SKIPPABLE_MAGIC = 0xFD2FB528, 0x184D2A50  # the last four bits of the second are free
 ONE_BYTE_REPEATED = 1  # type of a block that holds a single byte, whatever its size
 SKIP_BYTES = 1 << 20
+LARGEST_WINDOW_BYTES = 128 << 20  # level 22's and --long's; --long=31 asks for 2 GiB
 
 
 class ZstandardFile(io.RawIOBase):
@@ -23,7 +24,7 @@ class ZstandardFile(io.RawIOBase):
     damaged or none."""
 
     def __init__(self, raw: IO[bytes]):
-        self._raw, self._context = raw, zstandard.ZstdDecompressor()
+        self._raw, self._context = raw, zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW_BYTES)
         self._content = self._blocks()
         self._ready = memoryview(b"")
 
@@ -59,9 +60,16 @@ class ZstandardFile(io.RawIOBase):
         single_segment, has_checksum = descriptor >> 5 & 1, descriptor >> 2 & 1
         content_size_bytes = (single_segment, 2, 4, 8)[descriptor >> 6]
         dictionary_id_bytes = (0, 1, 2, 4)[descriptor & 3]
+        start += self._exactly(1 - single_segment + dictionary_id_bytes + content_size_bytes)
         frame = self._context.decompressobj()
         try:
-            frame.decompress(start + self._exactly(1 - single_segment + dictionary_id_bytes + content_size_bytes))
+            window = zstandard.get_frame_parameters(start).window_size
+            if window > LARGEST_WINDOW_BYTES:
+                raise ValueError(
+                    f"zstandard's window is {window >> 20} MiB here, all of which would be held in memory; compress it "
+                    f"with {LARGEST_WINDOW_BYTES >> 20} or less: zstd -d --long=31 -c FILE | zstd -19 -o NEW"
+                )
+            frame.decompress(start)
             last = False
             while not last:
                 header = self._exactly(3)

@@ -57,7 +57,13 @@ UNUSUAL = [
     b'{"text": "a", "text": "b"}',
     b'{"te\\u0078t": "escaped key"}',
     b'{"text": "a", "n": 1e5}',
+    b'{"text": "a", "n": 1E-05}',
+    b'{"text": "a", "n": [0.1e+99, -1.5e-99, 1e100]}',
     b'{"text": "a", "n": 123456789012345678901234567890}',
+    b'{"text": "a", "n": -0.12345678901234567890123e1}',
+    b'{"text": "a", "n": ' + b"9" * 200 + b"e99}",
+    b'{"text": "a", "n": ' + b"9" * 201 + b"}",
+    b'{"text": 5, "text": "b"}',
     b'{"text": "a", "deep": ' + b"[" * 40 + b"]" * 40 + b"}",
 ]
 BAD = [
@@ -77,6 +83,11 @@ BAD = [
     b'{"text": "a", "n": 01}',
     b'{"text": "a", "n": 1.}',
     b'{"text": "a", "n": -}',
+    b'{"text": "a", "n": 1e}',
+    b'{"text": "a", "n": 1e+}',
+    b'{"text": "a", "n": 1e5.5}',
+    b'{"text": "a", "n": 1e999}',
+    b'{"text": "a", "text": 5}',
     b'{"text": "a", "n": nul}',
     b'{"text": "a", "n": [1 2]}',
     b'{"text": "a", "n": {"x" 1}}',
@@ -146,9 +157,11 @@ def test_bad_lines_are_left_to_orjson_and_rejected(line):
 def test_ordinary_lines_never_reach_orjson(monkeypatch):
     lines = [json.dumps({"id": number, "text": text, "meta": VALUES}) for number, text in enumerate(TEXTS)]
     lines += [json.dumps({"text": text}, ensure_ascii=False) for text in TEXTS]
+    lines += [json.dumps({"n": [1e-7, 2.5e99, 0.1234567890123456789, 10**30], "text": text}) for text in TEXTS]
+    lines += [f'{{"text": "first", {json.dumps({"text": text})[1:]}' for text in TEXTS]
     monkeypatch.setattr(json_lines, "parse_every_line", None)
     piece = scan_lines(compiled(), "\n".join(lines).encode(), "text", 0)
-    assert list(piece.texts["text"]) == TEXTS * 2
+    assert list(piece.texts["text"]) == TEXTS * 4
 
 
 @pytest.mark.parametrize("at_end", [b"", b"\n"])

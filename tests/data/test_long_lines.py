@@ -11,6 +11,7 @@ import pytest
 from test_json_lines import BAD, UNUSUAL, random_line
 
 from k2_megatron.data import json_lines, long_lines, readers
+from k2_megatron.data.compiled import compiled
 from k2_megatron.data.json_lines import parse_every_line
 from k2_megatron.data.long_lines import parse_long_line
 from k2_megatron.data.readers import pieces
@@ -94,9 +95,32 @@ def test_the_newline_is_no_part_of_the_line_in_its_reason(tmp_path, monkeypatch,
     assert b"".join(bytes(raw) for raw in piece.raw) == line + end
 
 
-def test_a_line_of_many_short_values_is_read_whole(monkeypatch):
-    monkeypatch.setattr(long_lines, "LONG_LINE_BYTES", 20)
-    assert_same(b'{"text": "long enough to be marked", "k0": "", "n": [' + b"1e5," * 20 + b"0]}")
+MANY_VALUES = b'{"text": "long enough to be marked", "k0": "", "n": [' + b"1e100," * 20 + b"0]}"
+
+
+@pytest.mark.skipif(compiled() is None, reason="k2_megatron._cpu is not built")
+def test_a_line_of_much_that_would_become_objects_is_rejected(monkeypatch):
+    monkeypatch.setattr(long_lines, "compiled", compiled)
+    monkeypatch.setattr(long_lines, "OUTLINE_BYTES", len(MANY_VALUES) - len("long enough to be marked"))
+    assert_same(MANY_VALUES)
+    assert_same(MANY_VALUES[:-1])
+    assert_same(b" " * 500)
+    ((_, reason),) = parse_long_line(memoryview(MANY_VALUES.replace(b"0]", b"10]")), ["text"], 0).rejected
+    assert reason.endswith("beside its long strings, not plain enough to be read without objects")
+
+
+def test_without_the_scanner_it_is_read_whatever_it_takes(monkeypatch):
+    monkeypatch.setattr(long_lines, "OUTLINE_BYTES", 20)
+    assert_same(MANY_VALUES)
+
+
+@pytest.mark.skipif(compiled() is None, reason="k2_megatron._cpu is not built")
+def test_two_keys_of_a_plain_line_never_reach_orjson(monkeypatch):
+    monkeypatch.setattr(long_lines, "compiled", compiled)
+    monkeypatch.setattr(long_lines, "_read_in_parts", None)
+    line = b'{"k0": "one", "n": [1e5, {"k0": 2}], "text": "\\u00e9", "more": "", "text": "last"}'
+    piece = parse_long_line(memoryview(line), ["text", "k0"], 0)
+    assert {key: list(texts) for key, texts in piece.texts.items()} == {"text": ["last"], "k0": ["one"]}
 
 
 @pytest.mark.parametrize("keys", [["text"], ["text", "body"]])

@@ -1,12 +1,13 @@
 """Long documents are encoded in slices with the ids of the whole, in every kind of vocabulary, or whole."""
 
+import itertools
 import random
 
 import numpy as np
 import pytest
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from k2_megatron.data import long_texts
+from k2_megatron.data import byte_pair_cuts, long_texts
 from k2_megatron.data.encoder import make_encoder
 from k2_megatron.data.long_texts import Slicer, apart
 from k2_megatron.data.texts import Texts
@@ -73,6 +74,8 @@ def small_slices(monkeypatch):
     monkeypatch.setattr(long_texts, "LONG_TEXT_BYTES", 400)
     monkeypatch.setattr(long_texts, "SLICE_BYTES", 150)
     monkeypatch.setattr(long_texts, "WINDOW_BYTES", 60)
+    monkeypatch.setattr(byte_pair_cuts, "BEHIND_BYTES", 120)
+    monkeypatch.setattr(byte_pair_cuts, "MOST_PLACES", 24)
 
 
 def utf8(text: str) -> np.ndarray:
@@ -81,8 +84,10 @@ def utf8(text: str) -> np.ndarray:
 
 def slices(tokenizer, text: str, encoder: str = "auto") -> tuple[list[list[int]], list[int]]:
     encode = make_encoder(tokenizer, encoder).encode
-    found = [ids.tolist() for ids in Slicer(encode, tokenizer).encode(utf8(text))]
-    return found, encode([text])[0].tolist()
+    slicer, content = Slicer(encode, tokenizer), utf8(text)
+    slices = slicer.slices(content)
+    assert slices is not None
+    return [ids.tolist() for ids in slicer.encode(content, slices)], encode([text])[0].tolist()
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -112,10 +117,130 @@ def test_text_without_spaces_is_sliced_with_the_ids_of_the_whole(request, kind, 
     assert len(found) > 2
 
 
-@pytest.mark.parametrize("text", ["a" * 1000, " " * 1000, "\n" * 1000, "a  \n\n" * 300])
-def test_a_text_without_a_place_to_cut_is_encoded_whole(tokenizer, text):
+RUNS = ["a" * 1000, "ACGT" * 300, "=-" * 500, "🙂" * 300, "é" * 600, "x1,y2;" * 200, "0" * 1000]
+SPACES = [" " * 1000, "\n" * 1000, "a  \n\n" * 300]
+
+
+@pytest.mark.parametrize("text", [*RUNS, *SPACES])
+def test_a_run_over_which_pieces_reach_is_sliced_at_boundaries_of_its_ids(tokenizer, text):
+    """But spaces where a pre-tokenizer asks what follows them all."""
     found, whole = slices(tokenizer, text)
-    assert found == [whole]
+    assert [token for part in found for token in part] == whole
+    assert (len(found) == 1) == (text in SPACES and tokenizer.pre_tokenizer is not None)
+
+
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+ALPHABETS = [
+    "ab",
+    "ACGT",
+    "0123456789",
+    "a1",
+    "'stell",
+    "日本語人",
+    "🙂👍🏽🚀",
+    "<0x>41",
+    "é\u0301e",
+    "-=.",
+    "ab日🙂 ",
+    "中B国c",
+]
+
+
+def split_by(pattern: str) -> pre_tokenizers.PreTokenizer:
+    whole_words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), whole_words])
+
+
+def vocabulary_of_any_merges(draw: random.Random, alphabet: str, kind: str) -> Tokenizer:
+    """Merges in any order, of which none was learnt: what is merged late may be first in rank."""
+    byte_level = kind not in ("bytes", "unknown", "fused")
+    symbols = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(alphabet)[0][0]
+    pool = list(dict.fromkeys(symbols if byte_level else alphabet))
+    unknown = pool.pop() if not byte_level and len(pool) > 2 else ""
+    base = sorted({*pre_tokenizers.ByteLevel.alphabet()} if byte_level else pool)
+    pieces = [*base, "<unk>", "</s>", "><", *(f"<0x{byte:02X}>" for byte in range(256))]
+    merges: list[tuple[str, str]] = []
+    for _ in range(draw.choice([5, 40, 200])):
+        pair = (draw.choice(pool), draw.choice(pool))
+        if len("".join(pair)) <= draw.choice([4, 40]) and pair not in merges:
+            merges.append(pair)
+            pool.append("".join(pair))
+    draw.shuffle(merges)
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys([*pieces, *pool, unknown + "?"]))}
+    settings = (
+        {} if byte_level else {"unk_token": "<unk>", "fuse_unk": kind == "fused", "byte_fallback": kind == "bytes"}
+    )
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=kind == "whole words", **settings))
+    if byte_level:
+        digits = {"digits": "{1,3}", "whole words": ""}.get(kind, "+")
+        backend.pre_tokenizer = GPT2 if kind == "gpt2" else split_by(LLAMA3.replace("{1,3}", digits))
+        backend.normalizer = normalizers.NFC()
+    return backend
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "digits", "numbers", "whole words", "bytes", "unknown", "fused"])
+def test_slices_at_boundaries_have_the_ids_of_the_whole_whatever_is_merged(tmp_path, monkeypatch, kind):
+    """Texts of one letter, periods, runs, and all mixed; also where little behind a slice is seen."""
+    sliced = 0
+    for seed, alphabet in itertools.product(range(4), ALPHABETS):
+        draw = random.Random(f"{kind} {seed} {alphabet}")
+        monkeypatch.setattr(byte_pair_cuts, "BEHIND_BYTES", draw.choice([8, 120]))
+        vocabulary_of_any_merges(draw, alphabet, kind).save(str(tmp_path / "tokenizer.json"))
+        period = "".join(draw.choices(alphabet, k=draw.randrange(1, 9)))
+        text = draw.choice(
+            [
+                period * (900 // len(period)),
+                "".join(draw.choice(alphabet) * draw.randrange(1, 200) for _ in range(9)),
+                "".join(draw.choices(alphabet, k=900)),
+            ]
+        )
+        found, whole = slices(load_tokenizer(tmp_path / "tokenizer.json"), text, "tokenizers")
+        assert [token for part in found for token in part] == whole, (seed, alphabet)
+        sliced += len(found) > 1
+    assert sliced > 24
+
+
+def test_a_run_of_unknown_letters_is_one_id_over_all_its_slices(tmp_path):
+    """Without byte fallback sentencepiece makes one of them, behind the space that it puts before every slice."""
+    from sentencepiece import SentencePieceTrainer
+
+    settings = {"model_type": "bpe", "vocab_size": 40, "hard_vocab_limit": False, "minloglevel": 2}
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["abcabc cab"] * 9), model_prefix=str(tmp_path / "model"), **settings
+    )
+    tokenizer = load_tokenizer(tmp_path / "model.model")
+    for text in ("国" * 600, "abc" * 200 + "国" * 600 + "cab" * 200):
+        found, whole = slices(tokenizer, text, "sentencepiece")
+        assert [token for part in found for token in part] == whole
+        assert whole.count(tokenizer.backend.unk_id()) == 1
+        assert len(found) > 5
+
+
+def test_a_boundary_that_what_follows_does_not_bear_out_is_none(tmp_path, monkeypatch):
+    """Pairs that are merged from the end of the text on: where a slice ends decides over the ids far before it."""
+    letters = [chr(0x4E00 + number) for number in range(60)]
+    merges = [*itertools.pairwise(letters), (letters[-1], letters[0])][::-1]
+    pieces = [*letters, *map("".join, merges), "</s>"]
+    backend = Tokenizer(models.BPE(vocab={piece: number for number, piece in enumerate(pieces)}, merges=merges))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    monkeypatch.setattr(byte_pair_cuts, "BEHIND_BYTES", 30)
+    held = []
+    begin_with = Slicer._begin_with
+    monkeypatch.setattr(Slicer, "_begin_with", lambda *call: held.append(begin_with(*call)) or held[-1])
+    found, whole = slices(load_tokenizer(tmp_path / "tokenizer.json"), "".join(letters) * 9 + letters[0], "tokenizers")
+    assert [token for part in found for token in part] == whole
+    assert False in held
+
+
+def test_a_text_that_stays_whole_for_too_long_has_no_slices(toy_tokenizer):
+    tokenizer = load_tokenizer(toy_tokenizer)
+    slicer = Slicer(make_encoder(tokenizer).encode, tokenizer, 1000)
+    assert slicer.slices(utf8("word " * 150 + "\n" * 1000)) is None
+    assert slicer.slices(utf8("word " * 150 + "\n" * 700 + " word" * 150)) is not None
 
 
 def test_no_cut_where_a_piece_of_the_vocabulary_reaches_over_it(tmp_path):
@@ -125,10 +250,8 @@ def test_no_cut_where_a_piece_of_the_vocabulary_reaches_over_it(tmp_path):
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
-    encode = make_encoder(tokenizer, "tokenizers").encode
-    text = ("a" * 301 + " ") * 20
-    found = [token for ids in Slicer(encode, tokenizer).encode(utf8(text)) for token in ids.tolist()]
-    assert found == encode([text])[0].tolist() == ([2] * 150 + [3]) * 20
+    found, whole = slices(tokenizer, ("a" * 301 + " ") * 20, "tokenizers")
+    assert [token for part in found for token in part] == whole == ([2] * 150 + [3]) * 20
 
 
 GPT4_PATTERN = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"  # cl100k's, nearly

@@ -125,6 +125,19 @@ def test_what_is_not_read_here_stays_with_arrow(tmp_path, monkeypatch, what):
     (source,) = find_sources([str(path)])
     (piece,) = pieces(source, ["text"], 1 << 30, 0, None)
     assert (len(piece.texts["text"]), len(piece.rejected)) == ((0, 150) if what in ("nested", "binary") else (100, 50))
+    monkeypatch.setattr(parquet_rows, "REFUSED_PAGE_BYTES", 20)
+    with pytest.raises(ValueError, match=r"a\.parquet: a page of 0 MiB in column text.*write the file anew"):
+        list(pieces(source, ["text"], 1 << 30, 0, None))
+
+
+def test_large_pages_that_are_read_here_or_not_asked_for_are_not_refused(tmp_path, monkeypatch):
+    write(tmp_path / "a.parquet", {"text": ["one", "two"] * 500, "textual": ["three"] * 1000}, use_dictionary=False)
+    monkeypatch.setattr(parquet_rows, "REFUSED_PAGE_BYTES", 1200)
+    with parquet.ParquetFile(tmp_path / "a.parquet") as file, open(tmp_path / "a.parquet", "rb") as raw:
+        with pytest.raises(ValueError, match="a page of 0 MiB in column textual"):
+            parquet_rows._refuse_large_pages(file, raw, 0, ["textual"])
+        parquet_rows._refuse_large_pages(file, raw, 0, ["text"])
+    read(tmp_path / "a.parquet", ["textual"], monkeypatch, 0)
 
 
 def test_a_row_that_is_not_utf8_is_rejected(tmp_path, monkeypatch):

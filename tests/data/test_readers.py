@@ -243,6 +243,21 @@ def test_zstandard_frames_of_every_make():
     assert io.BufferedReader(file, 1000).read() == content * 6
 
 
+@pytest.mark.parametrize("window", [27, 28])
+def test_a_zstandard_window_beyond_128_mib_is_refused_with_what_to_do(tmp_path, window):
+    settings = zstandard.ZstdCompressionParameters(window_log=window, write_content_size=False)
+    stream = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(stream.compress(LINES) + stream.flush())
+    (source,) = find_sources([str(tmp_path)])
+    if window == 27:
+        assert (
+            b"".join(bytes(raw) for piece in pieces(source, ["text"], 1 << 30, 0, None) for raw in piece.raw) == LINES
+        )
+        return
+    with pytest.raises(ValueError, match=r"a\.jsonl\.zst: .*window is 256 MiB .*with 128 or less: zstd -d --long=31"):
+        list(pieces(source, ["text"], 1 << 30, 0, None))
+
+
 @pytest.mark.parametrize("seed", range(200))
 def test_a_zstandard_file_cut_or_changed_anywhere_is_found(seed):
     draw = random.Random(seed)
