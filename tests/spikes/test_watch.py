@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 from k2_megatron.config.schema import Spikes
 from k2_megatron.train.checkpoint_files import apply_retention, complete_checkpoints
 from k2_megatron.train.checkpoint_manifest import MANIFEST, folder_name, step_of
@@ -78,3 +81,48 @@ def test_full_disk_at_a_spike_is_one_line_and_the_run_goes_on(tmp_path, capsys):
     found = watched(SpikeWatch(SETTINGS, tmp_path, writer=True), range(1, 70))
     assert [(finding.kind, path) for finding, path in found] == [("spike", None), ("malignant", None)]
     assert capsys.readouterr().err.count("; the run goes on\n") == 2
+
+
+def findings(watch: SpikeWatch, steps: range, batch: int, length: int, loss=2.0, norm=1.0) -> list[str]:
+    """The kinds of what is found in steps whose norms scatter by 3 %, and their losses by less."""
+    found = []
+    for step in steps:
+        random = np.random.default_rng(step)
+        event = {"step": step, "loss": loss + 0.01 * random.standard_normal(), "sequence_length": length}
+        event |= {"grad_norm": norm * np.exp(0.03 * random.standard_normal())}
+        finding = watch.observe({**event, "samples": [step * batch, (step + 1) * batch]}, [event["loss"] + 0.5] * batch)
+        found += [finding.kind] if finding else []
+    return found
+
+
+def resumed(watch: SpikeWatch, folder: Path) -> SpikeWatch:
+    again = SpikeWatch(watch.settings, folder, writer=True)
+    again.resume_at(json.loads(json.dumps(watch.position())))
+    return again
+
+
+@pytest.mark.parametrize(("batch", "length", "loss"), [(32, 64, 2.0), (8, 64, 2.0), (32, 32, 2.3), (64, 32, 2.3)])
+def test_smaller_batch_or_other_length_is_no_spike_and_what_follows_is_watched(tmp_path, batch, length, loss):
+    before = SpikeWatch(Spikes(), tmp_path, writer=True)
+    assert findings(before, range(1, 300), 64, 64) == []
+    again, level = resumed(before, tmp_path), {"loss": loss, "norm": (64 / batch) ** 0.5}
+    assert findings(again, range(300, 500), batch, length, **level) == []
+    again = resumed(again, tmp_path)  # a restart under the same batch is none to the measure
+    assert findings(again, range(500, 530), batch, length, loss + 0.5, 3 * level["norm"]) == ["spike"]
+    assert findings(again, range(530, 600), batch, length, **level) == ["benign"]
+
+
+def test_larger_batch_is_watched_on(tmp_path):
+    watch = SpikeWatch(Spikes(), tmp_path, writer=True)
+    assert findings(watch, range(1, 300), 32, 64) == []
+    assert findings(watch, range(300, 320), 64, 64, norm=0.7) == []
+    assert findings(watch, range(320, 350), 64, 64, loss=2.5) == ["spike"]
+
+
+def test_checkpoint_from_before_a_spike_that_a_change_left_unjudged_is_kept(tmp_path):
+    watch = SpikeWatch(SETTINGS, tmp_path, writer=True)
+    saved(tmp_path, 40, 60)
+    assert findings(watch, range(1, 46), 64, 64) == []
+    assert findings(watch, range(46, 52), 64, 64, loss=3.0) == ["spike"]
+    assert findings(watch, range(52, 90), 32, 64, loss=3.0) == []
+    assert watch.pinned(tmp_path) == {40}

@@ -42,7 +42,7 @@ class Settings(Protocol):
 class State:
     """`losses`, `log_norms`: the last undisturbed values; `loss_sum`, `norm_sum`: the cumulative sums; `onset`: the
     step at which a sum left zero; `trip`: the step at which the spike was called one; `layers`, `samples`: the same of
-    them."""
+    them; `batch`: (samples, tokens of each) of the last step, None where it is not known."""
 
     losses: tuple[float, ...] = ()
     log_norms: tuple[float, ...] = ()
@@ -52,6 +52,7 @@ class State:
     trip: int | None = None
     layers: LayerState = field(default_factory=LayerState)
     samples: LayerState = field(default_factory=LayerState)
+    batch: tuple[int, int] | None = None
 
     @property
     def own_sums(self) -> tuple[float, ...]:
@@ -69,6 +70,8 @@ def restore(plain: dict[str, Any]) -> State:
     for key in ("layers", "samples"):
         kept = plain.get(key, asdict(LayerState()))  # an earlier version did not watch them
         values[key] = LayerState(tuple(map(tuple, kept["logs"])), tuple(kept["sums"]), tuple(kept["onsets"]))
+    if plain.get("batch"):
+        values["batch"] = tuple(plain["batch"])
     return State(**{**plain, **values})
 
 
@@ -101,9 +104,40 @@ def observe(
     grad_norm: float,
     layers: Mapping | None = None,
     highest_sample_loss: float | None = None,
+    batch: tuple[int, int] | None = None,
 ) -> tuple[State, Finding | None]:
     """Take in one finished step (finite values), with what it tells of the layers and of its samples, if it does.
-    Nothing is judged before the window is full."""
+    Nothing is judged before the window is full; of a `batch` (samples, tokens of each) to which the medians do not
+    apply it begins anew."""
+    if _is_another_measure(state.batch, batch):
+        state = State()
+    following, finding = _observed(state, settings, step, loss, grad_norm, layers, highest_sample_loss)
+    return replace(following, batch=batch), finding
+
+
+def batch_of(event: Mapping) -> tuple[int, int] | None:
+    """(samples, tokens of each) of a step event; None of one that does not tell them."""
+    if "samples" not in event or "sequence_length" not in event:
+        return None
+    first, end = event["samples"]
+    return end - first, event["sequence_length"]
+
+
+def _is_another_measure(was: tuple[int, int] | None, now: tuple[int, int] | None) -> bool:
+    """A smaller batch has larger norms (one divided by the root of its size), another length other losses. In one that
+    grows, as in a ramp, norms fall, and it is watched on."""
+    return was is not None and now is not None and (now[0] < was[0] or now[1] != was[1])
+
+
+def _observed(
+    state: State,
+    settings: Settings,
+    step: int,
+    loss: float,
+    grad_norm: float,
+    layers: Mapping | None,
+    highest_sample_loss: float | None,
+) -> tuple[State, Finding | None]:
     samples = None if highest_sample_loss is None else {"highest_sample_loss": highest_sample_loss}
     log_norm = math.log(max(grad_norm, 1e-30))  # norms scatter by factors: their logarithm has a symmetric noise
     window, threshold = settings.window_steps, settings.threshold

@@ -18,7 +18,7 @@ from k2_megatron.runtime.durable import write_file
 from k2_megatron.train.checkpoint_files import complete_checkpoints
 from k2_megatron.train.checkpoint_manifest import step_of
 from k2_megatron.train.spikes.ceiling import Ceiling, ceiling
-from k2_megatron.train.spikes.detector import Finding, State, observe, restore
+from k2_megatron.train.spikes.detector import Finding, State, batch_of, observe, restore
 from k2_megatron.train.spikes.layer_signals import signals
 
 DOSSIERS = "dossiers"
@@ -48,7 +48,7 @@ class SpikeWatch:
     def __init__(self, settings: Spikes, folder: Path, *, writer: bool) -> None:
         self.settings = settings
         self.state = State()
-        self._malignant: tuple[int, ...] = ()  # onsets of spikes judged so, which a person may want to go back before
+        self._malignant: tuple[int, ...] = ()  # onsets of spikes judged so, or never: to go back before
         self._folder, self._writer = folder / DOSSIERS, writer
         self._steps: deque[Watched] = deque(maxlen=settings.window_steps + settings.benign_steps)
 
@@ -65,7 +65,7 @@ class SpikeWatch:
     def observe(self, event: dict, sample_losses: Sequence[float]) -> Finding | None:
         """Take in one step event of the journal, and the loss of each of the step's samples."""
         before, values = self.state, (event["step"], event["loss"], event["grad_norm"], event.get("layers"))
-        self.state, finding = observe(before, self.settings, *values, max(sample_losses))
+        self.state, finding = observe(before, self.settings, *values, max(sample_losses), batch_of(event))
         # What is judged and not over is measured anew: its sums are gone, and it is not.
         lasts = finding and finding.kind != "spike" and not finding.over
         disturbed = _disturbed(before if lasts else self.state, self.settings.threshold, event)
@@ -73,6 +73,8 @@ class SpikeWatch:
         self._malignant = tuple(onset for onset in self._malignant if onset >= oldest)
         if finding and finding.kind == "malignant":
             self._malignant += (finding.onset,)
+        elif not finding and before.trip is not None and self.state.trip is None and before.onset is not None:
+            self._malignant += (before.onset,)  # the batch was changed before it was judged
         kept = {key: event[key] for key in _OF_A_STEP if key in event}
         self._steps.append(Watched(kept, sample_losses, disturbed))
         return finding
