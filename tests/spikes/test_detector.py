@@ -196,6 +196,36 @@ def test_layer_that_stays_at_a_new_level_is_told_of_once_and_is_not_malignant():
     assert found[1].layers[0].signal == "activation_rms of layer 2", "the verdict says what has not come back"
 
 
+def every_tenth(layers: list[dict]) -> list[dict | None]:
+    return [of_step if number % 10 == 9 else None for number, of_step in enumerate(layers)]
+
+
+def test_layers_are_watched_on_after_a_benign_spike_of_the_loss():
+    """Told of at every tenth step, they take 1,280 steps to be measured anew."""
+    losses, norms = signals(2400, 6)
+    layers = every_tenth(in_layer(layer_signals(2400, 8, 6), "activation_rms", 5, 10.0, slice(2200, None)))
+    assert [finding.trip for finding in watch_layers(losses, norms, layers)] == [2240, 2240]
+    losses[2000:2015] += 0.4
+    found = watch_layers(losses, norms, layers, stops=(2005, 2100))
+    assert [(finding.kind, finding.onset) for finding in found[:2]] == [("spike", 2001), ("benign", 2001)]
+    assert [(finding.kind, finding.trip) for finding in found[2:]] == [("spike", 2240), ("benign", 2240)]
+
+
+def test_only_a_layer_that_stays_at_a_new_level_is_measured_anew():
+    losses, norms = signals(1100, 6)
+    layers = in_layer(layer_signals(1100, 8, 6), "activation_rms", 2, 2.0, slice(300, None))
+    in_layer(layers, "activation_rms", 5, 3.0, slice(420, 440))
+    in_layer(layers, "activation_rms", 2, 2.0, slice(450, None))  # again while its measure is not full: not seen
+    in_layer(layers, "activation_rms", 2, 3.0, slice(900, 920))
+    found = watch_layers(losses, norms, layers, stops=(410, 500))
+    told = [(finding.kind, finding.onset, finding.layers[0].signal) for finding in found if finding.kind == "spike"]
+    assert told == [
+        ("spike", 301, "activation_rms of layer 2"),
+        ("spike", 421, "activation_rms of layer 5"),
+        ("spike", 901, "activation_rms of layer 2"),
+    ]
+
+
 def test_layer_that_goes_first_dates_the_spike():
     losses, norms = signals(900, 6)
     losses[310:], norms[310:] = losses[310:] + 0.4, norms[310:] * 5

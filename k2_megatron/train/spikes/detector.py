@@ -20,7 +20,14 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any, Protocol
 
-from k2_megatron.train.spikes.layer_signals import Deviation, LayerState, observe_layers, with_layers
+from k2_megatron.train.spikes.layer_signals import (
+    Deviation,
+    LayerState,
+    after_benign,
+    observe_layers,
+    still_up,
+    with_layers,
+)
 from k2_megatron.train.spikes.measure import ALLOWANCE, TALLEST
 
 # A signal without noise (a synthetic one) has no deviation to measure by; take this fraction of its level.
@@ -69,7 +76,8 @@ def restore(plain: dict[str, Any]) -> State:
     values: dict[str, Any] = {key: tuple(plain[key]) for key in ("losses", "log_norms")}
     for key in ("layers", "samples"):
         kept = plain.get(key, asdict(LayerState()))  # an earlier version did not watch them
-        values[key] = LayerState(tuple(map(tuple, kept["logs"])), tuple(kept["sums"]), tuple(kept["onsets"]))
+        of_signals = (tuple(kept.get(name, ())) for name in ("sums", "onsets", "waits"))
+        values[key] = LayerState(tuple(map(tuple, kept["logs"])), *of_signals)
     if plain.get("batch"):
         values["batch"] = tuple(plain["batch"])
     return State(**{**plain, **values})
@@ -155,7 +163,7 @@ def _observed(
     if state.trip is None:
         following, kind = _called(following, step, threshold)
     else:
-        following, kind = _judged(following, step, threshold, settings.benign_steps)
+        following, kind = _judged(following, settings, step)
     finding = None
     if kind:
         of_spike = following if kind == "spike" else state
@@ -184,23 +192,23 @@ def _called(state: State, step: int, threshold: float) -> tuple[State, str | Non
     return replace(state, onset=min(began), trip=step), "spike"
 
 
-def _judged(state: State, step: int, threshold: float, benign_steps: int) -> tuple[State, str | None]:
+def _judged(state: State, settings: Settings, step: int) -> tuple[State, str | None]:
     """A spike is on: is it over, or has it lasted too long?"""
     assert state.onset is not None, "a spike was called that never began"
-    # Layers often come to rest at another level, which is then the usual one: they are measured anew.
-    over = replace(state, onset=None, trip=None, layers=LayerState())
-    if _is_over(state, threshold):
-        return over, "benign"
-    if step - state.onset < benign_steps:
+    window, threshold, benign_steps = settings.window_steps, settings.threshold, settings.benign_steps
+    over = _is_over(state, threshold)
+    if not over and step - state.onset < benign_steps:
         return state, None
     # Told once. Under "watch" the new level of the loss becomes the norm as well.
-    lasts = max(state.loss_sum, state.norm_sum) >= threshold / 2
-    return (State(), "malignant") if lasts else (replace(over, samples=LayerState()), "benign")
+    if not over and max(state.loss_sum, state.norm_sum) >= threshold / 2:
+        return State(), "malignant"
+    layers, samples = (after_benign(signals, window, threshold) for signals in (state.layers, state.samples))
+    return replace(state, onset=None, trip=None, layers=layers, samples=samples), "benign"
 
 
 def _is_over(state: State, threshold: float) -> bool:
-    # Of many layers one or another is always a little above zero.
-    return max(state.loss_sum, state.norm_sum) == 0 and max(state.own_sums, default=0.0) < threshold / 2
+    own = (*still_up(state.layers, threshold), *still_up(state.samples, threshold))
+    return max(state.loss_sum, state.norm_sum) == 0 and not any(own)
 
 
 def deviation(values: Sequence[float], value: float, smallest: float, *, relative: bool = True) -> tuple[float, float]:

@@ -22,11 +22,13 @@ NAMED = 8  # signals named in a finding
 @dataclass(frozen=True)
 class LayerState:
     """`logs`: the last undisturbed values, a tuple a step; `sums`: the cumulative sum of each signal; `onsets`: the
-    step at which each sum left zero, 0 while it is zero."""
+    step at which each sum left zero, 0 while it is zero; `waits`: of each signal that is measured anew, the values that
+    are missing until all of `logs` are of its new level (none yet: no signal is)."""
 
     logs: tuple[tuple[float, ...], ...] = ()
     sums: tuple[float, ...] = ()
     onsets: tuple[int, ...] = ()
+    waits: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ def observe_layers(
     usual = np.median(window, axis=0)
     spread = 1.4826 * np.median(np.abs(window - usual), axis=0)
     deviations = (values - usual) / np.maximum(spread, SMALLEST_DEVIATION)
+    if state.waits:
+        deviations[np.array(state.waits) > 0] = 0.0
     before = np.array(state.sums) if state.sums else np.zeros(len(values))
     sums = np.clip(before + np.minimum(deviations, TALLEST) - ALLOWANCE, 0.0, threshold)
     onsets = [
@@ -84,7 +88,23 @@ def with_layers(state: LayerState, window_steps: int, layers: Mapping | None) ->
     """The state after an undisturbed step."""
     if layers is None:
         return state
-    return replace(state, logs=(*state.logs, _logarithms(signals(layers)))[-window_steps:])
+    logs = (*state.logs, _logarithms(signals(layers)))[-window_steps:]
+    return replace(state, logs=logs, waits=tuple(max(0, missing - 1) for missing in state.waits))
+
+
+def after_benign(state: LayerState, window_steps: int, threshold: float) -> LayerState:
+    """The state after a spike that was judged benign. Signals often come to rest at another level, which is then the
+    usual one: those that are still up are measured anew, and the others watched on."""
+    up, waits = still_up(state, threshold), state.waits
+    if any(up):
+        missing = waits or (0,) * len(up)
+        waits = tuple(window_steps if is_up else more for is_up, more in zip(up, missing, strict=True))
+    return replace(state, sums=(), onsets=(), waits=waits)
+
+
+def still_up(state: LayerState, threshold: float) -> list[bool]:
+    """Of each signal, whether it is disturbed: of many one or another is always a little above zero."""
+    return [total >= threshold / 2 for total in state.sums]
 
 
 def _logarithms(named: Mapping[str, float]) -> tuple[float, ...]:
