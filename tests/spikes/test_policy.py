@@ -1,16 +1,19 @@
 """From a finding to an amendment: the declared policy, and K2-65B's own history replayed by it."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import k2_megatron.train.spikes.rollback as rollback
 from k2_megatron.config import Config, load_config
 from k2_megatron.config.schema import Spikes
 from k2_megatron.data.amendments import amended
 from k2_megatron.data.recipe import chunk_order, load_recipe
 from k2_megatron.data.schedule import Amendment, Schedule
+from k2_megatron.train.checkpoint_manifest import CheckpointError
 from k2_megatron.train.spikes.detector import Finding, State, observe
-from k2_megatron.train.spikes.policy import amendment, decide
+from k2_megatron.train.spikes.policy import Decision, amendment, decide
 from k2_megatron.train.spikes.rollback import fitting_amendment
 
 ROLLBACK = Spikes(policy="rollback", scope="chunk", max_rollbacks=2)
@@ -33,6 +36,61 @@ def test_decision(settings, kind, checkpoints, done, expected):
     finding = Finding(**{**vars(MALIGNANT), "kind": kind})
     decision = decide(settings, finding, checkpoints, done)
     assert (decision.kind, decision.checkpoint_step) == expected
+
+
+@pytest.fixture
+def as_rank(monkeypatch):
+    """as_rank(rank, told) makes this process one of the ranks; rank 0 leaves what it tells in `told`."""
+
+    def become(rank: int, told: list) -> None:
+        def broadcast(values):
+            told[:] = values if rank == 0 else told
+            values[:] = told
+
+        ranks = SimpleNamespace(get_rank=lambda: rank, broadcast_object_list=broadcast)
+        monkeypatch.setattr(rollback, "distributed", ranks)
+
+    return become
+
+
+def refusing(times: int, monkeypatch) -> None:
+    """The folder of checkpoints cannot be listed so many times."""
+    tried = []
+
+    def listing(_folder):
+        tried.append(1)
+        if len(tried) <= times:
+            raise CheckpointError("checkpoints cannot be read (Input/output error); restore access to it")
+        return [Path("step_00000100"), Path("step_00000200")]
+
+    monkeypatch.setattr(rollback, "complete_checkpoints", listing)
+
+
+def decided(spikes: Spikes, finding: Finding, retry_seconds: float = 0.01) -> Decision:
+    checkpoint = SimpleNamespace(retry_seconds=retry_seconds)
+    data = SimpleNamespace(ledger=SimpleNamespace(amendments=[]))
+    return rollback.decide_together(SimpleNamespace(spikes=spikes, checkpoint=checkpoint), finding, Path("x"), data)
+
+
+def test_where_nothing_is_done_no_checkpoint_is_looked_for(monkeypatch, as_rank):
+    refusing(10**6, monkeypatch)
+    as_rank(0, [])
+    assert decided(Spikes(), MALIGNANT).kind == "watch"
+    for kind in ("spike", "benign"):
+        assert decided(ROLLBACK, Finding(**{**vars(MALIGNANT), "kind": kind})).kind == "watch"
+
+
+def test_folder_that_cannot_be_read_is_tried_again_and_every_rank_hears_what_comes_of_it(monkeypatch, as_rank, capsys):
+    for refused, kind in ((1, "go back"), (10**6, "stop")):
+        refusing(refused, monkeypatch)
+        told: list = []
+        as_rank(0, told)
+        decision = decided(ROLLBACK, MALIGNANT)
+        as_rank(1, told)
+        assert decided(ROLLBACK, MALIGNANT) == decision
+        assert decision.kind == kind
+        assert "cannot be read (Input/output error); restore access to it; trying again in" in capsys.readouterr().err
+    assert decision.reason.startswith("malignant spike: began at step 150, called at 154; going back is not possible: ")
 
 
 class ChunkRows:

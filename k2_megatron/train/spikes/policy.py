@@ -38,9 +38,8 @@ class Rows(Protocol):
 
 def decide(settings: Spikes, finding: Finding, checkpoint_steps: Sequence[int], rollbacks_done: int) -> Decision:
     """The declared policy, applied to one finding."""
-    name = "spike" if finding.kind == "spike" else f"{finding.kind} spike"
-    spike = f"{name}: began at step {finding.onset}, called at {finding.trip}"
-    if finding.kind != "malignant" or settings.policy == "watch":
+    spike = in_words(finding)
+    if is_watched(settings, finding):
         return Decision("watch", spike)
     good = [step for step in checkpoint_steps if step < finding.onset]
     if not good:
@@ -51,6 +50,17 @@ def decide(settings: Spikes, finding: Finding, checkpoint_steps: Sequence[int], 
             "stop", f"{spike}; spikes.max_rollbacks = {allowed} were made already, and a person should look"
         )
     return Decision("go back", f"{spike}; not over {finding.step - finding.onset} steps later", max(good))
+
+
+def is_watched(settings: Spikes, finding: Finding) -> bool:
+    """Whether nothing is done about it, whatever checkpoints there are."""
+    return finding.kind != "malignant" or settings.policy == "watch"
+
+
+def in_words(finding: Finding) -> str:
+    """Its kind, and when it began."""
+    name = "spike" if finding.kind == "spike" else f"{finding.kind} spike"
+    return f"{name}: began at step {finding.onset}, called at {finding.trip}"
 
 
 def amendment(

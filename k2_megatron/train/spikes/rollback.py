@@ -7,33 +7,46 @@ first goes on from the good checkpoint over the same data, meets the spike again
 import contextlib
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch.distributed as distributed
 
 from k2_megatron.config import Config
-from k2_megatron.runtime.durable import sync, write_file
+from k2_megatron.runtime.durable import persist, sync, write_file
 from k2_megatron.runtime.mistakes import StopRun
 from k2_megatron.train.checkpoint_files import complete_checkpoints
-from k2_megatron.train.checkpoint_manifest import folder_name, step_of
+from k2_megatron.train.checkpoint_manifest import CheckpointError, folder_name, step_of
 from k2_megatron.train.run_data import RunData
 from k2_megatron.train.spikes.detector import Finding
-from k2_megatron.train.spikes.policy import Decision, amendment, decide
+from k2_megatron.train.spikes.policy import Decision, amendment, decide, in_words, is_watched
 from k2_megatron.train.spikes.watch import DOSSIERS
 
 BY_ITSELF = "malignant spike"  # how the reason of an amendment begins that no person made
 
 
 def decide_together(config: Config, finding: Finding, checkpoints: Path, data: RunData) -> Decision:
-    """The policy's decision, taken on rank 0, which sees the folder first, and told to all."""
+    """The policy's decision; where the checkpoints decide, it is taken on rank 0, which sees the folder first, and told
+    to all: to stop, where the folder cannot be read for `checkpoint.retry_seconds`."""
+    if is_watched(config.spikes, finding):
+        return decide(config.spikes, finding, (), 0)
     decisions: list[Decision | None] = [None]
     if distributed.get_rank() == 0:
-        steps = [step_of(folder) for folder in complete_checkpoints(checkpoints)]
-        decisions = [decide(config.spikes, finding, steps, len(own_amendments(data)))]
+        try:
+            folders = persist(
+                lambda: complete_checkpoints(checkpoints), config.checkpoint.retry_seconds, CheckpointError, _tell
+            )
+            decisions = [decide(config.spikes, finding, [*map(step_of, folders)], len(own_amendments(data)))]
+        except CheckpointError as error:
+            decisions = [Decision("stop", f"{in_words(finding)}; going back is not possible: {error}")]
     distributed.broadcast_object_list(decisions)
     decision = decisions[0]
     assert decision is not None, "rank 0 decides and every rank hears it"
     return decision
+
+
+def _tell(error: CheckpointError, pause: float) -> None:
+    print(f"{error}; trying again in {pause:.0f} s", file=sys.stderr, flush=True)
 
 
 def go_back(config: Config, finding: Finding, decision: Decision, checkpoints: Path, data: RunData) -> dict:
