@@ -49,17 +49,18 @@ class DocumentSpan:
 def describe_row(store: RowStore, source: int, row: int, source_name: str) -> list[DocumentSpan]:
     """The documents of one row, in order."""
     stream, position = store.locate(source, row)
+    name = os.path.basename(stream.file.prefix)
     found: list[DocumentSpan] = []
     start = 0
     for first, end in stream.parts(position, store.row_length + 1):
+        document = stream.file.document_at(first)
         while first < end:
-            document = stream.file.document_at(first)
-            stop = int(stream.file.document_start(document + 1))
-            name = os.path.basename(stream.file.prefix)
+            stop = stream.file.first_token(document + 1)
             last = min(end, stop)
             size = last - first
-            found.append(DocumentSpan(source_name, name, document, first, last, stop <= end, start, start + size))
-            first, start = last, start + size
+            if size:  # an empty document holds no token
+                found.append(DocumentSpan(source_name, name, document, first, last, stop <= end, start, start + size))
+            first, start, document = last, start + size, document + 1
     return found
 
 

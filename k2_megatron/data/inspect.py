@@ -252,7 +252,7 @@ def _records_of_document(feed: Feed, name: str, document: int) -> np.ndarray:
                 known = True
                 if document >= stream.file.documents:
                     raise ValueError(f"{name} has documents 0..{stream.file.documents - 1}")
-                start, end = (int(stream.file.document_start(document + more)) for more in (0, 1))
+                start, end = (stream.file.first_token(document + more) for more in (0, 1))
                 found += stream.rows_of_tokens(start, end, feed.store.row_length, source, first_row)
             first_row += rows
     if not known:

@@ -52,7 +52,7 @@ class CheckedTokenFile(TokenFile):
         blocks = self._bin_blocks + -(-entry["idx_bytes"] // BLOCK_BYTES)
         self._hashes = self._read_hashes(blocks, entry["blocks_xxh3"])
         self._checked = np.zeros(blocks, dtype=bool)
-        self._raw = [self.tokens.view(np.uint8), np.memmap(self.idx_path, mode="r", dtype=np.uint8)]
+        self._raw = [self.tokens.view(np.uint8).data, self._index]
 
     def _read_hashes(self, blocks: int, expected: str) -> np.ndarray:
         path = Path(self.prefix + ".xxh3")
@@ -72,6 +72,17 @@ class CheckedTokenFile(TokenFile):
             size = self.dtype.itemsize
             self._check(0, first * size // BLOCK_BYTES, (last * size - 1) // BLOCK_BYTES)
 
+    def check_index_bytes(self, first: np.ndarray | int, end: np.ndarray | int) -> None:
+        """Compare the blocks that hold bytes first..end-1 of the `.idx` with their hashes, as `check_tokens` does. Of
+        arrays, the blocks of each element's first and last byte."""
+        if self.entry is None:
+            return
+        if isinstance(first, int) and isinstance(end, int):
+            self._check(1, first // BLOCK_BYTES, (end - 1) // BLOCK_BYTES)
+            return
+        for block in np.union1d(first // BLOCK_BYTES, (end - 1) // BLOCK_BYTES).tolist():
+            self._check(1, block, block)
+
     def check_whole_index(self) -> None:
         """Compare every block of the `.idx` with its hash."""
         if self.entry is not None:
@@ -90,7 +101,7 @@ class CheckedTokenFile(TokenFile):
             if self._checked[offset + block]:
                 continue
             content = self._raw[which][block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
-            if xxhash.xxh3_64_intdigest(content.data) != self._hashes[offset + block]:
+            if xxhash.xxh3_64_intdigest(content) != self._hashes[offset + block]:
                 path = self.idx_path if which else self.bin_path
                 start = block * BLOCK_BYTES
                 raise ValueError(f"{path}: bytes {start}..{start + len(content)} differ from their hash; {RESTORE}")

@@ -89,7 +89,7 @@ def _source_file(recipe: Recipe, source: SourceRecipe, manifest: int, prefix: Pa
     first, end = source.documents or (0, file.documents)
     if end > file.documents:
         raise ValueError(f"{prefix}: has {file.documents} documents, the recipe asks for {first}..{end}")
-    start, stop = int(file.document_start(first)), int(file.document_start(end))
+    start, stop = file.first_token(first), file.first_token(end)
     key = hash64(recipe.seed, "held out", entry["name"])
     held_out = held_out_spans(file, first, end, recipe.held_out_fraction, key)
     return SourceFile(prefix, manifest, entry, complement(held_out, start, stop), held_out)

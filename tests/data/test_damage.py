@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 from token_corpora import tokenize
 
+from k2_megatron.data import feed as feeds
 from k2_megatron.data.build import build_plans
 from k2_megatron.data.feed import open_feed
+from k2_megatron.data.manifest import manifest_of_foreign_files
 from k2_megatron.data.recipe import Recipe
+from k2_megatron.data.store import TokenWriter
+from k2_megatron.data.training import train_byte_level_bpe
 
 LENGTH = 128
 DAMAGES_A_KIND = 40
@@ -35,10 +39,10 @@ def pristine(tmp_path_factory, speeches, toy_tokenizer) -> Path:
     return folder
 
 
-def read_all(folder: Path, samples: list[np.ndarray]) -> list[np.ndarray]:
-    """What training would do: open, then read every sample."""
+def read_all(folder: Path, samples: list[np.ndarray], most: int = 1 << 20) -> list[np.ndarray]:
+    """What training would do: open, then read every sample (or the first so many)."""
     feed = open_feed(folder / "train", sequence_length=LENGTH, seed=0, vocab_size=4096)
-    for number in range(feed.rows):
+    for number in range(min(most, feed.rows)):
         samples.append(feed.tokens(number, 1)[0])
     return samples
 
@@ -106,3 +110,52 @@ def test_every_byte_of_a_sealed_file_counts(tmp_path, pristine):
 
 def test_undamaged_files_read(pristine):
     assert len(read_all(pristine, [])) > 1000
+
+
+@pytest.fixture(scope="module")
+def reordered(tmp_path_factory, speeches) -> Path:
+    """A plan that fills in the middle, over 30,000 documents: seven blocks of an index that opening does not read."""
+    folder = tmp_path_factory.mktemp("reordered")
+    tokenizer = str(folder / "tokenizer.json")
+    train_byte_level_bpe(speeches[:5], 300, ["</s>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>"]).save(tokenizer)
+    writer = TokenWriter(str(folder / "code"), np.dtype("<u2"))
+    lengths = np.random.default_rng(1).integers(9, 30, 30_000)
+    writer.add(np.arange(lengths.sum(), dtype=np.uint32) % 250, lengths, None)
+    writer.finish()
+    manifest_of_foreign_files(str(folder / "code"))
+    source = {"tokens": (str(folder / "code"),), "repeats": 1.0, "fim_psm": 0.5, "fim_spm": 0.3}
+    recipe = {"sequence_length": LENGTH, "chunks": 1, "seed": 1, "fim": {"tokenizer": tokenizer}}
+    build_plans(Recipe.model_validate({**recipe, "sources": {"code": source}}), folder / "train", None)
+    return folder
+
+
+@pytest.mark.parametrize("field", ["offsets", "bounds"])
+def test_documents_are_told_apart_by_checked_blocks_of_an_index_too_large_to_read_at_the_start(
+    tmp_path, reordered, monkeypatch, field
+):
+    """A document that begins a token later would be cut and reordered otherwise, and every sample stay a whole row."""
+    monkeypatch.setattr(feeds, "INDEX_BYTES_CHECKED_AT_START", 0)
+    samples = read_all(reordered, [], most=200)
+    folder = tmp_path / "damaged"
+    shutil.copytree(reordered, folder)
+    first, documents = {"offsets": (34 + 4 * 30_000, 30_000), "bounds": (34 + 12 * 30_000, 30_001)}[field]
+    index = bytearray((folder / "code.idx").read_bytes())
+    where = first + 8 * (documents // 3)
+    index[where : where + 8] = (int.from_bytes(index[where : where + 8], "little") + 2).to_bytes(8, "little")
+    (folder / "code.idx").write_bytes(index)
+    seen: list[np.ndarray] = []
+    found = r"code\.idx: bytes \d+\.\.\d+ differ from their hash; restore it"
+    with pytest.raises(ValueError, match=found):
+        read_all(folder, seen, most=200)
+    with pytest.raises(ValueError, match=found):
+        open_feed(folder / "code", sequence_length=LENGTH, seed=0, vocab_size=4096, part="held_out")
+    assert np.array_equal(seen, samples[: len(seen)]), "a wrong sample was given"
+
+
+def test_to_find_a_row_in_its_documents_reads_little_of_the_index(reordered, monkeypatch):
+    monkeypatch.setattr(feeds, "INDEX_BYTES_CHECKED_AT_START", 0)
+    feed = open_feed(reordered / "train", sequence_length=LENGTH, seed=0, vocab_size=4096)
+    file, read = feed.store.sources[0][0].file, []
+    monkeypatch.setattr(file, "check_index_bytes", lambda first, end: read.append(end - first))
+    feed.tokens(7, 1)
+    assert 0 < sum(read) < 16 * 16 * 10, "documents a row x steps of a search, each of an offset and a bound"
