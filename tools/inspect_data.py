@@ -92,20 +92,35 @@ def answer(options: argparse.Namespace) -> Iterator[str]:
 
 
 def amend_order(run: Run, options: argparse.Namespace) -> str:
-    """Append an amendment that fits the run's schedule; the journal vouches for the line."""
-    run.ledger.attach(run.feed)
-    run.ledger.amend(
-        options.action,
-        from_sample=options.from_sample,
-        sequence_length=run.config.model.sequence_length,
-        reason=options.reason,
-        chunk=options.chunk,
-        samples=tuple(options.samples) if options.samples else None,
-    )
-    journal = Journal(run.folder, writer=True)
-    journal.write("amendment", reason=options.reason, ledger=run.ledger.mark())
-    journal.close()
-    return f"{run.ledger.path}: {options.action} holds from sample {options.from_sample}; it goes for runs started now"
+    """Append an amendment that fits the run's schedule and what it has trained; the journal vouches for the line.
+
+    ValueError, with nothing changed, where it does not fit, or the run is at work: the ledger cannot be undone."""
+    from k2_megatron.train.checkpoint_manifest import is_imported  # these bring torch
+    from k2_megatron.train.position import refuse_in_the_past
+    from k2_megatron.train.run_data import open_run_data
+    from k2_megatron.train.run_folder import hold_run_folder, newest_manifest, with_past
+    from k2_megatron.train.spikes.rollback import check_fits
+
+    config = run.config.model_copy(update={"run": run.config.run.model_copy(update={"folder": str(run.folder)})})
+    fields = {
+        "action": options.action,
+        "from_sample": options.from_sample,
+        "sequence_length": config.model.sequence_length,
+        "chunk": options.chunk,
+        "samples": tuple(options.samples) if options.samples else None,
+        "reason": options.reason,
+    }
+    with hold_run_folder(config):
+        data = open_run_data(with_past(config), writer=True)
+        check_fits(with_past(config), {key: value for key, value in fields.items() if value is not None}, data)
+        manifest = newest_manifest(run.folder)
+        if manifest is not None and not is_imported(manifest):
+            refuse_in_the_past(fields, manifest)
+        data.ledger.amend(**fields)
+        journal = Journal(run.folder, writer=True)
+        journal.write("amendment", reason=options.reason, ledger=data.ledger.mark())
+        journal.close()
+    return f"{data.ledger.path}: {options.action} holds from sample {options.from_sample}; it goes for the next start"
 
 
 def main() -> int:

@@ -38,6 +38,18 @@ def taken_before(config: Config, ledger: Ledger) -> set[str]:
     return set(KEYS) if now == {key: told[key] for key in now} else set()
 
 
+def refuse_in_the_past(entry: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """ValueError where an amendment that the checkpoint of `manifest` was not trained under holds from a sample that it
+    has trained: the numbers of the samples after that would be those of other rows."""
+    consumed, length = manifest["consumed_samples"], manifest["config"]["model"]["sequence_length"]
+    if entry["from_sample"] * entry["sequence_length"] < consumed * length:
+        raise ValueError(
+            f"an amendment from sample {entry['from_sample']} of {entry['sequence_length']} tokens on, and the "
+            f"checkpoint of step {manifest['step']} has trained up to sample {consumed} of {length}: rows would be "
+            "trained twice, others never"
+        )
+
+
 def change_at(config: Config, step: int) -> dict[str, Any] | None:
     """What changes in the data after `step` updates, [before, from then on]; None where nothing does."""
     history = config.train.history or ()

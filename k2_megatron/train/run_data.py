@@ -10,6 +10,7 @@ from k2_megatron.data.ledger import CHAIN_START, Ledger, LedgerNotWritten
 from k2_megatron.data.tokenizer import load_tokenizer
 from k2_megatron.runtime.durable import persist
 from k2_megatron.train.checkpoint_manifest import CheckpointError, is_imported
+from k2_megatron.train.position import refuse_in_the_past
 
 
 class RunData:
@@ -66,8 +67,8 @@ class RunData:
         }
 
     def resume_at(self, manifest: dict) -> None:
-        """Go on after a checkpoint. CheckpointError when it was trained on other rows than this run would read, or when
-        the ledger has lost or changed a line that it had when the checkpoint was saved."""
+        """Go on after a checkpoint. CheckpointError when it was trained on other rows than this run would read, or the
+        ledger has lost or changed a line that it had when the checkpoint was saved, or amends what was trained."""
         if is_imported(manifest):
             return
         if manifest["data"] != self.fingerprint:
@@ -79,6 +80,14 @@ class RunData:
             self.ledger.check_mark(manifest)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
+        for entry in self.ledger.amendments[manifest["amendments"] :]:
+            try:
+                refuse_in_the_past(entry, manifest)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{self.ledger.path}: {error}. Set the run back to a checkpoint from before that sample: "
+                    "tools/roll_back.py RUN --before STEP --reason ..."
+                ) from None
         if self._writer:
             self.ledger.continue_from(manifest)
         self.chain, self._from_step = manifest["chain"], manifest["step"]

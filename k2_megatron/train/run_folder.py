@@ -47,7 +47,7 @@ def check_run_folder(config: Config, given: Collection[str] = ()) -> list[str]:
     refused = [
         change for change in changes(now, earlier.model_dump(exclude_none=True), given) if change.outcome == "refused"
     ]
-    manifest = _newest_manifest(folder) if refused else None
+    manifest = newest_manifest(folder) if refused else None
     saved = changes(now, manifest["config"], given) if manifest and not is_imported(manifest) else refused
     differing = {change.key for change in saved}
     wrong = [str(change) for change in refused if change.key in differing]
@@ -65,11 +65,11 @@ def check_run_folder(config: Config, given: Collection[str] = ()) -> list[str]:
 
 def with_past(config: Config) -> Config:
     """`config` as the run in its folder, if there is one, would go on with it after its newest checkpoint."""
-    manifest = _newest_manifest(Path(config.run.folder))
+    manifest = newest_manifest(Path(config.run.folder))
     return going_on_from(config, manifest) if manifest else config
 
 
-def _newest_manifest(folder: Path) -> dict | None:
+def newest_manifest(folder: Path) -> dict | None:
     """Of the newest checkpoint that tells of itself; whether its files are sound is another question."""
     try:
         candidates, _ = candidate_checkpoints(folder / "checkpoints")

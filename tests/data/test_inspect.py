@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import fcntl
+import importlib.util
 import json
 import re
 import shutil
@@ -21,6 +23,7 @@ from k2_megatron.data.ledger import Ledger
 from k2_megatron.data.recipe import Recipe
 from k2_megatron.data.training import train_byte_level_bpe
 from k2_megatron.data.verify import verify_lines
+from k2_megatron.train import run_folder
 from k2_megatron.train.checkpoint_manifest import manifest_text
 
 LENGTH, BATCH, STEPS = 256, 16, 12
@@ -72,6 +75,17 @@ def write_steps(journal: Path, steps: range, time: str) -> None:
             file.write(json.dumps({**event, "samples": [(step - 1) * BATCH, step * BATCH]}) + "\n")
 
 
+def save_checkpoint(run: Path, step: int) -> None:
+    """What a checkpoint says of its data, with the ledger as it is."""
+    checkpoint = run / f"checkpoints/step_{step:08d}"
+    checkpoint.mkdir(parents=True)
+    config = load_config(run / "config.toml").model_dump(exclude_none=True)
+    manifest = {"step": step, "layout": "", "precision": "", "weights": "", "config": config, "files": {}}
+    manifest |= {"consumed_samples": step * BATCH, "amendments": 1, "ledger": Ledger(run).mark()}
+    (checkpoint / "k2.json").write_text(manifest_text(manifest), encoding="utf-8")
+    (run / "checkpoints/latest").write_text(f"{checkpoint.name}\n", encoding="utf-8")
+
+
 def test_verify_computes_the_chain_again(folder):
     lines = list(verify_lines(Run(folder), contents=True))
     assert [line.split(":")[0] for line in lines if "chain" in line] == ["position 80", "position 128", "position 192"]
@@ -94,11 +108,7 @@ def test_verify_compares_the_ledger_with_the_checkpoints(folder, tmp_path, chang
     """Where no journal line does, a checkpoint vouches for the last line."""
     for name in ("config.toml", "journal.jsonl", "ledger.jsonl"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    checkpoint = tmp_path / "checkpoints/step_00000012"
-    checkpoint.mkdir(parents=True)
-    manifest = {"step": 12, "layout": "", "precision": "", "weights": "", "config": {}, "files": {}}
-    manifest |= {"amendments": 1, "ledger": Ledger(folder).mark()}
-    (checkpoint / "k2.json").write_text(manifest_text(manifest), encoding="utf-8")
+    save_checkpoint(tmp_path, 12)
     *lines, last = (folder / "ledger.jsonl").read_text(encoding="utf-8").splitlines()
     changed = {"none": [last], "edit": [last.replace('"step": 12', '"step": 11')], "remove": []}[change]
     (tmp_path / "ledger.jsonl").write_text("\n".join([*lines, *changed]) + "\n", encoding="utf-8")
@@ -129,6 +139,56 @@ def test_verify_compares_the_ledger_with_the_journal(folder, tmp_path, change):
     found = {"edit": "that line is another now", "remove": "there are 4 lines"}[change]
     with pytest.raises(ValueError, match=f"the journal tells of amendment after line 5, and {found}"):
         list(verify_lines(Run(tmp_path), contents=False))
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (
+            "skip --samples 190 200 --from-sample 190",
+            "step 12 has trained up to sample 192 of 256: rows would be trained",
+        ),
+        ("defer --chunk 3 --from-sample 80", "from sample 80 of 256 tokens on, and the checkpoint of step 12"),
+        ("skip --chunk 3 --from-sample 192", "skipping would leave 272 rows, too few for the run. Defer them"),
+        ("defer --samples 192 320 --from-sample 192", "all that is left of the data, and its order would stay"),
+        ("defer --chunk 3 --from-sample 192", "another process is training in"),
+        ("defer --chunk 3 --from-sample 192", ""),
+    ],
+)
+def test_an_amendment_that_cannot_hold_is_not_written(folder, tmp_path, order, message):
+    """Not in the past, not where the plan would be too short, not while the run lives: there is no way back."""
+    for name in ("config.toml", "journal.jsonl", "ledger.jsonl"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    text = (tmp_path / "config.toml").read_text(encoding="utf-8")
+    longer = re.sub(r"^steps = 12$", "steps = 18", text, flags=re.MULTILINE)  # of the plan's 320 rows 288
+    (tmp_path / "config.toml").write_text(longer, encoding="utf-8")
+    save_checkpoint(tmp_path, 12)
+    before = (tmp_path / "ledger.jsonl").read_bytes()
+    inspect_data = loaded_inspect_data()
+    options = ["inspect_data.py", "amend", str(tmp_path), *order.split(), "--reason", "by hand"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", options)
+        patch.setattr(run_folder, "TAKEOVER_SECONDS", 0.0)
+        lock = open(tmp_path / ".lock", "a+")
+        if "training" in message:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if not message:
+            assert inspect_data.main() == 0
+            assert Ledger(tmp_path).amendments[-1]["chunk"] == 3
+            return
+        with pytest.raises(ValueError, match=message):
+            list(inspect_data.answer(inspect_data.parse_arguments()))
+        lock.close()
+    assert (tmp_path / "ledger.jsonl").read_bytes() == before
+
+
+def loaded_inspect_data():
+    """tools/inspect_data.py as a module."""
+    specification = importlib.util.spec_from_file_location("inspect_data", ROOT / "tools/inspect_data.py")
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 def test_step_names_source_file_line_and_text(folder, speeches):

@@ -115,8 +115,9 @@ def test_a_ledger_that_was_edited_is_found(tmp_path, change):
 
 
 def saved(ledger, step=3):
-    """What a checkpoint's manifest says of its data."""
-    return json.loads(json.dumps({"step": step, **RunData(Numbers(), None, ledger, writer=True).position()}))
+    """What a checkpoint's manifest says of its data, after 10 samples of 8 tokens a step."""
+    facts = {"step": step, "consumed_samples": 10 * step, "config": {"model": {"sequence_length": 8}}}
+    return json.loads(json.dumps({**facts, **RunData(Numbers(), None, ledger, writer=True).position()}))
 
 
 def resume(folder, manifest):
@@ -156,6 +157,22 @@ def test_lines_after_the_checkpoint_are_as_they_should_be(tmp_path):
     resume(tmp_path, manifest)
     assert len(Ledger(tmp_path).entries) == 5
     resume(tmp_path, {key: value for key, value in manifest.items() if key != "ledger"})  # of an earlier version
+
+
+@pytest.mark.parametrize(("from_sample", "length", "is_past"), [(29, 8, True), (14, 16, True), (15, 16, False)])
+def test_an_amendment_of_what_a_checkpoint_has_trained_is_refused(tmp_path, from_sample, length, is_past):
+    """Rows 30 to 39 would be trained twice, or be left out: the samples after the checkpoint have other rows."""
+    three_lines(tmp_path)
+    manifest = saved(Ledger(tmp_path))
+    Ledger(tmp_path).amend("defer", from_sample=from_sample, sequence_length=length, reason="late", samples=(40, 50))
+    if is_past:
+        with pytest.raises(
+            CheckpointError, match=rf"from sample {from_sample} .* step 3 .* up to sample 30 of 8.*roll_back"
+        ):
+            resume(tmp_path, manifest)
+    else:
+        resume(tmp_path, manifest)
+    resume(tmp_path, saved(Ledger(tmp_path), step=4))  # it was trained under it
 
 
 def test_a_checkpoint_goes_to_a_new_folder_without_its_ledger_unless_that_amended(tmp_path):

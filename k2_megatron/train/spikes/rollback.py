@@ -107,13 +107,13 @@ def check_fits(config: Config, fields: dict, data: RunData) -> None:
     after = data.train.after(fields)
     if after.total < data.train.row_range(0, config.total_samples)[1]:
         raise ValueError(
-            f"skipping would leave {after.total} rows, too few for the run. Use spikes.policy = "
-            '"rollback", which moves them to the end, or build a longer plan'
+            f"skipping would leave {after.total} rows, too few for the run. Defer them, which moves them to the end "
+            '(spikes.policy = "rollback"), or build a longer plan'
         )
     if after.runs == data.train.schedule.runs:
         raise ValueError(
             "what would be moved to the end is all that is left of the data, and its order would stay. Build a longer "
-            'plan, or go on with spikes.policy = "watch"'
+            'plan, or go on as it is (spikes.policy = "watch")'
         )
 
 
