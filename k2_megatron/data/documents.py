@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from k2_megatron.data.rows import RowStore
@@ -31,6 +34,7 @@ class DocumentSpan:
     start: int
     end: int
     reordered: bool = False
+    prefix: str = ""  # where the token file lies: two files may have one name
 
     def within(self, first: int, end: int, at: int) -> DocumentSpan | None:
         """What lies in tokens first..end-1 of that in which start and end count, `first` now numbered `at`; None for
@@ -49,7 +53,8 @@ class DocumentSpan:
 def describe_row(store: RowStore, source: int, row: int, source_name: str) -> list[DocumentSpan]:
     """The documents of one row, in order."""
     stream, position = store.locate(source, row)
-    name = os.path.basename(stream.file.prefix)
+    prefix = stream.file.prefix
+    name = os.path.basename(prefix)
     found: list[DocumentSpan] = []
     start = 0
     for first, end in stream.parts(position, store.row_length + 1):
@@ -59,8 +64,21 @@ def describe_row(store: RowStore, source: int, row: int, source_name: str) -> li
             last = min(end, stop)
             size = last - first
             if size:  # an empty document holds no token
-                found.append(DocumentSpan(source_name, name, document, first, last, stop <= end, start, start + size))
+                place = (document, first, last, stop <= end, start, start + size)
+                found.append(DocumentSpan(source_name, name, *place, prefix=prefix))
             first, start, document = last, start + size, document + 1
+    return found
+
+
+def short_names(prefixes: Iterable[str]) -> dict[str, str]:
+    """Each file's name, with as many of the folders above it as tell it from the others."""
+    whole = {prefix: Path(os.path.realpath(prefix)).parts for prefix in prefixes}
+    found: dict[str, str] = {}
+    for depth in range(1, 1 + max(map(len, whole.values()), default=0)):
+        counts = Counter(parts[-depth:] for parts in set(whole.values()))
+        found = {
+            prefix: "/".join(parts[-depth:]) for prefix, parts in whole.items() if counts[parts[-depth:]] == 1
+        } | found
     return found
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from k2_megatron.config import Config, load_run_config
-from k2_megatron.data.documents import DocumentSpan, line_of_document
+from k2_megatron.data.documents import DocumentSpan, line_of_document, short_names
 from k2_megatron.data.feed import Feed, open_feed
 from k2_megatron.data.ledger import Ledger
 from k2_megatron.data.manifest import manifest_path, read_manifest
@@ -89,15 +89,27 @@ class Run:
         return load_tokenizer(self.config.data.tokenizer) if self.config.data.tokenizer else None
 
     @cached_property
-    def manifests(self) -> dict[str, dict[str, Any]]:
-        """Token file name -> the manifest it is in."""
+    def manifests(self) -> list[tuple[Path, dict[str, Any]]]:
+        """The manifests of the token files, with their paths."""
         train = Path(self.config.data.train)
         if train.is_dir():
             paths = Plan(train).manifest_paths()
         else:
             paths = [path for path in [manifest_path(train)] if path.is_file()]
-        found = [read_manifest(path) for path in paths]
-        return {entry["name"]: manifest for manifest in found for entry in manifest["files"]}
+        return [(path, read_manifest(path)) for path in paths]
+
+    @cached_property
+    def manifest_of(self) -> dict[str, dict[str, Any]]:
+        """The prefix of a token file, as spans have it -> the manifest it is in."""
+        return {str(path.parent / entry["name"]): found for path, found in self.manifests for entry in found["files"]}
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        return short_names(self.manifest_of)
+
+    def name_of(self, prefix: str) -> str:
+        """What a token file is called here: where two have one name, with folders that tell them apart."""
+        return self._names.get(prefix) or Path(prefix).name
 
     @cached_property
     def steps(self) -> list[Step]:
@@ -130,11 +142,12 @@ class Run:
 
     def where(self, span: DocumentSpan) -> str:
         """Source, document, and the file and line it was read from."""
-        manifest = self.manifests.get(span.file)
+        manifest = self.manifest_of.get(span.prefix)
         line = line_of_document(manifest, span.file, span.document) if manifest else None
         origin = f"{line[0]} line {line[1]}" if line else "source text not recorded"
         tokens = f"tokens {span.first_token}..{span.end_token - 1}{' reordered' if span.reordered else ''}"
-        return f"{span.source}  {span.file}:{span.document}  {origin}  {tokens}"
+        file = self.name_of(span.prefix) if span.prefix else span.file
+        return f"{span.source}  {file}:{span.document}  {origin}  {tokens}"
 
 
 def step_lines(run: Run, number: int, characters: int) -> Iterator[str]:
@@ -210,8 +223,7 @@ def document_lines(run: Run, identity: str) -> Iterator[str]:
     steps = run.steps
     if not steps:
         raise ValueError(f"{run.folder}/journal.jsonl tells of no step yet")
-    feed = run.feed
-    wanted = _records_of_document(feed, name, int(number))
+    wanted = _records_of_document(run, name, int(number))
     seen = 0
     ends: dict[int, int] = {}  # the last sample of each length
     for step in steps:
@@ -222,7 +234,7 @@ def document_lines(run: Run, identity: str) -> Iterator[str]:
         if key not in cache:
             under = run.feed_of(step)
             possible = _samples_of_rows(under, wanted, ends[step.sequence_length]).tolist()
-            held = [sample for sample in possible if _holds(under, sample, name, int(number))]
+            held = [sample for sample in possible if _holds(run, under, sample, name, int(number))]
             cache[key] = np.array(held, dtype=np.int64)
         hits = cache[key]
         for sample in hits[(hits >= step.first) & (hits < step.end)].tolist():
@@ -240,29 +252,30 @@ def check_has_rows(run: Run) -> None:
         )
 
 
-def _records_of_document(feed: Feed, name: str, document: int) -> np.ndarray:
+def _records_of_document(run: Run, name: str, document: int) -> np.ndarray:
     """Records of every row that holds a token of a document."""
-    found = []
-    known = False
+    feed, found, names = run.feed, [], set()
     for source, streams in enumerate(feed.store.sources):
         first_row = 0
         for stream in streams:
             rows = stream.rows(feed.store.row_length)
-            if Path(stream.file.prefix).name == name:
-                known = True
+            names.add(run.name_of(stream.file.prefix))
+            if run.name_of(stream.file.prefix) == name:
                 if document >= stream.file.documents:
                     raise ValueError(f"{name} has documents 0..{stream.file.documents - 1}")
                 start, end = (stream.file.first_token(document + more) for more in (0, 1))
                 found += stream.rows_of_tokens(start, end, feed.store.row_length, source, first_row)
             first_row += rows
-    if not known:
-        raise ValueError(f"no token file {name!r} in this run's data")
+    if name not in names:
+        alike = sorted(other for other in names if other.endswith(f"/{name}"))
+        which = f", but several that end so: {', '.join(alike)}" if alike else ""
+        raise ValueError(f"no token file {name!r} in this run's data{which}")
     return np.array(found, dtype=np.uint64)
 
 
-def _holds(feed: Feed, sample: int, name: str, document: int) -> bool:
+def _holds(run: Run, feed: Feed, sample: int, name: str, document: int) -> bool:
     """Whether a sample, which may be a part of its row, holds a token of a document."""
-    return any((span.file, span.document) == (name, document) for span in feed.describe(sample))
+    return any((run.name_of(span.prefix), span.document) == (name, document) for span in feed.describe(sample))
 
 
 def _samples_of_rows(feed: Feed, wanted: np.ndarray, end: int) -> np.ndarray:

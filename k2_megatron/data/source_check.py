@@ -22,31 +22,38 @@ def check_sources(manifest: dict[str, Any], folders: Sequence[Path]) -> int:
     """How many files were read. ValueError where one has no more the content that the manifest's tokens are of."""
     keys = manifest.get("keys", [manifest["key"]]) if manifest["sources"] else []
     for entry in manifest["sources"]:
-        source = _find(entry["name"], folders)
-        if source.size != entry["bytes"]:
-            raise ValueError(
-                f"{source.path}: {source.size} bytes, {entry['bytes']} when its tokens were made; {REMEDY}"
-            )
-        digests = _contents(source, keys, [size for size, _ in entry["content"]])
-        for number, ((size, expected), digest) in enumerate(zip(entry["content"], digests, strict=True)):
-            if digest != expected:
-                raise ValueError(
-                    f"{source.path}: another text than when its tokens were made, in part {number} of "
-                    f"{len(entry['content'])} ({size} bytes of text); {REMEDY}"
-                )
+        found = sorted(_find(entry["name"], folders), key=lambda source: source.size != entry["bytes"])
+        problems = (_problem(source, entry, keys) for source in found)  # two folders may have a file of this name
+        first = next(problems)
+        if first is not None and all(problems):
+            raise ValueError(f"{first}; {REMEDY}")
     return len(manifest["sources"])
+
+
+def _problem(source: Source, entry: dict[str, Any], keys: Sequence[str]) -> str | None:
+    """How a file differs from what tokens were made of; None where it does not."""
+    if source.size != entry["bytes"]:
+        return f"{source.path}: {source.size} bytes, {entry['bytes']} when its tokens were made"
+    digests = _contents(source, keys, [size for size, _ in entry["content"]])
+    for number, ((size, expected), digest) in enumerate(zip(entry["content"], digests, strict=True)):
+        if digest != expected:
+            return (
+                f"{source.path}: another text than when its tokens were made, in part {number} of "
+                f"{len(entry['content'])} ({size} bytes of text)"
+            )
+    return None
 
 
 REMEDY = "put back the file that was read, or make the tokens again"
 
 
-def _find(name: str, folders: Sequence[Path]) -> Source:
-    for folder in folders:
-        path = folder / name
-        source = source_at(str(path), name) if path.is_file() else None
-        if source is not None:
-            return source
-    raise ValueError(f"{name}: not below {', '.join(map(str, folders))}; name the folders that --input named")
+def _find(name: str, folders: Sequence[Path]) -> list[Source]:
+    paths = [folder / name for folder in folders]
+    found = [source_at(str(path), name) for path in paths if path.is_file()]
+    sources = [source for source in found if source is not None]
+    if not sources:
+        raise ValueError(f"{name}: not below {', '.join(map(str, folders))}; name the folders that --input named")
+    return sources
 
 
 def _contents(source: Source, keys: Sequence[str], sizes: Sequence[int]) -> Iterator[str]:

@@ -34,7 +34,7 @@ def verify_lines(run: Run, contents: bool, sources: Sequence[Path] = ()) -> Iter
     else:
         yield f"{run.config.data.train}: mcore's blended datasets; the contents of their files have no hashes"
     if sources:
-        manifests = {manifest["xxh3"]: manifest for manifest in run.manifests.values()}
+        manifests = {manifest["xxh3"]: manifest for _, manifest in run.manifests}
         files = sum(check_sources(manifest, sources) for manifest in manifests.values())
         yield f"{files} text files are what the tokens were made from"
 

@@ -350,6 +350,53 @@ def test_verify_reads_the_texts_again_where_it_is_told_where_they_are(folder, tm
         list(verify_lines(Run(folder), False, [texts]))
 
 
+@pytest.fixture(scope="module")
+def same_names(tmp_path_factory, speeches, toy_tokenizer) -> tuple[Path, str]:
+    """A plan over en/web_text_document and de/web_text_document, each made of a web.jsonl, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("languages")
+    texts = {"en": speeches[:6], "de": [text[::-1] for text in speeches[6:14]]}
+    prefixes = {name: tokenize(part, folder / name, toy_tokenizer, "web") for name, part in texts.items()}
+    sources = {name: {"tokens": (prefix,), "repeats": 1.0} for name, prefix in prefixes.items()}
+    recipe = {"sequence_length": 64, "chunks": 2, "seed": 3, "sources": sources}
+    build_plans(Recipe.model_validate(recipe), folder / "train", None)
+    return folder / "train", toy_tokenizer
+
+
+def test_two_files_of_one_name_are_told_apart(same_names, tmp_path, speeches):
+    run = run_over(same_names, tmp_path, 64)
+    for line in (line for number in range(1, 7) for line in step_lines(run, number, 0) if "_document:" in line):
+        source, file, origin = re.match(r"  (\w+)  (\S+):\d+  (web\.jsonl line \d+) ", line).groups()
+        assert file == f"{source}/web_text_document"
+        assert int(origin.split()[-1]) <= {"en": 6, "de": 8}[source]
+    with open(tmp_path / "journal.jsonl", "w", encoding="utf-8") as journal:
+        event = {"event": "step", "time": "2026", "step": 1, "samples": [0, run.feed.rows]}
+        journal.write(json.dumps(event) + "\n")
+    spans = [span for sample in range(run.feed.rows) for span in run.feed.describe(sample)]
+    for language in ("en", "de"):
+        seen = sum((span.source, span.document) == (language, 2) for span in spans)
+        assert list(document_lines(Run(tmp_path), f"{language}/web_text_document:2"))[-1].endswith(f"seen {seen} times")
+    with pytest.raises(ValueError, match=r"no token file 'web_text_document' .*: (en|de)/web.*, (en|de)/web"):
+        list(document_lines(Run(tmp_path), "web_text_document:2"))
+
+
+@pytest.mark.parametrize("changed", ["none", "en", "de"])
+def test_verify_reads_the_texts_of_every_file_of_a_name(same_names, tmp_path, changed):
+    """Two texts of one name, below the two folders that --input named."""
+    run, texts = run_over(same_names, tmp_path, 64), tmp_path / "texts"
+    for language in ("en", "de"):
+        (texts / language).mkdir(parents=True)
+        content = (same_names[0].parent / language / "web.jsonl").read_bytes()
+        content = content.replace(b" ", b"_", 1) if language == changed else content
+        (texts / language / "web.jsonl").write_bytes(content)
+    for folders in ([texts / "en", texts / "de"], [texts / "de", texts / "en"]):
+        if changed == "none":
+            assert list(verify_lines(run, False, folders))[-1] == "2 text files are what the tokens were made from"
+            continue
+        found = "web.jsonl: another text than when its tokens were made, in part 0"
+        with pytest.raises(ValueError, match=f"{changed}/{found}"):
+            list(verify_lines(run, False, folders))
+
+
 def test_show_decodes_rows(folder, speeches):
     lines = list(show_lines(Run(folder), 2, 7))
     assert [line for line in lines if line.startswith("---")] == ["--- sample 7", "--- sample 8"]
