@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,12 @@ class Run:
 
     def amendments_at(self, ledger_entries: int) -> int:
         """How many of the first `ledger_entries` lines of the ledger are amendments."""
-        return len(self.ledger.before(ledger_entries).amendments)
+        return self._amendments_before[min(ledger_entries, len(self.ledger.entries))]
+
+    @cached_property
+    def _amendments_before(self) -> list[int]:
+        """How many amendments there are before each line of the ledger, and in all."""
+        return [0, *accumulate(entry["event"] == "amendment" for entry in self.ledger.entries)]
 
     def feed_at(self, ledger_entries: int, sequence_length: int) -> Feed:
         """The feed of samples so long, under the amendments among the first `ledger_entries` lines of the ledger."""
@@ -125,15 +131,20 @@ class Run:
             if event.get("event") == "step":
                 first, end = event["samples"]
                 length = event.get("sequence_length", self.first_sequence_length)  # of earlier versions, which kept it
-                entries = sum(time <= event["time"] for time in times)
+                # The journal of earlier versions does not say; clocks may have been set back since
+                told = event.get("ledger") or {"lines": sum(time <= event["time"] for time in times)}
+                entries = told["lines"]
                 found.append(Step(event["step"], first, end, entries, length))
         return found
 
+    @cached_property
+    def _last_told(self) -> dict[int, Step]:
+        return {step.number: step for step in self.steps}
+
     def step(self, number: int) -> Step:
         """The last telling of a step; where there is no journal, what the configuration says of it."""
-        told = [step for step in self.steps if step.number == number]
-        if told:
-            return told[-1]
+        if number in self._last_told:
+            return self._last_told[number]
         if not 1 <= number <= self.config.train.steps:
             raise ValueError(f"step {number}: the run has steps 1..{self.config.train.steps}")
         first = self.config.consumed_samples_at(number - 1)

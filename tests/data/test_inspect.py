@@ -54,24 +54,26 @@ def folder(tmp_path_factory, speeches, toy_tokenizer) -> Path:
     assert (config.model.sequence_length, config.train.global_batch) == (LENGTH, BATCH)
     (run / "config.toml").write_text(config.to_toml(), encoding="utf-8")
     journal = run / "journal.jsonl"
-    write_steps(journal, range(1, 9), "2026-01-01T00:00:0{}.000+00:00")
     opened = Run(run)
     opened.ledger.attach(opened.feed)
+    write_steps(journal, range(1, 6), opened.ledger)
     chain = opened.ledger.chain("", 0, DEFER_AT)
     opened.ledger.record_position(DEFER_AT, chain, step=5)
+    write_steps(journal, range(6, 9), opened.ledger)
     opened.ledger.record_position(8 * BATCH, opened.ledger.chain(chain, DEFER_AT, 8 * BATCH), step=8)
     opened.ledger.amend("defer", from_sample=DEFER_AT, sequence_length=LENGTH, reason="spike", chunk=1)
     again = Run(run)
     again.ledger.attach(again.feed)
-    write_steps(journal, range(6, 13), "2999-01-01T00:00:{:02d}.000+00:00")
+    write_steps(journal, range(6, 13), again.ledger)
     again.ledger.record_position(12 * BATCH, again.ledger.chain(chain, DEFER_AT, 12 * BATCH), step=12)
     return run
 
 
-def write_steps(journal: Path, steps: range, time: str) -> None:
+def write_steps(journal: Path, steps: range, ledger: Ledger) -> None:
+    """By a clock that stands still: it tells nothing of what came before what."""
     with open(journal, "a", encoding="utf-8") as file:
         for step in steps:
-            event = {"event": "step", "time": time.format(step), "step": step}
+            event = {"event": "step", "time": "2026-01-01T00:00:00.000+00:00", "step": step, "ledger": ledger.mark()}
             file.write(json.dumps({**event, "samples": [(step - 1) * BATCH, step * BATCH]}) + "\n")
 
 
@@ -96,8 +98,7 @@ def test_verify_finds_rows_that_were_not_these(folder, tmp_path):
     text = (folder / "ledger.jsonl").read_text(encoding="utf-8").splitlines()[0]
     entry = json.loads(text)
     entry["chain"] = entry["chain"][:-1] + ("0" if entry["chain"][-1] != "0" else "1")
-    for name in ("config.toml", "journal.jsonl"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "config.toml").write_bytes((folder / "config.toml").read_bytes())
     (tmp_path / "ledger.jsonl").write_text(json.dumps(entry) + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"line 1: 80 samples have chain .*: it was trained on other rows"):
         list(verify_lines(Run(tmp_path), contents=False))
@@ -292,14 +293,24 @@ def test_a_document_is_seen_where_a_sample_holds_it(cut_plan, tmp_path, length):
 
 def test_a_deferred_chunk_was_seen_before_the_rollback_and_not_after(folder):
     run = Run(folder)
+    assert [step.number for step in run.steps] == [*range(1, 9), *range(6, 13)]
+    assert [step.ledger_entries for step in run.steps] == [0] * 5 + [1] * 3 + [3] * 7
     before, after = run.steps[5], run.steps[-7]
-    assert (before.number, after.number) == (6, 6)
     assert before.first == after.first
-    assert before.ledger_entries < after.ledger_entries
     one = run.feed_of(before).tokens(before.first, BATCH)
     other = run.feed_of(after).tokens(after.first, BATCH)
     assert not (one == other).all()
     assert run.step(6) == after
+
+
+def test_journals_of_earlier_versions_tell_by_their_times(folder, tmp_path):
+    """They have no ledger in their steps."""
+    for name in ("config.toml", "ledger.jsonl"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    with open(tmp_path / "journal.jsonl", "w", encoding="utf-8") as journal:
+        for number, time in ((1, "2026-01-01"), (2, "2999-01-01")):
+            journal.write(json.dumps({"event": "step", "time": time, "step": number, "samples": [0, BATCH]}) + "\n")
+    assert [step.ledger_entries for step in Run(tmp_path).steps] == [0, 4]
 
 
 def test_mix_adds_up(folder):
@@ -431,12 +442,12 @@ def test_a_run_on_a_blend_answers_what_it_can(folder, tmp_path):
     blend.write_text(f'samples = 192\ncache = "{tmp_path / "cache"}"\n{sources}', encoding="utf-8")
     config = (folder / "config.toml").read_text(encoding="utf-8")
     (tmp_path / "config.toml").write_text(config.replace(str(folder.parent / "train"), str(blend)), encoding="utf-8")
-    write_steps(tmp_path / "journal.jsonl", range(1, 4), "2026-01-01T00:00:0{}.000+00:00")
+    write_steps(tmp_path / "journal.jsonl", range(1, 4), Ledger(tmp_path))
     opened = Run(tmp_path)
     opened.ledger.attach(opened.feed)
     opened.ledger.record_position(2 * BATCH, opened.ledger.chain("", 0, 2 * BATCH), step=2)
     run = Run(tmp_path)
-    assert f"position {2 * BATCH}: chain" in list(verify_lines(run, contents=True))[1]
+    assert f"position {2 * BATCH}: chain" in list(verify_lines(run, contents=True))[2]
     lines = list(step_lines(run, 2, 10))
     assert (lines[0], len(lines)) == (f"step 2: samples {BATCH}..{2 * BATCH - 1}", 1 + 3 * BATCH)
     assert len(list(show_lines(run, 2, 0))) == 4
