@@ -41,7 +41,8 @@ class SourceFile:
 
 def open_sources(recipe: Recipe, threads: int) -> tuple[list[dict[str, Any]], list[list[SourceFile]]]:
     """Every manifest once (with its path under "path"), and for each source its files."""
-    paths = sorted({path for source in recipe.sources.values() for path in _manifest_paths(source)})
+    paths_of = [_manifest_paths(name, source) for name, source in recipe.sources.items()]
+    paths = sorted({path for found in paths_of for path in found})
     manifests = [{**read_manifest(path), "path": path} for path in paths]
     known = [manifest for manifest in manifests if manifest.get("tokenizer")]  # foreign files' do not say
     for manifest in known:
@@ -50,23 +51,26 @@ def open_sources(recipe: Recipe, threads: int) -> tuple[list[dict[str, Any]], li
                 f"{manifest['path']}: made with another tokenizer than {known[0]['path']}; a plan needs one tokenizer"
             )
     numbers = {path: number for number, path in enumerate(paths)}
+    files_of = [[(path, entry) for path in found for entry in manifests[numbers[path]]["files"]] for found in paths_of]
+    for (name, source), found in zip(recipe.sources.items(), files_of, strict=True):
+        if source.documents and len(found) > 1:
+            raise ValueError(
+                f"sources.{name}: documents needs a single token file, and {', '.join(source.tokens)} names "
+                f"{len(found)}; name one of them, or leave documents out"
+            )
     jobs = [
         (source, numbers[path], path.parent / entry["name"], entry)
-        for source in recipe.sources.values()
-        for path in _manifest_paths(source)
-        for entry in manifests[numbers[path]]["files"]
+        for source, found in zip(recipe.sources.values(), files_of, strict=True)
+        for path, entry in found
     ]
     with ThreadPoolExecutor(threads) as pool:
         files = iter(list(pool.map(lambda job: _source_file(recipe, *job), jobs)))
-    counts = [
-        sum(len(manifests[numbers[path]]["files"]) for path in _manifest_paths(source))
-        for source in recipe.sources.values()
-    ]
-    return manifests, [[next(files) for _ in range(count)] for count in counts]
+    return manifests, [[next(files) for _ in found] for found in files_of]
 
 
-def _manifest_paths(source: SourceRecipe) -> list[Path]:
-    found = []
+def _manifest_paths(source_name: str, source: SourceRecipe) -> list[Path]:
+    """The manifests that a source names. ValueError where one is named twice: each of its rows would be."""
+    found: dict[str, Path] = {}
     for pattern in source.tokens:
         name = str(manifest_path(pattern))
         paths = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
@@ -75,8 +79,14 @@ def _manifest_paths(source: SourceRecipe) -> list[Path]:
                 f"{name}: no such manifest; make the tokens with tools/preprocess_data.py, or write a manifest for "
                 "Megatron's files with tools/inspect_data.py manifest PREFIX"
             )
-        found += [Path(path) for path in paths]
-    return found
+        for path in paths:
+            if os.path.realpath(path) in found:
+                raise ValueError(
+                    f"sources.{source_name}: {path} is named twice in tokens (again by {pattern!r}): it would repeat "
+                    "all its rows; name it once, and give repeats or share"
+                )
+            found[os.path.realpath(path)] = Path(path)
+    return list(found.values())
 
 
 def _source_file(recipe: Recipe, source: SourceRecipe, manifest: int, prefix: Path, entry: dict) -> SourceFile:

@@ -173,6 +173,29 @@ def test_document_ranges_divide_a_file(tmp_path, prefixes):
             assert (span.document < 5) == (span.source == "first")
 
 
+def test_a_file_named_twice_is_refused(tmp_path, prefixes):
+    """It would give each of its rows twice, whatever `repeats` and `max_repeats` say. Two sources may name one."""
+    folder = Path(prefixes["a"]).parent
+    (tmp_path / "linked").symlink_to(folder)
+    for tokens in (
+        (prefixes["a"], str(folder / "*")),
+        (str(folder / "[ab]*"), str(folder / "[ac]*")),
+        (prefixes["a"], str(tmp_path / "linked/a_text_document")),
+    ):
+        sources = {"x": {"tokens": tokens, "repeats": 1.0, "max_repeats": 1.0}}
+        recipe = make_recipe(prefixes, sources=sources, rows_per_chunk=None, held_out_fraction=0.0)
+        with pytest.raises(ValueError, match=r"sources\.x: .*a_text_document\.manifest\.json is named twice"):
+            build_plans(recipe, tmp_path / "train", None)
+
+
+def test_a_range_of_documents_needs_a_single_file(tmp_path, prefixes):
+    """Also where one name stands for several: the range would be taken of each."""
+    source = {"tokens": (str(Path(prefixes["a"]).parent / "[ab]*"),), "documents": (0, 3), "repeats": 1.0}
+    recipe = make_recipe(prefixes, sources={"x": source}, rows_per_chunk=None, chunks=1, held_out_fraction=0.0)
+    with pytest.raises(ValueError, match=r"sources\.x: documents needs a single token file, .* names 2"):
+        build_plans(recipe, tmp_path / "train", None)
+
+
 @pytest.mark.parametrize(
     ("settings", "held_out", "message"),
     [
