@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,12 @@ import xxhash
 from k2_megatron.data.mixture import rows_of_sources, used_after_chunks
 from k2_megatron.data.permutation import Permutation, hash64
 from k2_megatron.data.plan import FORMAT, chunk_path
+from k2_megatron.data.plan_folders import folder_aside, give_names, write_durably
 from k2_megatron.data.recipe import Recipe, chunk_order
 from k2_megatron.data.recipe_files import FimPieces, SourceFile, fim_pieces, open_sources
 from k2_megatron.data.rows import pack
 from k2_megatron.data.store import write_sealed
+from k2_megatron.runtime.durable import sync
 
 
 def build_plans(
@@ -46,15 +48,7 @@ def build_plans(
             f"held_out_fraction is {recipe.held_out_fraction}: name a folder for the held-out plan where it is more "
             "than 0, and only there"
         )
-    if held_out_folder is not None and _one_holds_the_other(train_folder, held_out_folder):
-        raise ValueError(
-            f"{train_folder} and {held_out_folder}: one lies in the other; each plan needs a folder of its own"
-            if train_folder != held_out_folder
-            else f"{train_folder}: named for both plans; the held-out plan needs a folder of its own"
-        )
-    for folder in (train_folder, held_out_folder):
-        if folder is not None and folder.exists():
-            raise ValueError(f"{folder}: exists; remove it, or name another folder")
+    _check_folders(train_folder, held_out_folder)
     manifests, sources = open_sources(recipe, threads)
     fim = fim_pieces(recipe, manifests)
     report(f"{sum(len(files) for files in sources)} token files, {len(manifests)} manifests")
@@ -62,21 +56,33 @@ def build_plans(
     rows_per_chunk, totals = rows_of_sources(recipe, available)
     report(f"{recipe.chunks} chunks of {rows_per_chunk} rows")
     used = used_after_chunks(totals, recipe.chunks)
-    parts = {}  # the held-out plan first: it is the one that may still be refused
-    if held_out_folder is not None:
-        parts[held_out_folder] = _held_out_part(recipe, manifests, sources)
     order = chunk_order(recipe.order, recipe.chunks)
-    parts[train_folder] = _Part(recipe, manifests, sources, available, used, order, fim)
-    return _write_plans(parts, threads)[train_folder]
+    parts = {train_folder: _Part(recipe, manifests, sources, available, used, order, fim)}
+    if held_out_folder is not None:
+        parts = {held_out_folder: _held_out_part(recipe, manifests, sources), **parts}
+    with ExitStack() as stack:  # after all that can be refused, so that a refusal leaves no folder behind
+        asides = {folder: stack.enter_context(folder_aside(folder)) for folder in parts}
+        contents = [_write_plan(part, asides[folder], folder, threads) for folder, part in parts.items()]
+        give_names(asides)
+    return contents[-1]
 
 
-def _one_holds_the_other(one: Path, other: Path) -> bool:
-    one, other = one.resolve(), other.resolve()
-    return one.is_relative_to(other) or other.is_relative_to(one)
+def _check_folders(train_folder: Path, held_out_folder: Path | None) -> None:
+    if held_out_folder is not None:
+        train, held_out = (Path(os.path.realpath(folder)) for folder in (train_folder, held_out_folder))
+        if train == held_out:
+            raise ValueError(f"{train_folder}: named for both plans; the held-out plan needs a folder of its own")
+        if train in held_out.parents or held_out in train.parents:
+            raise ValueError(
+                f"{train_folder} and {held_out_folder}: one plan's folder lies in the other's; name others"
+            )
+    for folder in (train_folder, held_out_folder):
+        if folder is not None and folder.exists():
+            raise ValueError(f"{folder}: exists; remove it, or name another folder")
 
 
 def _held_out_part(recipe: Recipe, manifests: list[dict[str, Any]], sources: list[list[SourceFile]]) -> _Part:
-    """One chunk of every held-out row, each once."""
+    """One chunk of every held-out row, each once for every source that its document is of."""
     available = [_rows(files, recipe.sequence_length, True) for files in sources]
     if sum(available) == 0:
         raise ValueError(
@@ -155,52 +161,29 @@ class _Part:
         return found
 
     def locations(self, folder: Path) -> dict[str, Any]:
-        """locations.json."""
-        paths = [os.path.relpath(manifest["path"], folder) for manifest in self.manifests]
+        """locations.json. Paths lead from where the folder is, whatever links lead to it: `..` does, too."""
+        start = os.path.realpath(folder)
+        places = [(os.path.realpath(Path(manifest["path"]).parent), manifest["path"]) for manifest in self.manifests]
+        paths = [os.path.relpath(os.path.join(place, Path(path).name), start) for place, path in places]
         if self.fim is None or self.fim.tokenizer is None:
             return {"manifests": paths}
         assert self.recipe.fim is not None, "pieces come of a recipe's [fim]"
-        return {"manifests": paths, "fim_tokenizer": os.path.relpath(self.recipe.fim.tokenizer, folder)}
+        tokenizer = os.path.realpath(self.recipe.fim.tokenizer)
+        return {"manifests": paths, "fim_tokenizer": os.path.relpath(tokenizer, start)}
 
 
-def _write_plans(parts: dict[Path, _Part], threads: int) -> dict[Path, dict[str, Any]]:
-    """Write every plan aside, and give them their names when all are whole: both or none. Returns each plan.json."""
-    try:
-        contents = {folder: _write_aside(part, folder, threads) for folder, part in parts.items()}
-        for folder in parts:
-            os.replace(_aside(folder), folder)
-    except BaseException as error:
-        for folder in parts:
-            shutil.rmtree(_aside(folder), ignore_errors=True)
-        if isinstance(error, OSError):
-            names = " and ".join(map(str, parts))
-            raise ValueError(
-                f"{names}: cannot be written ({error.strerror}); make room, or name other folders"
-            ) from None
-        raise
-    return contents
-
-
-def _aside(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".partial")
-
-
-def _write_aside(part: _Part, folder: Path, threads: int) -> dict[str, Any]:
-    """Write the plan that `folder` is to hold. Returns plan.json."""
-    aside = _aside(folder)
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        (aside / "chunks").mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(f"{folder}: cannot be made ({error.strerror}); name a folder that you may write to") from None
+def _write_plan(part: _Part, aside: Path, folder: Path, threads: int) -> dict[str, Any]:
+    """Write into `aside` what will be the plan `folder`, safe from a power cut. Returns plan.json."""
     span_bytes = np.concatenate(part.spans()).astype("<i8").tobytes()
-    (aside / "spans.i64").write_bytes(span_bytes)
+    write_durably(aside / "spans.i64", span_bytes)
+    (aside / "chunks").mkdir()
     write_chunk = _ChunkWriter(aside, part.recipe.seed, list(part.recipe.sources), part.rows, part.used)
     with ThreadPoolExecutor(threads) as pool:
         chunk_hashes = list(pool.map(write_chunk, range(len(part.order))))
+    sync(aside / "chunks")
     content = part.content(xxhash.xxh3_64_hexdigest(span_bytes), chunk_hashes)
+    write_durably(aside / "locations.json", (json.dumps(part.locations(folder), indent=1) + "\n").encode())
     write_sealed(aside / "plan.json", content)
-    (aside / "locations.json").write_text(json.dumps(part.locations(folder), indent=1) + "\n", encoding="utf-8")
     return content
 
 
@@ -224,5 +207,5 @@ class _ChunkWriter:
         rows = np.concatenate(parts)
         shuffled = np.empty(len(rows), dtype="<u8")
         shuffled[Permutation(len(rows), hash64(self.seed, "chunk", chunk))(np.arange(len(rows)))] = rows
-        chunk_path(self.folder, chunk).write_bytes(shuffled.data)
+        write_durably(chunk_path(self.folder, chunk), shuffled.data)
         return xxhash.xxh3_64_hexdigest(shuffled.data)

@@ -7,13 +7,14 @@ import os
 import shutil
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from token_corpora import outputs, tokenize
 
 from k2_megatron.data import build
-from k2_megatron.data.build import build_plans
+from k2_megatron.data.build import _ChunkWriter, build_plans
 from k2_megatron.data.feed import open_feed
 from k2_megatron.data.manifest import manifest_of_foreign_files, manifest_path
 from k2_megatron.data.plan import Plan
@@ -216,7 +217,7 @@ def test_what_does_not_fit_is_named(tmp_path, prefixes, settings, held_out, mess
 def test_the_two_plans_need_two_folders_that_can_be_made(tmp_path, prefixes):
     with pytest.raises(ValueError, match="named for both plans"):
         build_plans(make_recipe(prefixes), tmp_path / "x", tmp_path / "x")
-    with pytest.raises(ValueError, match="one lies in the other"):
+    with pytest.raises(ValueError, match="one plan's folder lies in the other's"):
         build_plans(make_recipe(prefixes), tmp_path / "x", tmp_path / "x" / "held_out")
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").touch()
@@ -228,7 +229,7 @@ def test_a_full_disk_leaves_neither_plan(tmp_path, prefixes, monkeypatch):
     """The held-out plan is whole by then; without the other it would only be in the way of the next try."""
 
     def full(path, content):
-        if path.parent.name == "train.partial":
+        if path.parent.name.startswith("train."):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write_sealed(path, content)
 
@@ -236,6 +237,79 @@ def test_a_full_disk_leaves_neither_plan(tmp_path, prefixes, monkeypatch):
     with pytest.raises(ValueError, match=r"train: cannot be written \(No space left on device\); make room"):
         build_plans(make_recipe(prefixes), tmp_path / "train", tmp_path / "held_out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_opens_where_its_folder_is_reached_by_a_link(tmp_path, prefixes):
+    """The way to the tokens goes up from where the plan is, not from where the link to it is."""
+    (tmp_path / "disk/deep/er").mkdir(parents=True)
+    (tmp_path / "runs").symlink_to(tmp_path / "disk/deep/er")
+    build_plans(make_recipe(prefixes), tmp_path / "runs/train", tmp_path / "runs/held_out")
+    for path in (tmp_path / "runs/train", tmp_path / "disk/deep/er/train"):
+        assert open_plan(path).tokens(0, 3).shape == (3, LENGTH + 1)
+
+
+def test_one_plan_does_not_lie_in_the_other(tmp_path, prefixes):
+    for train, held_out in (("plan", "plan/held_out"), ("plan/train", "plan")):
+        with pytest.raises(ValueError, match="one plan's folder lies in the other's"):
+            build_plans(make_recipe(prefixes), tmp_path / train, tmp_path / held_out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_both_plans_come_or_none(tmp_path, prefixes):
+    """The training plan cannot be made: with the held-out plan there, the next try would be refused."""
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file/train: cannot be made \(Not a directory\); name a folder"):
+        build_plans(make_recipe(prefixes), tmp_path / "file/train", tmp_path / "held_out")
+
+    def another_build_is_faster(text):
+        if "rows" in text:
+            (tmp_path / "train/chunks").mkdir(parents=True)
+
+    with pytest.raises(ValueError, match=r"/train: cannot be made \(Directory not empty\); name a folder"):
+        build_plans(make_recipe(prefixes), tmp_path / "train", tmp_path / "held_out", report=another_build_is_faster)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "train"]
+
+
+def test_two_builds_of_one_plan_do_not_share_a_folder(tmp_path, prefixes, plans, monkeypatch):
+    """One begins while the other writes. What a kill left behind goes, what a living build writes in does not."""
+    (tmp_path / "train.0123abcd.partial/chunks").mkdir(parents=True)
+    write, begun = _ChunkWriter.__call__, []
+
+    def write_and_begin_another(self, chunk):
+        if not begun:
+            begun.append(chunk)
+            build_plans(make_recipe(prefixes), tmp_path / "train", tmp_path / "held_out")
+        return write(self, chunk)
+
+    monkeypatch.setattr(_ChunkWriter, "__call__", write_and_begin_another)
+    with pytest.raises(ValueError, match=r"(train|held_out): cannot be made \(Directory not empty\)"):
+        build_plans(make_recipe(prefixes), tmp_path / "train", tmp_path / "held_out")
+    made, expected = outputs(tmp_path), outputs(plans)
+    assert {name: made[name] for name in expected if "locations" not in name} == {
+        name: content for name, content in expected.items() if "locations" not in name
+    }
+    assert made.keys() == expected.keys()
+
+
+def test_a_plan_is_on_the_disk_before_it_has_its_name(tmp_path, prefixes):
+    done, renamed = [], []
+
+    def fsync(descriptor, *, real=os.fsync):
+        done.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real(descriptor)
+
+    def replace(source, target, *, real=os.replace):
+        if Path(source).is_dir():
+            files = {str(path) for path in Path(source).rglob("*") if path.name != "plan.json"}  # by another name
+            assert files | {str(source)} <= set(done), "not all is on the disk"
+            assert len(files) == 3 + len(list((Path(source) / "chunks").iterdir()))
+            renamed.append(str(target))
+        real(source, target)
+
+    with mock.patch.object(os, "fsync", fsync), mock.patch.object(os, "replace", replace):
+        build_plans(make_recipe(prefixes), tmp_path / "train", tmp_path / "held_out")
+    assert renamed == [str(tmp_path / "held_out"), str(tmp_path / "train")]
+    assert done[-1] == str(tmp_path), "the plans' own names"
 
 
 def test_missing_manifests_and_other_tokenizers_are_named(tmp_path, prefixes, speeches, sentencepiece_model):
