@@ -18,7 +18,7 @@ from k2_megatron.data.indexed import TokenFile, strip_suffix
 from k2_megatron.data.store import BLOCK_BYTES, HashedWriter, read_sealed, write_sealed
 
 FORMAT = "k2_megatron tokens 1"
-RESTORE = "restore it, or make the tokens again with tools/preprocess_data.py"
+RESTORE = "restore it, or remove the manifest and make the tokens again with tools/preprocess_data.py"
 
 
 def manifest_path(prefix: str | os.PathLike) -> Path:

@@ -21,7 +21,7 @@ from typing import Any, cast
 
 from k2_megatron.data.compiled import compiled
 from k2_megatron.data.encoder import settings_for_workers
-from k2_megatron.data.manifest import manifest_path, read_manifest
+from k2_megatron.data.manifest import manifest_path, open_token_files, read_manifest
 from k2_megatron.data.merge import merge, remove_leftovers
 from k2_megatron.data.shards import Job, Progress, ShardMaker, Unit, units_of
 
@@ -150,10 +150,8 @@ def _preprocess(
 
 def _finished(job: Job, maker: ShardMaker) -> dict[str, Any] | None:
     """The totals of outputs that this very job has already made, and what a kill at its very end left is removed.
-    ValueError where another job made them."""
-    paths = [manifest_path(job.output(key)) for key in job.keys]
-    if not all(path.is_file() for path in paths):
-        return None
+    ValueError where another job made them, or they are no longer what was made."""
+    paths = [path for path in (manifest_path(job.output(key)) for key in job.keys) if path.is_file()]
     manifests = [read_manifest(path) for path in paths]
     sources = [[source.name, source.size] for source in job.sources]
     for path, manifest in zip(paths, manifests, strict=True):
@@ -163,6 +161,12 @@ def _finished(job: Job, maker: ShardMaker) -> dict[str, Any] | None:
                 f"{path}: made by another run (other options, tokenizer or sources); remove the outputs of "
                 f"{job.prefix} to make them afresh, or choose another --output-prefix"
             )
+        try:
+            open_token_files(path)
+        except ValueError as error:
+            raise ValueError(f"{error} (to make it again remove {path} first, then give the same command)") from None
+    if len(paths) < len(job.keys):
+        return None
     remove_leftovers(job)
     return {
         "documents": manifests[0]["documents"],

@@ -44,7 +44,7 @@ def _problem(source: Source, entry: dict[str, Any], keys: Sequence[str]) -> str 
     return None
 
 
-REMEDY = "put back the file that was read, or make the tokens again"
+REMEDY = "put back the file that was read, or remove the manifest and make the tokens again"
 
 
 def _find(name: str, folders: Sequence[Path]) -> list[Source]:

@@ -129,6 +129,11 @@ def open_run_data(config: Config, *, writer: bool = False) -> RunData:
     split = config.data.train == config.data.held_out
     train = _open(config, config.data.train, "train" if split else "all", ledger, config.stages[0].sequence_length)
     _check_rows("data.train", config.data.train, train, config.total_samples, "train.steps or train.global_batch")
+    if config.spikes.policy != "watch" and not isinstance(train, Feed):
+        raise ValueError(
+            f'spikes.policy = "{config.spikes.policy}": data.train = {config.data.train!r}, and the order of mcore\'s '
+            'blended datasets cannot be amended; build a plan (tools/build_plan.py), or set spikes.policy = "watch"'
+        )
     held_out = None
     if config.train.evaluate_every_steps and config.data.held_out and config.train.evaluate_batches:
         held_out = _open(config, config.data.held_out, "held_out" if split else "all", None, None)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from token_corpora import tokenize
+from token_corpora import ROOT, tokenize
 
+from k2_megatron.config import load_config
+from k2_megatron.config.schema import Spikes
 from k2_megatron.data.feed import open_feed
 from k2_megatron.data.indexed import TokenFile
 from k2_megatron.data.ledger import Ledger
+from k2_megatron.train.run_data import open_run_data
+from k2_megatron.train.spikes.detector import Finding
+from k2_megatron.train.spikes.policy import Decision
+from k2_megatron.train.spikes.rollback import fitting_amendment
 
 LENGTH = 32
 SHAPE = {"sequence_length": LENGTH, "seed": 3, "vocab_size": 4096}
@@ -74,3 +80,32 @@ def test_past_the_end_of_a_blend(blend):
         open_feed(blend[0], **SHAPE).tokens(398, 4)
     with pytest.raises(ValueError, match=r"model\.vocab_size is 2000"):
         open_feed(blend[0], **{**SHAPE, "vocab_size": 2000}).tokens(0, 100)
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback", "watch"])
+def test_a_run_on_a_blend_cannot_go_back_by_itself(blend, tmp_path, policy):
+    """Told before the first step; by hand it is told too."""
+    settings = {
+        "data.train": blend[0],
+        "data.held_out": "",
+        "checkpoint.chunks": "",
+        "checkpoint.every_steps": 20,
+        "run.folder": tmp_path,
+        "spikes.policy": policy,
+    }
+    settings |= {"model.sequence_length": LENGTH, "train.global_batch": 4, "train.micro_batch": 1, "train.steps": 80}
+    settings |= {"train.evaluate_every_steps": "", "train.evaluate_batches": "", "model.vocab_size": 4096}
+    if policy != "watch":
+        settings |= {"spikes.scope": "batches", "spikes.max_rollbacks": 1}
+    config = load_config(ROOT / "examples/toy/toy.toml", [f"{key}={value}" for key, value in settings.items()])
+    if policy == "watch":
+        finding, back = Finding("malignant", 9, 5, 6, 1.0, 1.0, 1.0, 1.0), Decision("go back", "by hand", 4)
+        data = open_run_data(config)
+        by_hand = config.model_copy(update={"spikes": Spikes(policy="skip", scope="batches", max_rollbacks=1)})
+        with pytest.raises(ValueError, match="blended datasets cannot be amended; build a plan"):
+            fitting_amendment(by_hand, finding, back, data)
+        return
+    with pytest.raises(
+        ValueError, match=rf'spikes\.policy = "{policy}": .*blended datasets cannot be amended; build a'
+    ):
+        open_run_data(config)

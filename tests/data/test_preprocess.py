@@ -325,6 +325,38 @@ def test_another_run_under_the_same_name_is_refused(tmp_path, toy_tokenizer, cor
         run(corpus, sentencepiece_model, tmp_path / "x")
 
 
+@pytest.mark.parametrize("one_file", [True, False])
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".xxh3"])
+def test_outputs_that_are_not_what_their_manifest_says_are_told(tmp_path, corpus, toy_tokenizer, suffix, one_file):
+    """The same command says so, and makes them again where its remedy is followed."""
+    settings = {"shard_bytes": 20_000, "one_file": one_file}
+    run(corpus, toy_tokenizer, tmp_path / "x", **settings)
+    before = outputs(tmp_path)
+    path = sorted(tmp_path.glob(f"*{suffix}"))[-1]
+    for damage in (lambda: cut(path), path.unlink):
+        damage()
+        told = r": .*; .*remove \S+/x_text_document\.manifest\.json first, then give the same command"
+        with pytest.raises(ValueError, match=path.name + told):
+            run(corpus, toy_tokenizer, tmp_path / "x", **settings)
+    (tmp_path / "x_text_document.manifest.json").unlink()
+    run(corpus, toy_tokenizer, tmp_path / "x", **settings)
+    assert outputs(tmp_path) == before
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def test_outputs_of_another_job_stay_when_a_key_is_added(tmp_path, speeches, toy_tokenizer):
+    lines = "\n".join(json.dumps({"text": text, "body": text[::-1]}) for text in speeches[:4])
+    (tmp_path / "in.jsonl").write_text(lines, encoding="utf-8")
+    run(tmp_path / "in.jsonl", toy_tokenizer, tmp_path / "x")
+    before = outputs(tmp_path)
+    with pytest.raises(ValueError, match=r"x_text_document\.manifest\.json: made by another run"):
+        run(tmp_path / "in.jsonl", toy_tokenizer, tmp_path / "x", keys=("text", "body"))
+    assert outputs(tmp_path) == before
+
+
 def test_a_source_that_changed_between_runs_is_refused(tmp_path, corpus, toy_tokenizer):
     folder = shutil.copytree(corpus, tmp_path / "in")
     settings = {"one_file": False, "shard_bytes": 9000}

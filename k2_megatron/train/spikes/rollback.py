@@ -13,6 +13,7 @@ from pathlib import Path
 import torch.distributed as distributed
 
 from k2_megatron.config import Config
+from k2_megatron.data.blended import BlendedFeed
 from k2_megatron.runtime.durable import persist, sync, write_file
 from k2_megatron.runtime.mistakes import StopRun
 from k2_megatron.train.checkpoint_files import complete_checkpoints
@@ -96,6 +97,8 @@ def amendments_doubled(
     config: Config, finding: Finding, decision: Decision, data: RunData, times_before: int
 ) -> list[dict]:
     """Those of the most samples first, and the one whose samples are not doubled last."""
+    if isinstance(data.train, BlendedFeed):
+        raise ValueError("the order of mcore's blended datasets cannot be amended; build a plan (tools/build_plan.py)")
     rows_per_chunk = data.train.order.rows_per_chunk
     times = range(times_before, -1, -1)
     return [amendment(config, data.train, rows_per_chunk, decision, finding, number) for number in times]
