@@ -76,6 +76,8 @@ def load_blend(path: Path) -> Blend:
 class BlendedFeed:
     """The same questions as `feed.Feed` answers."""
 
+    earlier_fingerprint = None
+
     def __init__(self, path: Path, *, sequence_length: int, seed: int, vocab_size: int):
         blend = load_blend(path)
         for source in blend.sources:

@@ -57,6 +57,7 @@ class Feed:
         self.order, self.schedule, self.store = order, schedule, store
         self.sequence_length, self.fingerprint = sequence_length, fingerprint
         self.source_names, self._fim, self._fim_seed = source_names, fim, fim_seed
+        self.earlier_fingerprint: str | None = None  # of a run that began when the files had no manifest
         self.seconds_waited = 0.0
         self._ahead: tuple[int, int, Future[np.ndarray]] | None = None
         length = store.row_length
@@ -278,11 +279,15 @@ def _prefix_feed(
             f"{prefix}: the {part} part has {sum(stream.length for stream in streams)} tokens, too few for one row of "
             f"{row_length + 1}; give more text, a shorter model.sequence_length, or another held-out fraction"
         )
-    hashes = [file.entry["bin_xxh3"] if file.entry else str(file.token_count) for file in files]
-    fingerprint = f"{hash64('prefix', *hashes, row_length, seed, part, fraction):016x}"
+    sizes = [str(file.token_count) for file in files]
+    hashes = [file.entry["bin_xxh3"] if file.entry else size for file, size in zip(files, sizes, strict=True)]
+    fingerprint, before = (f"{hash64('prefix', *x, row_length, seed, part, fraction):016x}" for x in (hashes, sizes))
     schedule = amended_by(Schedule.endless(), ledger, None, row_length)
     order = EpochOrder(store.rows(0), seed)
-    return Feed(order, schedule, store, sequence_length, fingerprint, [os.path.basename(files[0].prefix)], {})
+    feed = Feed(order, schedule, store, sequence_length, fingerprint, [os.path.basename(files[0].prefix)], {})
+    if not (manifest or {}).get("sources"):  # it came after the files
+        feed.earlier_fingerprint = before
+    return feed
 
 
 def _itself(file: CheckedTokenFile) -> CheckedTokenFile:

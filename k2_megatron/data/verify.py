@@ -53,8 +53,12 @@ def verify_chain(run: Run) -> Iterator[str]:
             begun, chain = 0, CHAIN_START
         # What was begun is gone on with, from where it ended; what comes after it begins at its own first sample
         rest = parts if not begun else [(parts[begun - 1][0], done[-1][2], parts[begun - 1][2]), *parts[begun:]]
-        for length, first, end in rest:
-            chain = chain_samples(run.feed_at(number, length), chain, first, end)
+        for start in [chain] if begun else _starts(run):
+            chain = start
+            for length, first, end in rest:
+                chain = chain_samples(run.feed_at(number, length), chain, first, end)
+            if chain == entry["chain"]:
+                break
         known[amendments] = parts, chain
         if chain != entry["chain"]:
             raise ValueError(
@@ -62,6 +66,12 @@ def verify_chain(run: Run) -> Iterator[str]:
                 f"run recorded {entry['chain']}: it was trained on other rows than plan and ledger now say"
             )
         yield f"position {entry['consumed_samples']}{_lengths(parts)}: chain {chain} holds"
+
+
+def _starts(run: Run) -> list[str]:
+    """The chain of no samples; then that of a run which began when its files had no manifest."""
+    earlier = run.feed.earlier_fingerprint
+    return [CHAIN_START, *([earlier.encode().hex()] if earlier else [])]
 
 
 def _parts(run: Run, number: int) -> list[Part]:

@@ -72,10 +72,12 @@ class RunData:
         if is_imported(manifest):
             return
         if manifest["data"] != self.fingerprint:
-            raise CheckpointError(
-                f"the checkpoint of step {manifest['step']} was trained on data {manifest['data']}, data.train is now "
-                f"{self.fingerprint}; put the old files back, or start a new run.folder"
-            )
+            if manifest["data"] != self.train.earlier_fingerprint:
+                raise CheckpointError(
+                    f"the checkpoint of step {manifest['step']} was trained on data {manifest['data']}, data.train is "
+                    f"now {self.fingerprint}; put the old files back, or start a new run.folder"
+                )
+            self.fingerprint = manifest["data"]  # as the run has called it from its beginning, and its chain does
         try:
             self.ledger.check_mark(manifest)
         except ValueError as error:

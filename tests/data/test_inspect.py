@@ -20,11 +20,13 @@ from k2_megatron.data.build import build_plans
 from k2_megatron.data.indexed import TokenFile
 from k2_megatron.data.inspect import Run, document_lines, mix_lines, show_lines, step_lines
 from k2_megatron.data.ledger import Ledger
+from k2_megatron.data.manifest import manifest_of_foreign_files
 from k2_megatron.data.recipe import Recipe
 from k2_megatron.data.training import train_byte_level_bpe
 from k2_megatron.data.verify import verify_lines
 from k2_megatron.train import run_folder
-from k2_megatron.train.checkpoint_manifest import manifest_text
+from k2_megatron.train.checkpoint_manifest import CheckpointError, manifest_text
+from k2_megatron.train.run_data import open_run_data
 
 LENGTH, BATCH, STEPS = 256, 16, 12
 DEFER_AT = 5 * BATCH
@@ -406,6 +408,36 @@ def test_verify_reads_the_texts_of_every_file_of_a_name(same_names, tmp_path, ch
         found = "web.jsonl: another text than when its tokens were made, in part 0"
         with pytest.raises(ValueError, match=f"{changed}/{found}"):
             list(verify_lines(run, False, folders))
+
+
+def test_a_run_goes_on_and_is_verified_when_its_files_get_a_manifest(token_prefix, tmp_path):
+    """As docs/data.md says of files of Megatron's own tool: from then on damage is found. Twice resumed."""
+    prefix = str(tmp_path / "bare")
+    for suffix in (".bin", ".idx"):
+        shutil.copy(token_prefix + suffix, prefix + suffix)
+    settings = {"run.folder": tmp_path, "data.train": prefix, "data.held_out": "", "model.sequence_length": 64}
+    settings |= {"train.evaluate_every_steps": "", "train.evaluate_batches": ""}
+    config = load_config(ROOT / "examples/toy/toy.toml", [f"{key}={value}" for key, value in settings.items()])
+    (tmp_path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    manifest: dict = {}
+    for step in (1, 2, 3):
+        if step == 2:
+            manifest_of_foreign_files(prefix)
+        data = open_run_data(config, writer=True)
+        if manifest:
+            data.resume_at(manifest)
+        data.consumed((step - 1) * BATCH, step * BATCH)
+        data.record_position(config, step)
+        manifest = {"step": step, **data.position()}
+    lines = list(verify_lines(Run(tmp_path), contents=True))
+    assert [line.split(":")[0] for line in lines if "chain" in line] == ["position 16", "position 32", "position 48"]
+    with open(prefix + ".bin", "r+b") as file:
+        file.write(b"\7\7\7")
+    with pytest.raises(ValueError, match=r"bare\.bin: bytes 0\.\.\d+ differ from their hash"):
+        list(verify_lines(Run(tmp_path), contents=True))
+    manifest["data"] = "0123456789abcdef"
+    with pytest.raises(CheckpointError, match=r"was trained on data 0123456789abcdef, data\.train is now"):
+        open_run_data(config).resume_at(manifest)
 
 
 def test_show_decodes_rows(folder, speeches):
