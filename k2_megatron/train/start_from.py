@@ -118,7 +118,7 @@ def start_plan(config: Config) -> str:
     lines = [
         f"starts from {folder}: step {manifest['step']:,}, weights {manifest['weights']}, Adam's moments {moments}"
     ]
-    for key in ("rope_base", "sequence_length"):
+    for key in ("rope_base", "norm_epsilon", "sequence_length"):
         was, now = trained.get(key), getattr(config.model, key)
         if was != now:
             lines.append(f"  model.{key} was {was!r} there and is {now!r} here")

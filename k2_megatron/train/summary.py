@@ -1,6 +1,7 @@
 """What a person is told at the start of a resumed run and at the end of a finished one."""
 
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 from k2_megatron.config import Config
@@ -11,6 +12,8 @@ from k2_megatron.train.journal import read_events, read_steps
 from k2_megatron.train.position import change_at, change_text
 from k2_megatron.train.schedule import learning_rate_at
 from k2_megatron.train.start_from import require_same_shapes
+
+_OF_IMPORTED = ("model.rope_base", "model.norm_epsilon", "model.sequence_length")  # besides the shapes
 
 
 def resume_changes(config: Config, manifest: dict, folder: Path, given: Collection[str]) -> list[Change]:
@@ -26,18 +29,26 @@ def resume_changes(config: Config, manifest: dict, folder: Path, given: Collecti
             "run can go on from it; begin one of another run.folder with its weights (checkpoint.start_from)"
         )
     found = list(changes(config.model_dump(exclude_none=True), manifest["config"], given))
-    refused = [change for change in found if change.outcome == "refused"]
     if imported:
         require_same_shapes(config, manifest, folder)
-        return []
+        found = [_of_imported(change) for change in found if change.key in _OF_IMPORTED]
+    refused = [change for change in found if change.outcome == "refused"]
     if refused:
+        whose = "is an imported model" if imported else "was saved by a run"
         raise CheckpointError(
-            f"{folder} was saved by a run of another configuration: {'; '.join(map(str, refused))}. "
+            f"{folder} {whose} of another configuration: {'; '.join(map(str, refused))}. "
             "Give run.folder another name, or undo these changes to resume"
         )
     if manifest["step"] > config.train.steps:
         raise CheckpointError(f"{folder} is of step {manifest['step']}, train.steps = {config.train.steps} ends before")
     return found
+
+
+def _of_imported(change: Change) -> Change:
+    """Its training is ours to choose, its length of sequences with it; the function that its weights compute is not."""
+    if change.key != "model.sequence_length":
+        return change
+    return replace(change, outcome="accepted", reason="an imported model may be trained at any length")
 
 
 def resume_report(config: Config, manifest: dict, folder: Path, doubts: list[str], found: list[Change]) -> str:
@@ -53,6 +64,9 @@ def resume_report(config: Config, manifest: dict, folder: Path, doubts: list[str
             f"learning rate {learning_rate_at(config, step):.4e}"
         )
     lines += [f"  {change.outcome}: {change}" for change in found]
+    told, ours = manifest.get("consumed_samples"), config.consumed_samples_at(step)
+    if is_imported(manifest) and told not in (None, ours):
+        lines.append(f"  the imported run had consumed {told:,} samples; by this configuration it is {ours:,}")
     moved = change_at(config, step)
     return "\n".join([*lines, *([f"  {change_text(moved)}"] if moved else [])])
 

@@ -10,6 +10,7 @@ from legacy_checkpoint import known_model, write_legacy
 from rank_processes import pretrain
 from run_results import events_of, steps_of
 
+from k2_megatron.config import load_config
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.import_legacy import import_legacy
 from k2_megatron.convert.import_model import ImportOptions
@@ -19,6 +20,8 @@ from k2_megatron.convert.names import places
 from k2_megatron.convert.reshard import reshard
 from k2_megatron.convert.transformers_model import TransformersModel
 from k2_megatron.convert.verify import verify_training
+from k2_megatron.train.checkpoint_manifest import CheckpointError, read_manifest
+from k2_megatron.train.summary import resume_changes, resume_report
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "examples" / "toy" / "tokenizer.json"
 CONFIG = """
@@ -152,3 +155,48 @@ def test_training_goes_on_from_old_shards_with_their_adam_state(tmp_path: Path, 
             numpy.testing.assert_allclose(
                 with_state - without, decay * old, rtol=0, atol=1e-5, err_msg=str((kind, place))
             )
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a model of RoPE base 50,000, norm epsilon 1e-5 and context 256."""
+    folder = tmp_path_factory.mktemp("imported")
+    write_llama(folder / "hf", kv_heads=2, vocabulary=256, layers=4)
+    import_model(folder / "hf", folder / "run")
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("", "model.rope_base was 50000.0 and is now 10000.0 (another model: begin a new run with checkpoint.start"),
+        ("rope_base = 50000.0\nnorm_epsilon = 1e-6", "model.norm_epsilon was 1e-05 and is now 1e-06 (another model"),
+    ],
+    ids=["rope-base-left-out", "norm-epsilon"],
+)
+def test_an_imported_model_does_not_start_as_another(imported: Path, tmp_path: Path, line: str, says: str) -> None:
+    config = write_config(tmp_path / "train.toml", imported, tmp_path, layout="")
+    config.write_text(config.read_text().replace("rope_base = 50000.0", line))
+    folder = imported / "checkpoints" / "step_00000000"
+    with pytest.raises(CheckpointError, match="is an imported model of another configuration") as refused:
+        resume_changes(load_config(config), read_manifest(folder), folder, ())
+    assert says in str(refused.value)
+
+
+def test_what_differs_of_an_imported_model_is_told(imported: Path, tmp_path: Path) -> None:
+    """Another length and another batch are the new training's own."""
+    config = load_config(write_config(tmp_path / "train.toml", imported, tmp_path, layout="", steps=9))
+    folder = imported / "checkpoints" / "step_00000000"
+    manifest = {**read_manifest(folder), "step": 3, "consumed_samples": 24}  # as from-k2-legacy writes it
+    found = resume_changes(config, manifest, folder, ())
+    assert [(change.key, change.outcome) for change in found] == [("model.sequence_length", "accepted")]
+    text = resume_report(config, manifest, folder, [], found)
+    assert "accepted: model.sequence_length was 256 and is now 32 (an imported model may be" in text
+    assert "the imported run had consumed 24 samples; by this configuration it is 12" in text
+
+
+def test_an_imported_checkpoint_beyond_the_end_is_refused(imported: Path, tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path / "train.toml", imported, tmp_path, layout=""))
+    folder = imported / "checkpoints" / "step_00000000"
+    with pytest.raises(CheckpointError, match="is of step 941"):
+        resume_changes(config, {**read_manifest(folder), "step": 941}, folder, ())

@@ -49,7 +49,8 @@ def test_damaged_source_is_named_and_left_where_it_is(attempt, finished_run, tmp
 
 def test_plan_says_where_the_run_starts(small_config, finished_run, tmp_path):
     def plan(source: Path) -> str:
-        given = overrides({KEY: source, "checkpoint.start_optimizer": "kept", "model.rope_base": 5e5})
+        other = {"model.rope_base": 5e5, "model.norm_epsilon": 1e-6}
+        given = overrides({KEY: source, "checkpoint.start_optimizer": "kept", **other})
         arguments = [str(small_config), "--plan", *(part for setting in given for part in ("--set", setting))]
         outcome = Rank(run_pretrain, (arguments,), {}, tmp_path / f"output of {source.name}").finish()
         assert outcome.exit_code == 0, outcome.stderr
@@ -59,4 +60,5 @@ def test_plan_says_where_the_run_starts(small_config, finished_run, tmp_path):
     there = plan(finished_run)
     assert f"step_00000006: step 6, weights {weights}, Adam's moments kept" in there
     assert "model.rope_base was 10000.0 there and is 500000.0 here" in there
+    assert "model.norm_epsilon was 1e-05 there and is 1e-06 here" in there
     assert "(not there now: the run could not start), Adam's moments kept" in plan(tmp_path / "later")
