@@ -11,7 +11,7 @@ from k2_megatron.convert.estimate import CONVERT, Phase, announce, proof_phase
 from k2_megatron.convert.fingerprint import as_text
 from k2_megatron.convert.hugging_face import HuggingFaceSource
 from k2_megatron.convert.journal import JOURNAL, sole_writer
-from k2_megatron.convert.logits import Bound, prove
+from k2_megatron.convert.logits import prove
 from k2_megatron.convert.model_facts import ModelFacts
 from k2_megatron.convert.numbers import Rounding
 from k2_megatron.convert.record import TOKENIZER, Record, copy_tokenizer, find_record, tokenizer_files, versions
@@ -71,7 +71,7 @@ def export_hugging_face(options: ExportOptions) -> Path:
         proof = None
         if options.proof:
             HuggingFaceSource(aside, facts)  # what was written has the tensors of its config.json
-            proof = prove(TransformersModel(aside), source, facts, Bound.for_weights(equal=not rounding.values), kind)
+            proof = prove(TransformersModel(aside), source, facts, kind, dtype)
             print(proof)
         about = _manifest(aside, folder, manifest, results, rounding, str(proof) if proof else None)
         _publish(aside, about, options.save)

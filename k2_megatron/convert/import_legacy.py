@@ -10,7 +10,7 @@ from k2_megatron.convert.journal import sole_writer
 from k2_megatron.convert.legacy_check import LegacyCheck
 from k2_megatron.convert.legacy_k2 import LegacyK2Source
 from k2_megatron.convert.legacy_model import LegacyModel
-from k2_megatron.convert.logits import Bound, prove
+from k2_megatron.convert.logits import prove
 from k2_megatron.convert.record import versions
 from k2_megatron.convert.to_torch_dist import TorchDistJob, empty_extra_state
 from k2_megatron.convert.training_side import (
@@ -91,7 +91,7 @@ def _write_proved(options: ImportOptions, job: TorchDistJob, source: LegacyK2Sou
         product = write_checkpoint(job, config, beginning, plan, workers)
         written = seal(product, job, workers)
     if options.proof:
-        equal = job.source_kind("weights") == "weights" and not product.rounding.values
-        bound = Bound.for_weights(equal=equal)
-        product.record_proof(prove(LegacyModel(options.load), written, source.facts, bound))
+        # fp32 parameters of the shards, rounded, are the shards' weights: LegacyCheck has seen it.
+        dtype = source.dtypes["weights"]
+        product.record_proof(prove(LegacyModel(options.load), written, source.facts, product.exact_kind, dtype))
     return product.publish()

@@ -10,7 +10,7 @@ from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.estimate import announce, proof_phase
 from k2_megatron.convert.hugging_face import HuggingFaceSource
 from k2_megatron.convert.journal import sole_writer
-from k2_megatron.convert.logits import Bound, prove
+from k2_megatron.convert.logits import prove
 from k2_megatron.convert.model_facts import ModelFacts
 from k2_megatron.convert.record import RECORD, TOKENIZER, Record, copy_tokenizer
 from k2_megatron.convert.to_torch_dist import TorchDistJob, empty_extra_state
@@ -98,8 +98,8 @@ def _write_proved(
         _tell_rounding(product, source)
         written = seal(product, job, workers)
     if options.proof:
-        bound = Bound.for_weights(equal=not product.rounding.values)
-        product.record_proof(prove(TransformersModel(options.load), written, facts, bound))
+        proof = prove(TransformersModel(options.load), written, facts, product.exact_kind, source.dtypes["weights"])
+        product.record_proof(proof)
     options.save.mkdir(parents=True, exist_ok=True)
     copy_tokenizer(options.load, options.save / TOKENIZER)
     write_file(options.save / RECORD, json.dumps(record.as_json(), indent=1) + "\n")

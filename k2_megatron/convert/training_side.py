@@ -20,6 +20,7 @@ from k2_megatron.convert.journal import JOURNAL
 from k2_megatron.convert.logits import Proof
 from k2_megatron.convert.names import Shape
 from k2_megatron.convert.numbers import Rounding
+from k2_megatron.convert.source import Kind
 from k2_megatron.convert.to_torch_dist import TorchDistJob
 from k2_megatron.convert.torch_blob import object_blob
 from k2_megatron.convert.torch_dist import TorchDistSource
@@ -48,6 +49,11 @@ class Product:
     manifest: dict[str, Any]
     totals: Totals
     rounding: Rounding
+
+    @property
+    def exact_kind(self) -> Kind:
+        """What holds the source's weights as they are: the fp32 parameters, where the weights are rounded."""
+        return "main" if self.rounding.values else "weights"
 
     def record_proof(self, proof: Proof) -> None:
         """Print the outcome, and put it into the manifest."""

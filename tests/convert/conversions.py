@@ -1,12 +1,15 @@
 """Small models in Hugging Face's form, and both conversions of them, for the tests of this folder."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from k2_megatron.convert import logits
 from k2_megatron.convert.export_model import ExportOptions, export_hugging_face
 from k2_megatron.convert.import_model import ImportOptions, import_hugging_face
 from k2_megatron.convert.torch_dist import TorchDistSource, checkpoint_folder, read_manifest
@@ -57,6 +60,11 @@ def import_model(load: Path, save: Path, **options) -> Path:
 
 def export_model(load: Path, save: Path, **options) -> Path:
     return export_hugging_face(ExportOptions(load, save, **{"proof": False, **options}))
+
+
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proofs run here: a process of their own takes seconds to start."""
+    monkeypatch.setattr(logits, "process_pool", lambda count, **_how: ThreadPoolExecutor(count))
 
 
 def source_of(path: Path) -> TorchDistSource:

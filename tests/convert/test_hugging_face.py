@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
@@ -13,6 +12,7 @@ from conversions import (
     ROPE_BASE,
     export_model,
     import_model,
+    in_this_process,
     model_config,
     require_same_tensors,
     source_of,
@@ -22,10 +22,9 @@ from conversions import (
 from transformers import AutoModelForCausalLM
 
 from k2_megatron.convert import import_model as import_model_code
-from k2_megatron.convert import logits
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.hugging_face import HuggingFaceSource
-from k2_megatron.convert.logits import Bound, Proof, compare_logits
+from k2_megatron.convert.logits import DIVERGENCE_BOUND, LOGITS_BOUND, Proof, compare_logits
 from k2_megatron.convert.model_facts import ModelFacts
 from k2_megatron.convert.names import EMBEDDING, OUTPUT, Place
 from k2_megatron.convert.numbers import Rounding, change_dtype, to_float32
@@ -63,9 +62,7 @@ def test_our_model_gives_transformers_logits(tmp_path: Path, name: str) -> None:
     write_llama(tmp_path / "hf", **model)
     import_model(tmp_path / "hf", tmp_path / "run", **options)
     facts = ModelFacts.from_hugging_face(tmp_path / "hf")
-    proof = compare_logits(
-        TransformersModel(tmp_path / "hf"), source_of(tmp_path / "run"), facts, Bound.for_weights(equal=True)
-    )
+    proof = compare_logits(TransformersModel(tmp_path / "hf"), source_of(tmp_path / "run"), facts)
     assert proof.largest_logit > 1.0, "the logits are too small for the comparison to mean anything"
     assert proof.difference <= 1e-5 * max(1.0, proof.largest_logit), proof
     assert proof.divergence <= 1e-10, proof
@@ -80,9 +77,7 @@ def test_bfloat16_model_is_loaded_by_transformers_unedited_and_gives_the_same_lo
         first, second = (_logits(tmp_path / name, dtype, tokens) for name in ("hf", "back"))
         assert torch.equal(first, second), f"{dtype}: {(first - second).abs().max()}"
     facts = ModelFacts.from_hugging_face(tmp_path / "back")
-    proof = compare_logits(
-        TransformersModel(tmp_path / "back"), source_of(tmp_path / "run"), facts, Bound.for_weights(equal=True)
-    )
+    proof = compare_logits(TransformersModel(tmp_path / "back"), source_of(tmp_path / "run"), facts)
     assert proof.difference <= 1e-5 * max(1.0, proof.largest_logit), proof
 
 
@@ -107,25 +102,80 @@ def test_the_proof_sees_two_exchanged_rows(tmp_path: Path) -> None:
     """A wrong permutation of keys inside one head: the model still talks, and the proof must refuse it."""
     write_llama(tmp_path / "hf")
     import_model(tmp_path / "hf", tmp_path / "run")
+    exchange_rows(tmp_path / "hf", KEYS, slice(3, 4), slice(5, 6))
+    facts = ModelFacts.from_hugging_face(tmp_path / "hf")
+    proof = compare_logits(TransformersModel(tmp_path / "hf"), source_of(tmp_path / "run"), facts)
+    assert proof.difference > LOGITS_BOUND * max(1.0, proof.largest_logit), proof
+    assert proof.divergence > DIVERGENCE_BOUND, proof
+
+
+def exchange_rows(folder: Path, tensor: str, one: slice, other: slice) -> None:
+    """Two ranges of rows of `tensor` in each other's place."""
     from safetensors.torch import save_file
 
-    path = next(
-        p for p in (tmp_path / "hf").glob("*.safetensors") if "model.layers.1.self_attn.k_proj.weight" in _names(p)
-    )
-    tensors = {name: tensor for name, tensor in stored_tensors(tmp_path / "hf").items() if name in _names(path)}
-    rows = tensors["model.layers.1.self_attn.k_proj.weight"]
-    rows[[3, 5]] = rows[[5, 3]]
+    path = next(path for path in folder.glob("*.safetensors") if tensor in _names(path))
+    tensors = {name: found for name, found in stored_tensors(folder).items() if name in _names(path)}
+    rows = tensors[tensor]
+    rows[one], rows[other] = rows[other].clone(), rows[one].clone()
     save_file(tensors, path)
+
+
+def edit_config(folder: Path, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    assert changes.keys() <= config.keys()
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+KEYS = "model.layers.1.self_attn.k_proj.weight"
+WRONG_EXPORTS = {
+    "sound": lambda folder: None,
+    "two-rows": lambda folder: exchange_rows(folder, KEYS, slice(3, 4), slice(5, 6)),
+    "two-heads": lambda folder: exchange_rows(folder, KEYS, slice(0, 16), slice(16, 32)),
+    "rope-base": lambda folder: edit_config(folder, rope_theta=2 * ROPE_BASE),
+    "norm-epsilon": lambda folder: edit_config(folder, rms_norm_eps=1e-6),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_proof_sees_as_much_where_weights_were_rounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """A bound wide enough for rounding would let all of these pass: two exchanged rows move the logits less."""
+    in_this_process(monkeypatch)
+    write_llama(tmp_path / "hf", kv_heads=2)
+    import_model(tmp_path / "hf", tmp_path / "run")
     facts = ModelFacts.from_hugging_face(tmp_path / "hf")
-    bound = Bound.for_weights(equal=True)
-    proof = compare_logits(TransformersModel(tmp_path / "hf"), source_of(tmp_path / "run"), facts, bound)
-    assert proof.difference > bound.logits * max(1.0, proof.largest_logit), proof
-    assert proof.divergence > bound.divergence, proof
+    export_model(tmp_path / "run", tmp_path / "out", dtype=dtype, proof=True)
+    for name, wrong in WRONG_EXPORTS.items():
+        shutil.copytree(tmp_path / "out", tmp_path / name)
+        wrong(tmp_path / name)
+        proof = compare_logits(TransformersModel(tmp_path / name), source_of(tmp_path / "run"), facts, dtype=dtype)
+        assert proof.holds == (name == "sound"), f"{name}: {proof}"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [
+        (torch.float32, "bfloat16"),
+        (torch.float16, "bfloat16"),
+        (torch.bfloat16, "bfloat16"),
+        (torch.bfloat16, "float32"),
+    ],
+)
+def test_the_proof_of_an_import_is_as_narrow_in_every_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, precision: str
+) -> None:
+    in_this_process(monkeypatch)
+    write_llama(tmp_path / "hf", kv_heads=2, dtype=dtype)
+    found = import_model(tmp_path / "hf", tmp_path / "run", precision=precision, proof=True)
+    told = json.loads((found / "k2.json").read_text())["proof"]
+    assert "KL divergence" in told
+    assert f"(bound {DIVERGENCE_BOUND:g})" in told
 
 
 def test_logits_that_are_no_numbers_prove_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every weight is finite and both models agree: they overflow alike, and inf - inf is below no bound."""
-    monkeypatch.setattr(logits, "process_pool", lambda count, **_how: ThreadPoolExecutor(count))
+    in_this_process(monkeypatch)
     model = write_llama(tmp_path / "hf")
     model.model.norm.weight.data.fill_(3e38)
     shutil.rmtree(tmp_path / "hf")
@@ -142,9 +192,8 @@ def test_logits_that_are_no_numbers_prove_nothing(tmp_path: Path, monkeypatch: p
 def test_a_proof_holds_within_both_of_its_bounds(
     share_of_difference: float, share_of_divergence: float, holds: bool
 ) -> None:
-    bound = Bound.for_weights(equal=True)
-    difference, divergence = share_of_difference * 4.0 * bound.logits, share_of_divergence * bound.divergence
-    assert Proof("transformers", difference, 4.0, divergence, 1.0, bound).holds == holds
+    difference, divergence = share_of_difference * 4.0 * LOGITS_BOUND, share_of_divergence * DIVERGENCE_BOUND
+    assert Proof("transformers", difference, 4.0, divergence, 1.0).holds == holds
 
 
 def _names(path: Path) -> set[str]:
@@ -167,9 +216,7 @@ def test_float16_rounds_to_bfloat16_and_comes_back_exactly_from_the_main_paramet
 
 def test_the_proof_of_main_parameters_runs_our_model_on_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights trained with are their roundings: compared with those, equal parameters would look unequal."""
-    monkeypatch.setattr(
-        logits, "process_pool", lambda count, **_how: ThreadPoolExecutor(count)
-    )  # a process of its own takes seconds to start
+    in_this_process(monkeypatch)
     write_llama(tmp_path / "hf")
     import_model(tmp_path / "hf", tmp_path / "run", precision="bfloat16")
     export_model(tmp_path / "run", tmp_path / "back", weights="main", dtype="float32", shard_bytes=100_000, proof=True)
