@@ -48,7 +48,7 @@ def build_model(
             model = _transformer_engine_model(arguments)
         else:
             model = K2Model(transformer_layer_spec=k2_block_spec(settings, vp_stage, stage), **arguments)
-            mark_tensor_parallel(model)
+        mark_tensor_parallel(model)
         if initialize:
             initialize_weights(
                 model,
@@ -65,7 +65,7 @@ def mark_tensor_parallel(model: torch.nn.Module) -> None:
     """Mark the weights that tensor ranks share out, which megatron-core does while it initializes them.
 
     Unmarked, a weight counts as a copy that every tensor rank holds, and all but one rank's part of it is left out of
-    the gradient norm.
+    the gradient norm. Transformer Engine marks its own; embedding and output matrix are megatron-core's there, too.
     """
     for module in model.modules():
         if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
