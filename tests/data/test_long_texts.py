@@ -204,6 +204,43 @@ def test_slices_at_boundaries_have_the_ids_of_the_whole_whatever_is_merged(tmp_p
     assert sliced > 24
 
 
+O200K = LLAMA3.replace(r"\p{L}+", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+", 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "expected"),
+    [
+        (models.BPE({"a": 0, "</s>": 1}, []), None, True),
+        (models.BPE({"a": 0, "</s>": 1}, []), GPT2, True),
+        (models.BPE({"a": 0, "</s>": 1}, []), split_by(LLAMA3), True),
+        (models.BPE({"a": 0, "</s>": 1}, []), split_by(O200K), False),
+        (models.BPE({"a": 0, "</s>": 1}, []), split_by(r"https?://\S+|" + LLAMA3), False),
+        (models.BPE({"a": 0, "</s>": 1}, []), pre_tokenizers.FixedLength(5), False),
+        (models.BPE({"a": 0, "</s>": 1}, [], dropout=0.1), None, False),
+        (models.BPE({"a": 0, "</s>": 1}, [], end_of_word_suffix="</w>"), None, False),
+        (models.BPE({"a": 0, "</s>": 1}, [], continuing_subword_prefix="##"), None, False),
+        (models.Unigram([("a", 0.0), ("</s>", 0.0)], 0), None, False),
+    ],
+)
+def test_boundaries_are_looked_for_where_pairs_are_merged_in_words_that_are_known(tmp_path, model, words, expected):
+    backend = Tokenizer(model)
+    if words is not None:
+        backend.pre_tokenizer = words
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert byte_pair_cuts.has_seams(load_tokenizer(tmp_path / "tokenizer.json")) == expected
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "word", "char"])
+def test_of_sentencepieces_models_byte_pair_encoding_alone_has_such_boundaries(tmp_path, kind):
+    from sentencepiece import SentencePieceTrainer
+
+    settings = {"model_type": kind, "vocab_size": 14, "hard_vocab_limit": False, "minloglevel": 2}
+    settings |= {"use_all_vocab": True} if kind in ("word", "char") else {}
+    lines = ["abcabc cab bc a abc"] * 9
+    SentencePieceTrainer.train(sentence_iterator=iter(lines), model_prefix=str(tmp_path / "model"), **settings)
+    assert byte_pair_cuts.has_seams(load_tokenizer(tmp_path / "model.model")) == (kind == "bpe")
+
+
 def test_a_run_of_unknown_letters_is_one_id_over_all_its_slices(tmp_path):
     """Without byte fallback sentencepiece makes one of them, behind the space that it puts before every slice."""
     from sentencepiece import SentencePieceTrainer
@@ -234,6 +271,19 @@ def test_a_boundary_that_what_follows_does_not_bear_out_is_none(tmp_path, monkey
     found, whole = slices(load_tokenizer(tmp_path / "tokenizer.json"), "".join(letters) * 9 + letters[0], "tokenizers")
     assert [token for part in found for token in part] == whole
     assert False in held
+
+
+def test_no_slice_begins_among_digits_that_are_counted(tmp_path):
+    """Of zeros alone nobody sees in which three a slice begins; of what follows them it shows."""
+    merges = [("1", "2"), ("12", "3")]
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "12", "123", "</s>"]
+    backend = Tokenizer(models.BPE(vocab={piece: number for number, piece in enumerate(pieces)}, merges=merges))
+    for pattern, many in ((LLAMA3, False), (LLAMA3.replace("{1,3}", "+"), True)):
+        backend.pre_tokenizer = split_by(pattern)
+        backend.save(str(tmp_path / "tokenizer.json"))
+        found, whole = slices(load_tokenizer(tmp_path / "tokenizer.json"), "x" + "0" * 600 + "123" * 40, "tokenizers")
+        assert [token for part in found for token in part] == whole
+        assert (len(found) > 2) == many
 
 
 def test_a_text_that_stays_whole_for_too_long_has_no_slices(toy_tokenizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import os
@@ -18,9 +19,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from token_corpora import make_job, outputs, write_jsonl
 from tokenizers import Tokenizer
 
-from k2_megatron.data import shards, store
+from k2_megatron.data import long_texts, readers, shards, store
 from k2_megatron.data.documents import line_of_document
-from k2_megatron.data.manifest import manifest_of_foreign_files, open_token_files, read_manifest
+from k2_megatron.data.manifest import manifest_of_foreign_files, manifest_path, open_token_files, read_manifest
 from k2_megatron.data.preprocess import preprocess
 from k2_megatron.data.shards import ShardMaker
 from k2_megatron.data.source_check import check_sources
@@ -273,6 +274,36 @@ def test_too_many_bad_lines_stop_with_the_list(tmp_path, toy_tokenizer, speeches
         preprocess(job, workers=1, max_bad_fraction=0.1)
     assert not list(tmp_path.glob("*.bin.*")), "half-written files remain"
     assert preprocess(job, workers=1, max_bad_fraction=0.2)["rejected"] == 2
+
+
+def test_a_document_that_can_only_be_encoded_at_once_is_rejected_and_listed(tmp_path, toy_tokenizer, monkeypatch):
+    """Under every key; where more is allowed its ids are made, by a job of another name."""
+    monkeypatch.setattr(long_texts, "LONG_TEXT_BYTES", 100)
+    monkeypatch.setattr(readers, "LONG_LINE_BYTES", 100)
+    whole = "word " * 10 + "\n" * 1500
+    lines = [{"text": "one", "body": "two"}, {"text": "three", "body": whole}, {"text": whole * 4, "body": "four"}]
+    for number, line in enumerate(lines):
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    settings = ([tmp_path / f"{number}.jsonl" for number in range(3)], toy_tokenizer, tmp_path / "x")
+    job = make_job(*settings, keys=("text", "body"), unbroken_bytes=1000)
+    with pytest.raises(
+        ValueError, match=r"2 of 3 documents.*1\.jsonl line 1: more than 0 MiB without a place.*2\.jsonl"
+    ):
+        preprocess(job, workers=1, max_bad_fraction=0.5)
+    assert preprocess(job, workers=1, max_bad_fraction=0.7)["rejected"] == 2
+    assert all(read_manifest(manifest_path(job.output(key)))["documents"] == 1 for key in job.keys)
+    more = make_job(*settings, keys=("text", "body"), unbroken_bytes=2000)
+    with pytest.raises(ValueError, match="made by another run"):
+        preprocess(more, workers=1, max_bad_fraction=0.7)
+    more = dataclasses.replace(more, prefix=str(tmp_path / "y"))
+    assert preprocess(more, workers=1, max_bad_fraction=0.7)["rejected"] == 1
+
+
+def test_a_run_without_the_compiled_module_says_so(tmp_path, corpus, toy_tokenizer, monkeypatch):
+    monkeypatch.setattr("k2_megatron.data.preprocess.compiled", lambda: None)
+    said: list[str] = []
+    preprocess(make_job([corpus], toy_tokenizer, tmp_path / "x"), workers=1, max_bad_fraction=1.0, announce=said.append)
+    assert "is not built: lines are read slower, and a long one may take more memory" in said[0]
 
 
 @pytest.mark.parametrize("prefix", ["file/x", "file/deeper/x"])
