@@ -66,11 +66,13 @@ def test_the_chain_knows_a_blend_and_amendments_are_refused(blend, tmp_path):
         (("weight = 3.0", "weight = -1"), "sources.0.weight"),
         (("samples", "sample"), r"samples: Field required; .*sample: Extra inputs"),
         (("a_text_document", "missing"), r"missing\.bin: no such file"),
+        (("cache", "# \udcff\ncache"), r"blend\.toml: not TOML: 'utf-8' codec"),
     ],
 )
 def test_mistakes_in_a_blend_file_are_named(blend, tmp_path, change, message):
     changed = tmp_path / "blend.toml"
-    changed.write_text(blend[0].read_text(encoding="utf-8").replace(*change), encoding="utf-8")
+    text = blend[0].read_text(encoding="utf-8").replace(*change)
+    changed.write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(ValueError, match=message):
         open_feed(changed, **SHAPE)
 
