@@ -2,8 +2,8 @@
 
 In: a `Recipe` and the manifests of its token files. Out: two plan folders (plan.py), the same bytes for the same
 recipe, files and seed, on any machine and with any number of threads.
-A source's rows come in one fixed shuffled order, again and again if it is repeated: copies of a row are as far apart as
-they can be, one whole pass. Each chunk takes its number of rows (mixture.py) and is shuffled.
+A source's rows come in one fixed shuffled order, again and again if it is repeated: copies of a row are one whole pass
+apart, but for the order within a chunk. Each chunk takes its number of rows (mixture.py) and is shuffled.
 """
 
 from __future__ import annotations

@@ -170,9 +170,10 @@ class Feed:
             width = 8 * self.rows_a_sample
             content = records.tobytes()
             return (content[start : start + width] for start in range(0, len(content), width))
-        samples = range(first_sample, first_sample + count)
+        samples, width = range(first_sample, first_sample + count), 1 if self.samples_a_row <= 256 else 4
         return (
-            records[sample // self.samples_a_row - first_row].tobytes() + bytes([sample % self.samples_a_row])
+            records[sample // self.samples_a_row - first_row].tobytes()
+            + (sample % self.samples_a_row).to_bytes(width, "little")
             for sample in samples
         )
 
@@ -248,7 +249,7 @@ def _plan_feed(folder: Path, sequence_length: int, vocab_size: int, ledger: Ledg
     for token in (pieces or {}).values():
         if token >= vocab_size:
             raise ValueError(f"{folder}: fill-in-the-middle piece {token}, model.vocab_size is {vocab_size}; raise it")
-    store = RowStore(streams, plan.row_length, vocab_size, _widest(entries))
+    store = RowStore(streams, plan.row_length, vocab_size, _widest(entries, (pieces or {}).values()))
     schedule = Schedule.of_chunks(plan.chunk_order, plan.rows_per_chunk)
     schedule = amended_by(schedule, ledger, plan.rows_per_chunk, plan.row_length)
     names = [source["name"] for source in plan.sources]
@@ -294,8 +295,12 @@ def _itself(file: CheckedTokenFile) -> CheckedTokenFile:
     return file
 
 
-def _widest(entries: list[dict[str, Any]]) -> np.dtype:
-    return np.dtype("<u2") if all(entry["dtype"] in ("uint8", "uint16") for entry in entries) else np.dtype("<i4")
+def _widest(entries: list[dict[str, Any]], pieces: Iterable[int] = ()) -> np.dtype:
+    """What holds the ids of all files and the pieces. Of eight bytes: damage must not be cut to a good id."""
+    found = {entry["dtype"] for entry in entries}
+    if "int64" in found:
+        return np.dtype("<i8")
+    return np.dtype("<u2") if found <= {"uint8", "uint16"} and max(pieces, default=0) < 1 << 16 else np.dtype("<i4")
 
 
 def document_spans(file: CheckedTokenFile, part: str, fraction: float, key: int) -> np.ndarray:

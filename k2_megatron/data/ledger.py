@@ -127,6 +127,12 @@ class Ledger:
     def _write(self, line: bytes) -> None:
         make_folder(self.path.parent)
         is_new = not self.path.is_file()
+        size = 0 if is_new else self.path.stat().st_size
+        if size < self._whole_bytes:
+            raise ValueError(
+                f"{self.path}: {size} bytes, and {self._whole_bytes} when it was last written or read: something cut "
+                "or removed it; put it back, and start again"
+            )
         with open(self.path, "wb" if is_new else "r+b") as file:
             self._refuse_strangers_lines(file)
             file.truncate(self._whole_bytes)
@@ -189,7 +195,7 @@ class Ledger:
     def check_mark(self, manifest: dict[str, Any]) -> None:
         """ValueError unless the ledger still has the lines that it had when the checkpoint of `manifest` was saved;
         more may follow. A checkpoint may be taken to a new folder without its ledger where nothing was amended."""
-        if "ledger" not in manifest or self._continues(manifest["ledger"]):  # earlier versions did not write it
+        if "ledger" not in manifest or self._continues(manifest):  # earlier versions did not write it
             return
         if not self._exists and not manifest["amendments"]:
             return
@@ -205,8 +211,15 @@ class Ledger:
         if (self.entries[lines]["previous"] if lines < len(self.entries) else self._last_hash) != mark["last"]:
             raise ValueError(f"{told}and that line is another now; {restore}")
 
-    def _continues(self, mark: dict[str, Any]) -> bool:
-        return bool(self.entries) and self.entries[0]["event"] == "continues" and self.entries[0]["ledger"] == mark
+    def _continues(self, manifest: dict[str, Any]) -> bool:
+        """Whether this ledger began with that checkpoint, or with a later one of the run that was taken along with it:
+        then the lines it tells of are in that run's folder."""
+        first = self.entries[0] if self.entries else {}
+        if first.get("event") != "continues":
+            return False
+        mark, begun = manifest["ledger"], first["ledger"]
+        earlier = manifest["step"] < first["step"] and mark["lines"] < begun["lines"] and not manifest["amendments"]
+        return earlier or mark == begun
 
     def continue_from(self, manifest: dict[str, Any]) -> None:
         """Begin this ledger where that of the run which saved the checkpoint of `manifest` ended: in a new folder."""

@@ -58,7 +58,7 @@ class SourceRecipe(Section):
     tokens: tuple[str, ...] = Field(strict=False, min_length=1)
     """Prefixes of token files, or globs of their manifests."""
     share: PositiveFloat | None = None
-    """Part of the rows, relative to the other shares (percentages will do)."""
+    """Part of the rows that repeats leave, relative to the other shares (percentages will do)."""
     repeats: PositiveFloat | None = None
     """How often each row is used; 0.5 uses every second."""
     max_repeats: PositiveFloat | None = None
@@ -119,7 +119,8 @@ def load_recipe(path: str | Path) -> Recipe:
         raise ValueError(f"{path}: {error.strerror}; name a recipe, e.g. examples/toy/data.toml") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not TOML: {error}") from None
-    for source in tables.get("sources", {}).values():
+    sources = tables.get("sources")
+    for source in sources.values() if isinstance(sources, dict) else ():  # what else it may be is told below
         if isinstance(source, dict) and isinstance(source.get("tokens"), str):
             source["tokens"] = [source["tokens"]]
     try:

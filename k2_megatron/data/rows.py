@@ -113,4 +113,4 @@ class RowStore:
                 f"{stream.file.bin_path}: token id {int(out[number].max())} near stream position {position}, but "
                 f"model.vocab_size is {self.vocab_size}; use the data's own tokenizer, or a larger vocab_size"
             )
-        return out
+        return out if out.itemsize <= 4 else out.astype("<i4")  # the ids are of the vocabulary

@@ -7,6 +7,7 @@ from pathlib import Path
 from k2_megatron.config import Config, batch
 from k2_megatron.data.feed import Feed, open_feed
 from k2_megatron.data.ledger import CHAIN_START, Ledger, LedgerNotWritten
+from k2_megatron.data.plan import Plan
 from k2_megatron.data.tokenizer import load_tokenizer
 from k2_megatron.runtime.durable import persist
 from k2_megatron.train.checkpoint_manifest import CheckpointError, is_imported
@@ -130,18 +131,35 @@ def open_run_data(config: Config, *, writer: bool = False) -> RunData:
     # One prefix for both is split by document; two names are taken whole.
     split = config.data.train == config.data.held_out
     train = _open(config, config.data.train, "train" if split else "all", ledger, config.stages[0].sequence_length)
+    _check_train(config, train)
     _check_rows("data.train", config.data.train, train, config.total_samples, "train.steps or train.global_batch")
-    if config.spikes.policy != "watch" and not isinstance(train, Feed):
-        raise ValueError(
-            f'spikes.policy = "{config.spikes.policy}": data.train = {config.data.train!r}, and the order of mcore\'s '
-            'blended datasets cannot be amended; build a plan (tools/build_plan.py), or set spikes.policy = "watch"'
-        )
     held_out = None
     if config.train.evaluate_every_steps and config.data.held_out and config.train.evaluate_batches:
         held_out = _open(config, config.data.held_out, "held_out" if split else "all", None, None)
         needed = config.train.evaluate_batches * config.train.global_batch
+        if held_out.fingerprint == train.fingerprint:
+            raise ValueError(
+                f"data.held_out = {config.data.held_out!r}: holds the very rows of data.train = {config.data.train!r}; "
+                "name the held-out plan (build_plan.py --held-out), or other token files"
+            )
         _check_rows("data.held_out", config.data.held_out, held_out, needed, "train.evaluate_batches")
     return RunData(train, held_out, ledger, writer=writer)
+
+
+def _check_train(config: Config, train: Feed) -> None:
+    """ValueError where the data is not there to be trained on, or cannot be amended as the configuration asks."""
+    path, policy = config.data.train, config.spikes.policy
+    if not isinstance(train, Feed):
+        if policy != "watch":
+            raise ValueError(
+                f'spikes.policy = "{policy}": data.train = {path!r}, and the order of mcore\'s blended datasets cannot '
+                'be amended; build a plan (tools/build_plan.py), or set spikes.policy = "watch"'
+            )
+    elif isinstance(train.order, Plan) and train.order.content["part"] == "held_out":
+        raise ValueError(
+            f"data.train = {path!r} is a held-out plan; name the plan that build_plan.py --output made, and this one "
+            "under data.held_out"
+        )
 
 
 def _open(config: Config, path: str, part: str, ledger: Ledger | None, row_length: int | None) -> Feed:

@@ -17,6 +17,7 @@ from k2_megatron.data.feed import open_feed
 from k2_megatron.data.indexed import TokenFile
 from k2_megatron.data.ledger import Ledger
 from k2_megatron.data.recipe import Recipe
+from k2_megatron.data.store import TokenWriter
 
 LENGTH = 32
 
@@ -213,6 +214,30 @@ def test_a_vocabulary_that_does_not_fit_is_refused(token_prefix, plan_folder, tm
     bare = open_small(copy_of(token_prefix, tmp_path, with_manifest=False), vocab_size=3000)
     with pytest.raises(ValueError, match=r"token id \d+ near .* model.vocab_size is 3000; use the data's own"):
         bare.tokens(0, bare.store.rows(0))
+
+
+def test_ids_of_eight_bytes_are_not_cut_to_four(tmp_path):
+    """2^32 + 5 is not 5."""
+    writer = TokenWriter(str(tmp_path / "wide"), np.dtype("<i8"))
+    writer.add_long([np.arange(2 * LENGTH + 1)], None)
+    writer.finish()
+    assert open_small(tmp_path / "wide").tokens(0, 2).dtype == np.int32
+    tokens = np.memmap(tmp_path / "wide.bin", dtype="<i8", mode="r+")
+    tokens[40] += 1 << 32
+    with pytest.raises(ValueError, match=rf"token id {(1 << 32) + 40} near"):
+        open_small(tmp_path / "wide").tokens(0, 2)
+
+
+def test_the_parts_of_a_row_may_be_more_than_a_byte_counts(tmp_path):
+    """And the chain of fewer stays what it was."""
+    writer = TokenWriter(str(tmp_path / "long"), np.dtype("<u2"))
+    writer.add_long([np.arange(5200) % 99], None)
+    writer.finish()
+    for row_length, width in ((512, 9), (2560, 12)):  # 256 parts, 1280
+        feed = open_small(tmp_path / "long", sequence_length=2, row_length=row_length)
+        records = list(feed.sample_records(0, row_length // 2))
+        assert {len(record) for record in records} == {width}
+        assert [int.from_bytes(record[8:], "little") for record in records] == [*range(row_length // 2)]
 
 
 def test_files_of_megatrons_own_tool_need_no_manifest(token_prefix, tmp_path):

@@ -15,6 +15,7 @@ from k2_megatron.data.feed import open_feed
 from k2_megatron.data.fim import FimRates, Segment, reorder
 from k2_megatron.data.plan import Plan
 from k2_megatron.data.recipe import Recipe
+from k2_megatron.data.store import write_sealed
 from k2_megatron.data.tokenizer import load_tokenizer
 from k2_megatron.data.training import train_byte_level_bpe
 
@@ -185,6 +186,20 @@ def test_a_plan_reorders_the_sources_it_names(code_plan):
     copies = [rows for (source, _), rows in by_row.items() if source == "code"]
     assert sum(len(rows) == 2 for rows in copies) >= len(copies) - 1  # the last row of an odd number is left out
     assert all(np.array_equal(rows[0], rows[-1]) for rows in copies), "a repeat was reordered otherwise"
+
+
+def test_pieces_beyond_two_bytes_are_not_cut(code_plan, tmp_path):
+    """Over files of uint16, which another tool may have written for a vocabulary that outgrew it."""
+    shutil.copytree(code_plan[0], tmp_path / "train")
+    content = json.loads((tmp_path / "train/plan.json").read_text(encoding="utf-8"))
+    high = {name: token + (1 << 17) for name, token in content["fim"].items()}
+    write_sealed(tmp_path / "train/plan.json", {**content, "fim": high})
+    where = {"manifests": [str(path) for path in Plan(code_plan[0]).manifest_paths()]}
+    (tmp_path / "train/locations.json").write_text(json.dumps(where), encoding="utf-8")
+    shape = {"sequence_length": 64, "seed": 0, "vocab_size": 1 << 18}
+    rows, expected = (open_feed(folder, **shape).tokens(0, 40) for folder in (tmp_path / "train", code_plan[0]))
+    assert (rows >= 1 << 17).any()
+    assert np.array_equal(rows % (1 << 17), expected)
 
 
 def test_a_model_without_room_for_the_pieces_is_refused(code_plan):

@@ -47,7 +47,7 @@ def folder(tmp_path_factory, speeches, toy_tokenizer) -> Path:
     settings = [
         f"run.folder={run}",
         f"data.train={folder / 'train'}",
-        f"data.held_out={folder / 'train'}",
+        *("data.held_out=", "train.evaluate_every_steps=", "train.evaluate_batches="),
         f"data.tokenizer={toy_tokenizer}",
         f"train.steps={STEPS}",
         "optimizer.warmup_steps=2",

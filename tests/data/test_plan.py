@@ -11,8 +11,9 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from token_corpora import outputs, tokenize
+from token_corpora import ROOT, outputs, tokenize
 
+from k2_megatron.config import Config, load_config
 from k2_megatron.data import build
 from k2_megatron.data.build import _ChunkWriter, build_plans
 from k2_megatron.data.feed import open_feed
@@ -21,6 +22,7 @@ from k2_megatron.data.plan import Plan
 from k2_megatron.data.recipe import Recipe
 from k2_megatron.data.rows import unpack
 from k2_megatron.data.store import write_sealed
+from k2_megatron.train.run_data import open_run_data
 
 LENGTH = 16
 
@@ -363,3 +365,28 @@ def test_an_index_that_changed_since_its_manifest_is_refused_before_documents_ar
     with pytest.raises(ValueError, match=r"text_document\.idx: bytes 0\.\.\d+ differ from their hash"):
         build_plans(Recipe.model_validate(recipe), tmp_path / "plan", held_out)
     assert not (tmp_path / "plan").exists()
+
+
+def config_over(train: Path, held_out: Path) -> Config:
+    """Of the toy, which is evaluated."""
+    settings = {"data.train": train, "data.held_out": held_out, "model.sequence_length": LENGTH, "train.steps": 30}
+    settings |= {"train.global_batch": 1, "train.micro_batch": 1, "train.evaluate_batches": 1}
+    return load_config(ROOT / "examples/toy/toy.toml", [f"{key}={value}" for key, value in settings.items()])
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "message"),
+    [
+        ("train", "train", r"data\.held_out = .*: holds the very rows of data\.train"),
+        ("train", "../{}/train", r"data\.held_out = .*: holds the very rows of data\.train"),
+        ("held_out", "train", r"data\.train = .*/held_out'.* a held-out plan"),
+        ("train", "held_out", ""),
+    ],
+)
+def test_plans_are_used_for_what_they_were_made(plans, train, held_out, message):
+    config = config_over(plans / train, plans / held_out.format(plans.name))
+    if not message:
+        assert open_run_data(config).held_out is not None
+        return
+    with pytest.raises(ValueError, match=message):
+        open_run_data(config)

@@ -96,6 +96,13 @@ def test_more_chunks_than_a_machine_holds_are_refused():
         Recipe.model_validate({"sequence_length": 8, "chunks": 10**11, "seed": 1, "sources": {}})
 
 
+@pytest.mark.parametrize("lines", ["[[sources]]\ntokens = 'x'\nshare = 1", "sources = 'x'"])
+def test_sources_that_are_no_tables_of_names_are_told(tmp_path, lines):
+    (tmp_path / "r.toml").write_text(f"sequence_length = 8\nchunks = 4\nseed = 1\n{lines}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"1 problem.*\n  sources: Input should be a valid dict"):
+        load_recipe(tmp_path / "r.toml")
+
+
 def test_a_recipe_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="No such file"):
         load_recipe(tmp_path / "r.toml")
@@ -121,6 +128,12 @@ def test_shares_divide_what_repeats_leave():
     [
         ({"a": {"repeats": 1.0}}, 30, [100], "asks for 120 rows, the sources with their repeats give 100"),
         ({"a": {"repeats": 9.0}, "b": {"share": 1.0}}, 30, [100, 1], "repeats alone ask for 900 rows"),
+        (
+            {"a": {"repeats": 1.0}, "b": {"share": 9.0}},
+            30,
+            [120, 50],
+            "sources.b: gets none of the 120 rows",
+        ),
         ({"a": {"share": 1.0, "max_repeats": 2.0}}, 30, [50], r"repeats it 2.40 times \(120 rows of 50\)"),
         ({"a": {"share": 1.0}, "b": {"share": 1.0}}, 30, [50, 0], "sources.b: no whole row of 9 tokens"),
         ({"a": {"share": 1e-9}, "b": {"share": 1.0}}, 30, [9, 50], "sources.a: gets none of the 120 rows"),

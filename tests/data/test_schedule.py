@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -190,6 +191,20 @@ def test_a_checkpoint_goes_to_a_new_folder_without_its_ledger_unless_that_amende
         resume(tmp_path / "newer", saved(Ledger(old)))
 
 
+def test_two_checkpoints_go_to_a_new_folder_without_their_ledger(tmp_path):
+    """Resumed from the newer, the run may still go back to the older; one with amendments it may not."""
+    three_lines(tmp_path / "old")
+    older, amended = saved(Ledger(tmp_path / "old"), step=3), saved(Ledger(tmp_path / "old"), step=3)
+    Ledger(tmp_path / "old").record_position(40, "dd")
+    resume(tmp_path / "new", saved(Ledger(tmp_path / "old"), step=4))
+    Ledger(tmp_path / "new").record_position(50, "ee")
+    resume(tmp_path / "new", older)
+    with pytest.raises(CheckpointError, match=r"put back the ledger\.jsonl"):
+        resume(tmp_path / "new", {**amended, "amendments": 1})
+    with pytest.raises(CheckpointError, match=r"put back the ledger\.jsonl"):
+        resume(tmp_path / "new", {**older, "step": 5})
+
+
 def test_a_line_cut_by_a_crash_is_dropped(tmp_path):
     one, two, three = three_lines(tmp_path)
     (tmp_path / "ledger.jsonl").write_bytes(one + two + three[:17] + b"x" * 999)
@@ -198,6 +213,20 @@ def test_a_line_cut_by_a_crash_is_dropped(tmp_path):
     ledger.record_position(25, "dd")
     assert [entry["consumed_samples"] for entry in Ledger(tmp_path).positions] == [10, 20, 25]
     assert all(json.loads(line) for line in ledger.path.read_bytes().splitlines())
+
+
+@pytest.mark.parametrize("left", [None, 0, 50])
+def test_a_ledger_that_was_removed_or_cut_under_a_living_run_is_not_filled_up(tmp_path, left):
+    """A line at its old place would follow zeros."""
+    three_lines(tmp_path)
+    ledger = Ledger(tmp_path)
+    if left is None:
+        ledger.path.unlink()
+    else:
+        os.truncate(ledger.path, left)
+    with pytest.raises(ValueError, match=rf"{left or 0} bytes, and \d+ when .* put it back"):
+        ledger.record_position(40, "dd")
+    assert (ledger.path.stat().st_size if ledger.path.exists() else None) == left
 
 
 class Numbers:
