@@ -111,8 +111,9 @@ def amend_order(run: Run, options: argparse.Namespace) -> str:
         "reason": options.reason,
     }
     with hold_run_folder(config):
-        data = open_run_data(with_past(config), writer=True)
-        check_fits(with_past(config), {key: value for key, value in fields.items() if value is not None}, data)
+        config = with_past(config)
+        data = open_run_data(config, writer=True)
+        check_fits(config, {key: value for key, value in fields.items() if value is not None}, data)
         manifest = newest_manifest(run.folder)
         if manifest is not None and not is_imported(manifest):
             refuse_in_the_past(fields, manifest)

@@ -83,7 +83,8 @@ class RunData:
             self.ledger.check_mark(manifest)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
-        for entry in self.ledger.amendments[manifest["amendments"] :]:
+        amendments = self.ledger.amendments
+        for entry in amendments[manifest.get("amendments", len(amendments)) :]:  # earlier versions did not write it
             try:
                 refuse_in_the_past(entry, manifest)
             except ValueError as error:

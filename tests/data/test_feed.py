@@ -13,6 +13,7 @@ import pytest
 from token_corpora import ROOT
 
 from k2_megatron.data.build import build_plans
+from k2_megatron.data.documents import describe_row
 from k2_megatron.data.feed import open_feed
 from k2_megatron.data.indexed import TokenFile
 from k2_megatron.data.ledger import Ledger
@@ -214,6 +215,20 @@ def test_a_vocabulary_that_does_not_fit_is_refused(token_prefix, plan_folder, tm
     bare = open_small(copy_of(token_prefix, tmp_path, with_manifest=False), vocab_size=3000)
     with pytest.raises(ValueError, match=r"token id \d+ near .* model.vocab_size is 3000; use the data's own"):
         bare.tokens(0, bare.store.rows(0))
+
+
+def test_empty_documents_are_in_no_row(tmp_path):
+    """Between others, at the beginning, and at the end of a row."""
+    lengths = np.array([0, 10, 0, 0, 22, 0, 40, 0])
+    writer = TokenWriter(str(tmp_path / "gaps"), np.dtype("<u2"))
+    writer.add(np.arange(72, dtype=np.uint32), lengths, None)
+    writer.finish()
+    store = open_small(tmp_path / "gaps").store
+    spans = [
+        [(span.document, span.first_token, span.end_token) for span in describe_row(store, 0, row, "x")]
+        for row in (0, 1)
+    ]
+    assert spans == [[(1, 0, 10), (4, 10, 32), (6, 32, 33)], [(6, 32, 65)]]
 
 
 def test_ids_of_eight_bytes_are_not_cut_to_four(tmp_path):

@@ -274,7 +274,8 @@ def test_both_plans_come_or_none(tmp_path, prefixes):
 
 def test_two_builds_of_one_plan_do_not_share_a_folder(tmp_path, prefixes, plans, monkeypatch):
     """One begins while the other writes. What a kill left behind goes, what a living build writes in does not."""
-    (tmp_path / "train.0123abcd.partial/chunks").mkdir(parents=True)
+    (tmp_path / "train.0123abcd.partial").mkdir()
+    (tmp_path / "train.0123abcd.partial/spans.i64").touch()
     write, begun = _ChunkWriter.__call__, []
 
     def write_and_begin_another(self, chunk):
