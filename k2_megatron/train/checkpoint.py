@@ -34,7 +34,7 @@ from k2_megatron.train.checkpoint_manifest import (
     read_manifest,
     verify_files,
 )
-from k2_megatron.train.checkpoint_pickles import pickle_problems
+from k2_megatron.train.checkpoint_pickles import EXTRA_STATE, EXTRA_STATE_REFUSED, pickle_problems
 from k2_megatron.train.checkpoint_reader import RestrictedLoading
 from k2_megatron.train.checkpoint_state import (
     layout_name,
@@ -187,9 +187,14 @@ def load_weights(folder: Path, chunks: Sequence, device: torch.device) -> None:
 def _read(state: dict, folder: Path) -> dict:
     try:
         with collector_paused():
-            return dist_checkpointing.load(state, str(folder), sharded_strategy=RestrictedLoading())
+            loaded = dist_checkpointing.load(state, str(folder), sharded_strategy=RestrictedLoading())
     except (CheckpointException, CheckpointingException) as error:
         raise CheckpointError(f"{folder} does not load: {first_cause(error)}; use another checkpoint") from None
+    for part in loaded.values():
+        for key, value in part.items() if isinstance(part, dict) else ():
+            if str(key).endswith(EXTRA_STATE) and not (value is None or (torch.is_tensor(value) and not value.numel())):
+                raise CheckpointError(f"{folder}: {key} holds data ({EXTRA_STATE_REFUSED}); use another checkpoint")
+    return loaded
 
 
 def _check_fingerprint(folder: Path, saved: str, chunks: Sequence, device: torch.device) -> None:

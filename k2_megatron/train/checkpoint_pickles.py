@@ -2,8 +2,9 @@
 
 torch's own reader unpickles both without restriction: whoever can write the folder could run code where it is loaded.
 Here tables are read by an unpickler that turns each name it knows into a record and refuses every other; training
-builds torch's tables from these records (checkpoint_reader.py) and loads byte objects with weights_only. This file
-needs no torch: tools/convert_checkpoint.py asks it too. common.pt megatron-core itself loads with weights_only.
+builds torch's tables from these records (checkpoint_reader.py) and loads byte objects with weights_only. The extra
+state of layers, which Transformer Engine would unpickle, has to be empty. This file needs no torch:
+tools/convert_checkpoint.py asks it too. common.pt megatron-core itself loads with weights_only.
 """
 
 import io
@@ -38,8 +39,10 @@ _OBJECT_NAMES = {
     ("torch", "ByteStorage"),
     ("torch", "LongStorage"),
     ("collections", "OrderedDict"),
-    ("_io", "BytesIO"),  # the extra state of Transformer Engine
 }
+# Transformer Engine keeps what a layer has for fp8, which K2 has not, as bytes of a pickle that it loads unrestricted.
+EXTRA_STATE = "_extra_state"
+EXTRA_STATE_REFUSED = "Transformer Engine would unpickle it unrestricted, and K2's layers have none"
 _ZIP_BEGINS = b"PK\x03\x04"
 
 
@@ -112,13 +115,13 @@ def pickle_problems(folder: Path) -> list[str]:
         for (key, _offsets, _number), place in tables.places.items():
             if tables.entries[key] is None:
                 path = folder / place.file
-                _inspect_object(path, place)
+                _inspect_object(path, place, key)
     except Exception as error:  # a pickle from anywhere can fail in any way
         return [f"{path} cannot be trusted: {error or type(error).__name__}"]
     return []
 
 
-def _inspect_object(path: Path, place: Place) -> None:
+def _inspect_object(path: Path, place: Place, key: str) -> None:
     with path.open("rb") as stream:
         stream.seek(place.offset)
         content = stream.read(place.length)
@@ -126,7 +129,16 @@ def _inspect_object(path: Path, place: Place) -> None:
         raise pickle.UnpicklingError("an object in it does not begin as a zip does")
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-        _Inspector(io.BytesIO(archive.read(name)), _OBJECT_NAMES).load()
+        found = _Inspector(io.BytesIO(archive.read(name)), _OBJECT_NAMES).load()
+    if EXTRA_STATE in key and not all(map(_is_empty, found if isinstance(found, list) else [found])):
+        raise pickle.UnpicklingError(f"{key} holds data: {EXTRA_STATE_REFUSED}")
+
+
+def _is_empty(found: Any) -> bool:
+    """None, or a tensor without elements, whose third argument is its size."""
+    if isinstance(found, Record) and type(found).__name__ == "_rebuild_tensor_v2":
+        return 0 in found.arguments[2]
+    return found is None
 
 
 class _Inspector(pickle.Unpickler):

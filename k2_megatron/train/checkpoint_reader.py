@@ -70,6 +70,5 @@ def _tensor(entry: Tensor) -> TensorStorageMetadata:
 
 class _Planner(megatron_torch.MCoreLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        with torch.serialization.safe_globals([io.BytesIO]):  # the extra state of Transformer Engine
-            found = torch.load(value, weights_only=True)
+        found = torch.load(value, weights_only=True)
         set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], found)

@@ -37,9 +37,9 @@ from k2_megatron.convert.verify import verify_training
 from k2_megatron.runtime.devices import find_device
 from k2_megatron.runtime.groups import connect, disconnect
 from k2_megatron.runtime.launch import single_rank
-from k2_megatron.train.checkpoint import _problems_of
+from k2_megatron.train.checkpoint import _problems_of, _read
 from k2_megatron.train.checkpoint_files import first_cause
-from k2_megatron.train.checkpoint_manifest import manifest_text
+from k2_megatron.train.checkpoint_manifest import CheckpointError, manifest_text
 from k2_megatron.train.checkpoint_pickles import pickle_problems
 from k2_megatron.train.checkpoint_reader import RestrictedLoading
 from k2_megatron.train.file_hash import hash_file
@@ -211,6 +211,51 @@ def load_one_object(checkpoint: Path, key: str) -> str:
         return str(RestrictedLoading().load({"found": ShardedObject.empty_from_unique_key(key)}, checkpoint))
     except CheckpointException as error:
         return f"refused: {first_cause(error)}"
+    finally:
+        disconnect()
+
+
+def extra_state(data: torch.Tensor | None) -> bytes:
+    """As megatron-core stores that of one layer."""
+    stored = io.BytesIO()
+    torch.save([data], stored)
+    return stored.getvalue()
+
+
+def test_extra_state_with_data_is_seen_and_not_handed_to_the_layers(run: Path, tmp_path: Path) -> None:
+    """A tensor of bytes is data to every loader; Transformer Engine's layers then unpickle the bytes."""
+    checkpoint = checkpoint_folder(run)
+    content = pickle.dumps(Attack(os.mkdir, str(tmp_path / "evil")))
+    replace_object(checkpoint, extra_state(torch.frombuffer(bytearray(content), dtype=torch.uint8)))
+    (problem,) = pickle_problems(checkpoint)
+    assert "holds data: Transformer Engine would unpickle it" in problem
+    assert "_extra_state holds data" in load_extra_state(checkpoint, tmp_path / "rank")
+
+
+@pytest.mark.parametrize("empty", [None, torch.empty(0, dtype=torch.uint8)], ids=["none", "no-bytes"])
+def test_empty_extra_state_loads(run: Path, tmp_path: Path, empty: torch.Tensor | None) -> None:
+    """Transformer Engine's, without fp8, is a tensor of no bytes."""
+    checkpoint = checkpoint_folder(run)
+    replace_object(checkpoint, extra_state(empty))
+    assert pickle_problems(checkpoint) == []
+    assert load_extra_state(checkpoint, tmp_path / "rank") == "loaded"
+
+
+def load_extra_state(checkpoint: Path, folder: Path) -> str:
+    outcome = Rank(read_objects, (checkpoint, list(read_metadata(checkpoint).objects)), {}, folder).finish()
+    assert outcome.exit_code == 0, outcome.stderr
+    return outcome.result
+
+
+def read_objects(checkpoint: Path, keys: list[str]) -> str:
+    """Read the state of layers for a model as training does, uninspected: "loaded", or why not."""
+    connect(single_rank(), find_device(0), 60.0)
+    try:
+        state = {f"{key}._extra_state": ShardedObject.empty_from_unique_key(key) for key in keys}
+        _read({"model": state}, checkpoint)
+        return "loaded"
+    except CheckpointError as error:
+        return f"refused: {error}"
     finally:
         disconnect()
 
