@@ -31,7 +31,6 @@ _SHOWN = "what is shown"
 HARMLESS = {
     "run.folder": "the folder may move",
     "model.loss_chunk_tokens": _COMPUTED,
-    "model.implementation": _COMPUTED,
     "model.kernels": _COMPUTED,
     "parallel.tensor": _LAYOUT,
     "parallel.pipeline": _LAYOUT,
@@ -109,6 +108,7 @@ ACCEPTED = {
 }
 
 _SHAPE = "the weights have this shape"
+_NAMES = "the weights are stored under its names"
 _OTHER_MODEL = "another model: begin a new run with checkpoint.start_from"
 
 ENDED = {"train.batch_ramp": "train.global_batch from here on"}
@@ -125,6 +125,7 @@ REFUSED = {
     "model.heads": _SHAPE,
     "model.kv_heads": _SHAPE,
     "model.vocab_size": _SHAPE,
+    "model.implementation": _NAMES,
     "model.rope_base": _OTHER_MODEL,
     "model.norm_epsilon": _OTHER_MODEL,
     "model.init_std": "the initial weights came from it; it has no effect any more",
@@ -134,7 +135,8 @@ REFUSED = {
 # What decides, besides the refused, what a step computes to the bit
 COMPUTING = (*CHANGEABLE, *(key for key, reason in HARMLESS.items() if reason in (_LAYOUT, _COMPUTED)))
 
-SHAPES = tuple(key for key, reason in REFUSED.items() if reason == _SHAPE)
+# What has to be the same for a checkpoint to load
+STORED_AS = tuple(key for key, reason in REFUSED.items() if reason in (_SHAPE, _NAMES))
 
 
 @dataclass(frozen=True)

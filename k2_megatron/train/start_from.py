@@ -15,7 +15,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 
 from k2_megatron.config import Config
-from k2_megatron.config.changes import SHAPES
+from k2_megatron.config.changes import STORED_AS
 from k2_megatron.convert.record import carry_record, require_own_record
 from k2_megatron.runtime.groups import Groups
 from k2_megatron.train.checkpoint import load_state, shared_problems
@@ -46,10 +46,10 @@ def source_of(config: Config) -> tuple[Path, dict]:
 
 def require_same_shapes(config: Config, manifest: dict, folder: Path) -> None:
     """CheckpointError, naming every key, unless the weights of `folder` fit the model and precision of `config`."""
-    saved, ours = manifest["config"].get("model", {}), config.flat()
+    saved, ours = {"implementation": "k2", **manifest["config"].get("model", {})}, config.flat()
     wrong = [
         f"{key} is {was!r} there and {ours[key]!r} here"
-        for key in SHAPES
+        for key in STORED_AS
         if (was := saved.get(key.removeprefix("model."))) != ours[key]
     ]
     if manifest["precision"] != config.train.precision:

@@ -1,7 +1,7 @@
 """What a changed key means to a run that has begun: every key of the schema stands in one of the tables."""
 
 from k2_megatron.config import load_config
-from k2_megatron.config.changes import ACCEPTED, ENDED, HARMLESS, RECORDED, REFUSED, SHAPES, changes, keys_given
+from k2_megatron.config.changes import ACCEPTED, ENDED, HARMLESS, RECORDED, REFUSED, STORED_AS, changes, keys_given
 from k2_megatron.config.load import KEYS
 
 TOY = "examples/toy/toy.toml"
@@ -11,7 +11,11 @@ def test_every_key_has_one_class():
     tables = (HARMLESS, ACCEPTED, ENDED, REFUSED, RECORDED)
     assert sorted(KEYS) == sorted(key for table in tables for key in table)
     assert all(reason for table in tables for reason in table.values())
-    assert len(SHAPES) == 6
+    assert len(STORED_AS) == 7
+
+
+def test_weights_of_other_layers_are_stored_under_other_names():
+    assert found(["model.implementation=transformer_engine"], set()) == {"model.implementation": "refused"}
 
 
 def test_fingerprint_changes_with_what_is_not_harmless():

@@ -37,6 +37,11 @@ def test_weights_of_another_shape_or_precision(attempt, finished_run, ranks):
     )
 
 
+def test_weights_under_other_names(attempt, finished_run):
+    outcomes = attempt({KEY: finished_run, "model.implementation": "transformer_engine"})
+    says_one_line(outcomes, MISTAKE, "model.implementation is 'k2' there and 'transformer_engine' here")
+
+
 def test_damaged_source_is_named_and_left_where_it_is(attempt, finished_run, tmp_path):
     source = Path(shutil.copytree(finished_run / "checkpoints" / "step_00000002", tmp_path / "step_00000002"))
     with (source / "__0_0.distcp").open("r+b") as stream:
