@@ -2,7 +2,8 @@
 
     python tools/run_state.py examples/toy/toy.toml
 
-Exit code 0: finished. 10: steps are left to do (or it never started). 2: the configuration cannot be read.
+The arguments are those of pretrain_k2.py. Exit code 0: finished, or at --until. 10: steps are left to do (or it never
+started). 2: the configuration cannot be read.
 """
 
 import argparse
@@ -20,6 +21,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("config", help="the run's TOML file")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides")
+    parser.add_argument("--until", type=int, metavar="STEP", help="where the run stops, if before its last step")
     arguments = parser.parse_args()
     try:
         # In a batch script the layout follows from the job's tasks, as it will for the ranks.
@@ -32,10 +34,10 @@ def main() -> int:
     if not journal.is_file():
         print(f"{config.run.folder}: not started, {config.train.steps} steps to do")
         return UNFINISHED
-    return _tell(config.run.folder, journal, config.train.steps)
+    return _tell(config.run.folder, journal, config.train.steps, arguments.until)
 
 
-def _tell(folder: str, journal: Path, total: int) -> int:
+def _tell(folder: str, journal: Path, total: int, until: int | None) -> int:
     reached, saved, last = 0, 0, {}
     for event in read_events(journal):
         if event["event"] in ("step", "resume", "rollback"):
@@ -51,7 +53,7 @@ def _tell(folder: str, journal: Path, total: int) -> int:
         return UNFINISHED
     what = f"stopped by {last['reason']}" if last.get("event") == "stop" else f"last event: {last.get('event')}"
     print(f"{folder}: step {reached} of {total}, saved at {saved}; {what} at {last.get('time')}")
-    return UNFINISHED
+    return FINISHED if until and saved >= until else UNFINISHED  # as pretrain_k2.py, for which 0 is none
 
 
 if __name__ == "__main__":

@@ -169,6 +169,19 @@ def test_ranks_that_were_preempted_are_requeued(batch, tmp_path, told, code, req
     assert (ended.returncode, count(tmp_path / "requeues")) == (code, requeues)
 
 
+@pytest.mark.parametrize(("until", "code"), [("4", 10), ("3", 0), (None, 10)])
+def test_run_state_takes_what_the_ranks_take(small_config, tmp_path, monkeypatch, capsys, until, code):
+    """The batch script gives both the same arguments; at --until it neither starts ranks nor requeues."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    import run_state
+
+    (tmp_path / "journal.jsonl").write_text('{"event": "checkpoint", "time": "12:00", "step": 3}\n')
+    given = [str(small_config), "--set", f"run.folder={tmp_path}", *(["--until", until] if until else [])]
+    monkeypatch.setattr(sys, "argv", ["run_state.py", *given])
+    assert run_state.main() == code
+    assert "saved at 3" in capsys.readouterr().out
+
+
 def test_run_state_takes_the_layout_from_the_job(small_config, tmp_path):
     """A sharded optimizer needs replicas, and how many there are follows from the job's tasks."""
     tool = [sys.executable, str(REPOSITORY / "tools" / "run_state.py"), str(small_config)]
