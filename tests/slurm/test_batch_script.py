@@ -33,6 +33,9 @@ cat told 2> /dev/null
 if [[ -e states ]]; then echo >> asked_times; sed -n "$(wc -l < asked_times)p" states; fi
 exit "$(cat state)"
 """
+SCANCEL = """#!/bin/bash
+echo "$*" >> cancelled
+"""
 SCONTROL = """#!/bin/bash
 [[ -e refuse ]] && exit 1
 echo "$*" >> requeues
@@ -42,7 +45,7 @@ echo "$*" >> requeues
 @pytest.fixture
 def batch(tmp_path):
     """A function that starts the script in a folder of its own with these exit codes of srun."""
-    for name, text in (("srun", SRUN), ("python", PYTHON), ("scontrol", SCONTROL)):
+    for name, text in (("srun", SRUN), ("python", PYTHON), ("scontrol", SCONTROL), ("scancel", SCANCEL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
 
@@ -88,6 +91,15 @@ def test_crashes_are_restarted_and_mistakes_are_not(batch, tmp_path, codes, rest
     ended.communicate(timeout=30)
     assert (ended.returncode, count(tmp_path / "calls")) == (code, starts)
     assert count(tmp_path / "requeues") == 0
+
+
+@pytest.mark.parametrize(("code", "cancels"), [(0, 0), (2, 1), (3, 1), (5, 1), (137, 0)])
+@pytest.mark.parametrize("chain", [{"SLURM_ARRAY_JOB_ID": "6"}, {}], ids=["chain", "alone"])
+def test_chain_ends_where_starting_again_would_not_help(batch, tmp_path, code, cancels, chain):
+    batch([code], RESTARTS="0", REQUEUE="0", **chain).communicate(timeout=30)
+    assert count(tmp_path / "cancelled") == (cancels if chain else 0)
+    if cancels and chain:
+        assert (tmp_path / "cancelled").read_text() == "--state=PENDING 6\n"
 
 
 @pytest.mark.parametrize(("steps", "starts", "code"), [((7, 7, 7, 7), 2, 5), ((7, 8, 7, 9), 5, 0)])
