@@ -10,7 +10,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import BinaryIO
@@ -101,10 +101,11 @@ def _end_last_line(path: Path) -> None:
                 stream.write(b"\n")
 
 
-def read_events(path: Path) -> Iterator[dict]:
-    """All whole events of a journal, in order; a line that a kill cut, or a power cut tore, is passed over."""
+def read_events(path: Path, wanted: Callable[[str], bool] | None = None) -> Iterator[dict]:
+    """The whole events of a journal, in order; a line that a kill cut, or a power cut tore, is passed over. Where few
+    are `wanted`, by their lines, the rest is not parsed."""
     with path.open(errors="replace") as lines:
-        yield from _events(lines)
+        yield from _events(filter(wanted, lines) if wanted else lines)
 
 
 def _events(lines: Iterable[str]) -> Iterator[dict]:
@@ -117,13 +118,6 @@ def _events(lines: Iterable[str]) -> Iterator[dict]:
             if any(f'"{name}"' in line for name in _NOT_FINITE):
                 event = {key: _numbers(value) for key, value in event.items()}
             yield event
-
-
-def last_events(path: Path, most_bytes: int = 1 << 18) -> list[dict]:
-    """The events that the last `most_bytes` of a journal hold, in order; cheap where it is long."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - most_bytes))
-        return list(_events(line.decode(errors="replace") for line in file))
 
 
 def read_steps(path: Path) -> dict[int, dict]:

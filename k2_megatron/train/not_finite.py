@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import torch.distributed as distributed
 from megatron.core.optimizer import MegatronOptimizer
@@ -10,7 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from k2_megatron.data.feed import Feed
 from k2_megatron.runtime.groups import Groups
 from k2_megatron.train.checkpoint_state import named_parameters
-from k2_megatron.train.journal import Journal, last_events
+from k2_megatron.train.journal import Journal, read_events
 from k2_megatron.train.replica_gradients import NAMED, gradient_of
 from k2_megatron.train.step import StepResult
 
@@ -54,18 +55,26 @@ def samples_not_finite(first_sample: int, sample_losses: Sequence[float], feed: 
 
 def computed_in_vain(journal: Journal) -> tuple[int, int]:
     """(step, how often it was not finite) of the step that an earlier start ended at, (0, 0) if at none; the same on
-    every rank. By the end of the journal alone, which a restart finds in a moment."""
-    told: list = [None]
-    if journal.is_writer:
-        step, times = 0, 0
-        for event in last_events(journal.path):
-            if event["event"] == "incident" and event["kind"] == "not finite":
-                step, times = event["step"], times + 1 if event["step"] == step else 1
-            elif event["event"] == "step" and event["step"] >= step:
-                step, times = 0, 0
-        told = [(step, times)]
+    every rank."""
+    told: list = [in_vain(journal.path) if journal.is_writer else None]
     distributed.broadcast_object_list(told)
     return told[0]
+
+
+def in_vain(journal: Path) -> tuple[int, int]:
+    """The same, by the journal. All of it is looked through: between two starts that ended at a step lie the steps that
+    were made again, and an incident of many ranks is long."""
+    step, times = 0, 0
+
+    def is_wanted(line: str) -> bool:
+        return '"not finite"' in line or (times > 0 and line.startswith('{"event": "step"'))
+
+    for event in read_events(journal, is_wanted):
+        if event["event"] == "incident" and event["kind"] == "not finite":
+            step, times = event["step"], times + 1 if event["step"] == step else 1
+        elif event["event"] == "step" and event["step"] >= step:
+            step, times = 0, 0
+    return step, times
 
 
 def count_as_update(optimizer: MegatronOptimizer) -> None:

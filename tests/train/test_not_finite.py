@@ -21,6 +21,8 @@ from k2_megatron.runtime.groups import build_groups, connect, disconnect
 from k2_megatron.runtime.launch import read_environment
 from k2_megatron.runtime.seeds import seed_everything
 from k2_megatron.train.checkpoint_state import weight_fingerprint
+from k2_megatron.train.journal import Journal
+from k2_megatron.train.not_finite import in_vain
 from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
 from k2_megatron.train.run_data import open_run_data
 from k2_megatron.train.step import StepResult, finalize_model_grads, train_step
@@ -132,6 +134,32 @@ def test_policy_of_skipping_one_and_then_stopping_on_four_ranks(small_config, tm
             assert first.startswith("decoder.layers.2."), "layers are counted over the whole model"
     assert list(steps_of(folder)) == [1, 3]
     assert "The last save was step 3" in "".join(outcome.stderr for outcome in outcomes)
+
+
+def test_step_in_vain_is_counted_over_starts_however_long_the_journal_is(tmp_path):
+    """As K2-65B's: 480 ranks are named, and 900 steps repeated since the save."""
+    ranks = {f"rank {rank} (tensor 0, pipeline 0)": [f"decoder.layers.{n}.mlp.weight" for n in range(8)]
+             for rank in range(480)}  # fmt: skip
+    journal = Journal(tmp_path, writer=True)
+
+    def life(first: int, last: int, *bad: int, save: int = 0) -> tuple[int, int]:
+        journal.write("start")
+        for step in range(first, last + 1):
+            journal.write("step", step=step, layers={"gradient_norm": [0.123456] * 80})
+        for step in bad:
+            journal.write("incident", kind="not finite", step=step, loss=math.nan, ranks=ranks)
+        if save:
+            journal.write("checkpoint", step=save)
+        return in_vain(journal.path)
+
+    assert life(1, 100, save=100) == (0, 0)
+    assert life(101, 999, 1000) == (1000, 1)
+    assert life(101, 600, save=600) == (1000, 1), "a start that was ended before it does not forget"
+    assert life(601, 999, 1000) == (1000, 2)
+    assert life(601, 1000) == (0, 0), "it passed"
+    assert life(1001, 1001, 1002, 1002) == (1002, 2)
+    assert life(1001, 1001, 1003) == (1003, 1)
+    journal.close()
 
 
 @pytest.mark.parametrize(
