@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as distributed
 from megatron.core.optimizer import MegatronOptimizer
@@ -219,9 +220,9 @@ def slowest(
     output_share: float | None = None,
 ) -> Straggler | None:
     """The rank and phase that lie furthest above what is usual; None when all are alike."""
-    found = []
+    found, themselves = [], _of_themselves(by_rank, earlier)
     for rank, seconds in enumerate(by_rank):
-        usual_now = [(_of_its_like(rank, by_rank, stages), False), (_of_itself(rank, by_rank, earlier), True)]
+        usual_now = [(_of_its_like(rank, by_rank, stages), False), (themselves[rank], True)]
         if output_share is not None:
             usual_now.append((_by_formula(rank, by_rank, stages, earlier, output_share), False))
         for usual, before in usual_now:
@@ -243,8 +244,9 @@ def _of_its_like(rank: int, by_rank: Sequence[Mapping[str, float]], stages: Sequ
     """{phase: the median of the ranks with the same work}; without ranks in its stage, of those of other stages."""
     others = [other for number, other in enumerate(by_rank) if stages[number] == stages[rank] and number != rank]
     phases = list(by_rank[rank])
-    if not others and stages[rank] < max(stages):
-        inner = [other for number, other in enumerate(by_rank) if stages[number] < max(stages) and number != rank]
+    last = max(stages)
+    if not others and stages[rank] < last:
+        inner = [other for number, other in enumerate(by_rank) if stages[number] < last and number != rank]
         others, phases = inner, _but_rows(phases)
     return {phase: median(other[phase] for other in others) for phase in phases} if others else {}
 
@@ -278,24 +280,37 @@ def _but_rows(phases: Iterable[str]) -> list[str]:
     return [phase for phase in phases if phase != "data"]  # the first and last stage read rows
 
 
-def _of_itself(
-    rank: int, by_rank: Sequence[Mapping[str, float]], earlier: Sequence[Sequence[Mapping[str, float]]]
-) -> dict[str, float]:
-    """{phase: the rank's own median in earlier reports, times how much longer the others take now than they took}: a
-    batch that grows, or a file system that is slow for all, makes no straggler. A phase that took no time in a report
-    did not take place before it, as saving mostly does not: it is compared with those in which it did."""
-    if len(by_rank) < 2:
-        return {}
-    usual = {}
-    for phase in by_rank[rank]:
-        took_place = [report for report in earlier if report[rank][phase] > 0]
-        if len(took_place) < FEWEST_REPORTS:
-            continue
-        medians = [median(report[number][phase] for report in took_place) for number in range(len(by_rank))]
-        grown = [
-            seconds[phase] / medians[number]
-            for number, seconds in enumerate(by_rank)
-            if number != rank and medians[number] > 0
-        ]
-        usual[phase] = medians[rank] * max(1.0, median(grown) if grown else 1.0)
+def _of_themselves(
+    by_rank: Sequence[Mapping[str, float]], earlier: Sequence[Sequence[Mapping[str, float]]]
+) -> list[dict[str, float]]:
+    """Of each rank {phase: its own median in earlier reports, times how much longer the others take now than they
+    took}: a batch that grows, or a file system that is slow for all, makes no straggler. A phase that took no time in a
+    report did not take place before it, as saving mostly does not: it is compared with those in which it did."""
+    usual: list[dict[str, float]] = [{} for _ in by_rank]
+    if len(by_rank) < 2 or not earlier:
+        return usual
+    for phase in by_rank[0]:
+        now = np.array([of_rank[phase] for of_rank in by_rank])
+        before = np.array([[of_rank[phase] for of_rank in report] for report in earlier])  # [reports, ranks]
+        # Most ranks have it in the same reports: medians are taken once for all of these.
+        took_place, alike = np.unique(before > 0, axis=1, return_inverse=True)
+        for number, reports in enumerate(took_place.T):
+            if reports.sum() < FEWEST_REPORTS:
+                continue
+            medians = np.median(before[reports], axis=0)
+            compared = np.flatnonzero(medians > 0)  # with all ranks of these reports among them
+            grown = dict(zip(compared, _medians_of_the_others(now[compared] / medians[compared]), strict=True))
+            for rank in np.flatnonzero(alike.ravel() == number):
+                usual[rank][phase] = float(medians[rank] * max(1.0, grown[rank]))
     return usual
+
+
+def _medians_of_the_others(values: np.ndarray) -> np.ndarray:
+    """Of each value the median of the others, 1 where there are none."""
+    others = len(values) - 1
+    if others == 0:
+        return np.ones(1)
+    order = np.argsort(values)
+    place = np.argsort(order)  # of each value among all, sorted
+    middle = [values[order[which + (place <= which)]] for which in ((others - 1) // 2, others // 2)]
+    return (middle[0] + middle[1]) / 2

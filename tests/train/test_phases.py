@@ -1,12 +1,15 @@
 """The straggler report: the slow rank is named with its phase, whoever waits for it; equal slowness names nobody."""
 
 import time
+from statistics import median
 
+import numpy as np
 import pytest
 from rank_processes import pretrain, results_of
 from run_results import events_of
 from small_run import overrides
 
+import k2_megatron.train.phases as phases
 from k2_megatron.train.phases import slowest
 
 NAMES = ("data", "forward", "backward", "optimizer", "checkpoint")
@@ -116,6 +119,49 @@ def test_phase_that_seldom_takes_place_is_compared_with_the_times_it_did():
     assert slowest(by_rank, [0, 1], names(by_rank), earlier) is None
     found = slowest(ranks((*saving[:4], 12.0), (*LAST[:4], 5.0)), [0, 1], names(by_rank), earlier)
     assert (found.rank, found.phase, found.ratio, found.before) == (0, "checkpoint", 2.4, True)
+
+
+def itself_by_definition(rank: int, by_rank: list, earlier: list) -> dict[str, float]:
+    usual = {}
+    for phase in NAMES:
+        took_place = [report for report in earlier if report[rank][phase] > 0]
+        if len(took_place) < 4:
+            continue
+        medians = [median(report[other][phase] for report in took_place) for other in range(len(by_rank))]
+        others = [other for other in range(len(by_rank)) if other != rank and medians[other] > 0]
+        grown = [by_rank[other][phase] / medians[other] for other in others]
+        usual[phase] = medians[rank] * max(1.0, median(grown) if grown else 1.0)
+    return usual
+
+
+@pytest.mark.parametrize("ranks_of_it", [2, 3, 5, 8])
+def test_medians_of_all_ranks_at_once_are_those_of_each(ranks_of_it):
+    for seed in range(20):
+        random = np.random.default_rng(seed)
+        values = random.integers(1, 5, (12, ranks_of_it, len(NAMES))) * 0.5  # equal ones among them
+        values *= random.random(values.shape) < random.choice([0.3, 0.7, 1.0], (1, 1, len(NAMES)))  # some take no time
+        reports = [ranks(*of_ranks) for of_ranks in values.tolist()]
+        by_rank, earlier = reports[0], reports[1:]
+        expected = [itself_by_definition(rank, by_rank, earlier) for rank in range(ranks_of_it)]
+        found = phases._of_themselves(by_rank, earlier)
+        assert [{phase: of[phase] for phase in NAMES if phase in of} for of in found] == [
+            pytest.approx(of) for of in expected
+        ]
+
+
+def test_cost_of_a_report_does_not_grow_with_the_square_of_the_ranks():
+    """480 ranks took 2.2 s of every rank's processor: earlier reports were read again for each rank."""
+    read = []
+
+    class Counted(dict):
+        def __getitem__(self, phase):
+            read.append(phase)
+            return super().__getitem__(phase)
+
+    by_rank = ranks(*[ALIKE] * 32)
+    earlier = [[Counted(seconds) for seconds in by_rank] for _ in range(16)]
+    assert slowest(by_rank, [rank // 8 for rank in range(32)], names(by_rank), earlier, SHARE) is None
+    assert len(read) == 16 * 32 * len(NAMES)
 
 
 def pauses(
