@@ -167,8 +167,9 @@ def resumes_of(journal: Path) -> dict[int, list[dict]]:
 
 def train(launch: list[str], folder: Path, end: int, config: Config) -> None:
     """Repeat the steps; ValueError when that does not come to its end."""
-    # A replay looks on; it must not go back by itself.
+    # A replay looks on; it must not go back by itself, nor stand beside the run where people look at it.
     sets = [f"run.folder={folder}", "spikes.policy=watch", "spikes.scope=", "spikes.max_rollbacks="]
+    sets += ["log.wandb=", "log.tensorboard=false"]
     values = config.flat()  # what may differ from the checkpoint's when it is named
     sets += [f"{key}={'' if values[key] is None else toml_value(values[key])}" for key in CHANGEABLE]
     command = [*launch, sys.executable, str(PRETRAIN), str(folder / REPLAYED), "--until", str(end)]

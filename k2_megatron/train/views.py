@@ -71,7 +71,10 @@ class Views:
             with contextlib.suppress(OSError):  # the run is over, and the journal has it all
                 self._tensorboard.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            try:
+                self._wandb.finish()
+            except Exception as error:
+                print(f"Weights & Biases was not closed ({error}); the journal has it all", file=sys.stderr)
 
 
 def clock(seconds: float) -> str:
@@ -99,4 +102,8 @@ def _start_wandb(config: Config, folder: Path):
             f'log.wandb = "{config.log.wandb}" needs Weights & Biases, which is not installed: '
             'pip install "k2_megatron[wandb]", or remove log.wandb'
         ) from None
-    return wandb.init(project=config.log.wandb, dir=str(folder), config=config.model_dump(), resume="allow")
+    try:
+        return wandb.init(project=config.log.wandb, dir=str(folder), config=config.model_dump(), resume="allow")
+    except Exception as error:  # no network, no key, a full disk
+        print(f"Weights & Biases cannot be begun ({error}); the journal goes on", file=sys.stderr)
+        return None

@@ -1,6 +1,7 @@
 """tools/replay.py: steps made again are equal to the bit; what a machine did wrong, or does differently, shows."""
 
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -12,6 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 from rank_processes import REPOSITORY, Rank, pretrain, run_pretrain
+
+from k2_megatron.config import load_config
 
 STEPS = 9
 SETTINGS = [f"train.steps={STEPS}", "checkpoint.every_steps=3", "train.evaluate_every_steps=9"]
@@ -253,6 +256,18 @@ def replay_tool():
     tool = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(tool)
     return tool
+
+
+def test_replay_is_no_second_run_where_people_look(small_config, tmp_path, monkeypatch):
+    config = load_config(small_config, ["log.wandb=k2", "log.tensorboard=true", "spikes.policy=watch"])
+    tool, started, ended = replay_tool(), [], SimpleNamespace(returncode=0)
+    (tmp_path / tool.REPLAYED).write_text(config.to_toml())
+    monkeypatch.setattr(tool.subprocess, "run", lambda command: started.append(command) or ended)
+    tool.train([], tmp_path, 3, config)
+    (command,) = started
+    sets = [given for option, given in itertools.pairwise(command) if option == "--set"]
+    shown = load_config(tmp_path / tool.REPLAYED, sets).log
+    assert (shown.wandb, shown.tensorboard) == (None, False)
 
 
 def test_what_other_ranks_repeat_otherwise_is_not_judged():

@@ -1,5 +1,8 @@
 """What a person sees: lines on the console, the clock, and TensorBoard's copy of the journal."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 from small_run import overrides
 
@@ -77,3 +80,23 @@ def test_tensorboard_holds_every_step(views, tmp_path):
     assert [scalar.value for scalar in read.Scalars("held_out_loss")] == [2.5]
     assert [(scalar.step, scalar.value) for scalar in read.Scalars("activation_rms/layer_002")] == [(2, 2.0)]
     assert [(scalar.step, scalar.value) for scalar in read.Scalars("embedding_gradient_norm")] == [(2, 0.125)]
+
+
+@pytest.mark.parametrize("failing", ["init", "log", "finish"])
+def test_weights_and_biases_that_fails_is_one_line(views, monkeypatch, capsys, failing):
+    class Library(SimpleNamespace):
+        def __getattr__(self, name):
+            def call(*_arguments, **_keywords):
+                if name == failing:
+                    raise RuntimeError("no network")
+                return self
+
+            return call
+
+    monkeypatch.setitem(sys.modules, "wandb", Library())
+    shown = views(**{"log.wandb": "k2"})
+    for step in (1, 2):
+        shown.step(step_event(step))
+    shown.close()
+    said = capsys.readouterr().err
+    assert said.startswith("Weights & Biases ") and said.count("(no network); the journal ") == said.count("\n") == 1
