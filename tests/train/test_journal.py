@@ -3,6 +3,9 @@
 import json
 import math
 import resource
+import subprocess
+
+from rank_processes import REPOSITORY
 
 from k2_megatron.train.journal import Journal, read_events, read_steps
 
@@ -87,3 +90,31 @@ def test_lines_of_a_time_without_room_are_written_when_there_is_some(tmp_path, c
     assert "77 lines wait, the run goes on" in capsys.readouterr().err
     assert list(read_steps(journal.path)) == list(range(1, 90))
     assert len(journal.path.read_text().splitlines()) == 89
+
+
+def shown_by_page(folder, words: str) -> str:
+    """What the one command of the on-call page that holds `words` shows of the run in `folder`."""
+    page = (REPOSITORY / "docs" / "when_something_goes_wrong.md").read_text()
+    (line,) = [line for line in page.splitlines() if words in line]
+    command = line.replace("RUN", str(folder))
+    return subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout
+
+
+def test_commands_of_the_page_show_what_happened_among_the_reports_of_480_ranks(tmp_path):
+    journal, seconds = Journal(tmp_path, writer=True), {name: [7.123456] * 480 for name in ("data", "forward")}
+    slow = {"rank": 17, "place": "rank 17 (tensor 1, pipeline 0)", "phase": "forward", "ratio": 1.7, "seconds": 4.9}
+    journal.write("start", layout="tp8")
+    journal.write("spike", kind="malignant", step=1)
+    for step in range(50, 1000, 50):
+        journal.write("step", step=step)
+        journal.write("phases", step=step, slow=slow, seconds=seconds)
+        journal.write("evaluation", step=step, held_out_loss=2.0)
+        journal.write("checkpoint", step=step)
+    journal.close()
+    assert [json.loads(line)["event"] for line in shown_by_page(tmp_path, "grep -Ev").splitlines()] == [
+        "start",
+        "spike",
+    ]
+    last_reports = shown_by_page(tmp_path, "tail -n 3 | cut -c 1-400").splitlines()
+    assert len(last_reports) == 3 and all(json.dumps(slow) in line for line in last_reports)
+    assert json.loads("{" + shown_by_page(tmp_path, "grep -o") + "}") == {"forward": seconds["forward"]}
