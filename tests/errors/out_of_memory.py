@@ -22,15 +22,21 @@ def kill_for_want_of_memory(pid: int) -> bool:
         except OSError:
             continue
         try:
-            if not (group / limit).exists():
-                continue
-            (group / limit).write_text("0")
-            (group / "cgroup.procs").write_text(str(pid))
+            _set(group / limit, "0")
+            _set(group / "cgroup.procs", str(pid))
+        except OSError:
+            pass
+        else:
             _wait(lambda file=group / kills: "oom_kill 1" in file.read_text().splitlines(), f"{pid} was not killed")
             return True
         finally:
             _wait(lambda group=group: _removed(group), f"{group} cannot be removed")
     return False
+
+
+def _set(file: Path, value: str) -> None:
+    with file.open("r+") as stream:  # one that is not there is not made
+        stream.write(value)
 
 
 def _removed(group: Path) -> bool:
