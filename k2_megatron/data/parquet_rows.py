@@ -29,7 +29,7 @@ from k2_megatron.data.texts import Texts
 
 DECODED_BYTES, DECODED_ROWS = 2 << 20, 128  # at once: bytes by the mean of a row group, at most so many rows
 ARROW_PAGE_BYTES = 8 << 20  # of all columns together; arrow holds a page up to three times
-REFUSED_PAGE_BYTES = 32 << 20  # of a kind that is arrow's alone
+REFUSED_PAGE_BYTES = 8 << 20  # of a kind that is arrow's alone: eight rows of 12 MB as deltas took 335 MB
 RUN_BYTES = 256 << 10  # of a column's batch that is taken at once; of longer texts a Python object each costs little
 PIECE_ROWS = 1 << 14  # each may take some hundred bytes beside its text
 COPIED_BYTES = 4 << 10  # shorter texts take less memory as bytes of their own than as views of arrow's
@@ -104,8 +104,8 @@ def _refuse_large_pages(file: Any, raw: IO[bytes], group: int, keys: Sequence[st
         if largest > REFUSED_PAGE_BYTES:
             raise ValueError(
                 f"{raw.name}: a page of {largest >> 20} MiB in column {column.path_in_schema} "
-                f"({', '.join(column.encodings)}; {column.compression}), of a kind that only arrow reads, in up to six "
-                "times as much memory; write the file anew, its texts in no list and not as deltas: "
+                f"({', '.join(column.encodings)}; {column.compression}), of a kind that only arrow reads, in up to "
+                "eight times as much memory; write the file anew, its texts in no list and not as deltas: "
                 "pyarrow.parquet.write_table(pyarrow.parquet.read_table(FILE), NEW)"
             )
 

@@ -33,8 +33,8 @@ KEPT_BYTES = 64 << 20
 HUGE_PAGES = "glibc.malloc.hugetlb=1"  # for the workers' tables of words: 3 to 5 % of encoding
 
 NOT_COMPILED = (
-    "k2_megatron._cpu is not built: lines are read slower, and a long one may take more memory than docs/data.md says; "
-    "pip install -e . builds it"
+    "k2_megatron._cpu is not built: lines are read slower, a long one may take more memory than docs/data.md says, and "
+    "large parquet pages in snappy or lz4 are refused; pip install -e . builds it"
 )
 
 Report = Callable[[Progress], None]

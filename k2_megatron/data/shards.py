@@ -196,8 +196,8 @@ class ShardMaker:
     @property
     def why_unbroken(self) -> str:
         return (
-            f"more than {self.job.unbroken_bytes >> 20} MiB without a place where its ids can be cut, which would take "
-            "up to 45 times as much memory; break it, or raise --max-unbroken-size"
+            f"more than {self.job.unbroken_bytes >> 20} MiB of it can only be encoded at once, which would take up to "
+            "45 times as much memory; break it, or raise --max-unbroken-size"
         )
 
     @cached_property

@@ -287,7 +287,8 @@ def test_a_document_that_can_only_be_encoded_at_once_is_rejected_and_listed(tmp_
     settings = ([tmp_path / f"{number}.jsonl" for number in range(3)], toy_tokenizer, tmp_path / "x")
     job = make_job(*settings, keys=("text", "body"), unbroken_bytes=1000)
     with pytest.raises(
-        ValueError, match=r"2 of 3 documents.*1\.jsonl line 1: more than 0 MiB without a place.*2\.jsonl"
+        ValueError,
+        match=r"2 of 3 documents.*1\.jsonl line 1: more than 0 MiB of it can only be encoded at once.*2\.jsonl",
     ):
         preprocess(job, workers=1, max_bad_fraction=0.5)
     assert preprocess(job, workers=1, max_bad_fraction=0.7)["rejected"] == 2
@@ -303,7 +304,7 @@ def test_a_run_without_the_compiled_module_says_so(tmp_path, corpus, toy_tokeniz
     monkeypatch.setattr("k2_megatron.data.preprocess.compiled", lambda: None)
     said: list[str] = []
     preprocess(make_job([corpus], toy_tokenizer, tmp_path / "x"), workers=1, max_bad_fraction=1.0, announce=said.append)
-    assert "is not built: lines are read slower, and a long one may take more memory" in said[0]
+    assert "is not built: lines are read slower, a long one may take more memory" in said[0]
 
 
 @pytest.mark.parametrize("prefix", ["file/x", "file/deeper/x"])

@@ -1,4 +1,4 @@
-"""A worker stays below 300 MB: endless new words, and among others documents of many times a piece's size, one of them
+"""A worker stays below 300 MB: endless new words, and among others documents of many times a piece's size, two of them
 without a space; long texts in parquet's large pages, under two keys, and in lines that only orjson takes."""
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ BOUND_BYTES = 300_000_000
 NEW_WORDS = 3_000_000  # the encoder keeps each one that it has met
 LONG_DOCUMENT_BYTES = 24_000_000
 UNSPACED_LETTERS = 4_000_000  # of three bytes
+BASES = 8_000_000  # of DNA, which is one word
 
 # What a worker does to one unit, in a process of its own; VmHWM is the most it ever had resident.
 WORKER = """
@@ -55,8 +56,11 @@ def test_a_worker_stays_below_its_bound(tmp_path, toy_tokenizer, tool_environmen
                 letters = np.random.default_rng(1).integers(0x4E00, 0x9FA6, UNSPACED_LETTERS, dtype=np.uint32)
                 unspaced = letters.tobytes().decode("utf-32-le")
                 file.write(json.dumps({"text": unspaced}, ensure_ascii=False) + "\n")
+                bases = np.frombuffer(b"ACGT", dtype=np.uint8)[np.random.default_rng(2).integers(0, 4, BASES)]
+                file.write(json.dumps({"text": bases.tobytes().decode("ascii")}) + "\n")
     peak = peak_bytes(tmp_path / "in.jsonl", toy_tokenizer, ["text"], tool_environment)
     assert Path(tmp_path, "x_text_document.00000.0000.bin").stat().st_size > LONG_DOCUMENT_BYTES // 4
+    assert json.loads(Path(tmp_path, "x.shards/00000.0000.json").read_text(encoding="utf-8"))["rejected"] == []
     assert peak <= BOUND_BYTES, f"peak {peak / 1e6:.0f} MB"
 
 
