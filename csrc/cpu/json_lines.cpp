@@ -1,7 +1,7 @@
 // Texts out of JSON lines, and ids into token files: what preprocessing does to every byte besides encoding it.
-// Definitions are in ops.h. json_texts takes a line only where it is sure of it: strict JSON (RFC 8259), the string under
-// the key (the last one, if it is there twice), escapes and UTF-8 sound. Whatever else is left to the caller's own parser, so that no line is
-// ever judged bad here.
+// Definitions are in ops.h. json_texts takes a line only where it is sure of it: strict JSON (RFC 8259), the string
+// under the key (the last one, if it is there twice), escapes and UTF-8 sound. Whatever else is left to the caller's own
+// parser, so that no line is ever judged bad here.
 #include <cstring>
 
 #ifdef __AVX2__

@@ -27,10 +27,7 @@ from k2_megatron.data.store import TokenWriter, read_sealed, write_sealed
 from k2_megatron.data.texts import Texts, beginnings
 from k2_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
 
-Run = tuple[
-    Sequence[str] | np.ndarray, list[Slice] | None
-]  # texts, or a long one (UTF-8) and its slices if it has some
-MEMORY_OF_UNBROKEN = 30
+Run = tuple[Sequence[str] | np.ndarray, list[Slice] | None]  # texts, or a long one and its slices, if it has any
 COMPARED_CHARACTERS = 1 << 16  # what each worker encodes twice, to trust the fast encoder
 
 
