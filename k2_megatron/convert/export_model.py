@@ -58,6 +58,8 @@ def export_hugging_face(options: ExportOptions) -> Path:
         raise ConversionError(f"{folder} holds no fp32 parameters; leave out --weights main")
     tied = tied_rows_equal(source, kind) if record and record.tied_embeddings else False
     facts = exported_facts(options, manifest, record, tied)
+    if options.used_vocabulary is not None and tokenizer is not None:
+        _refuse_cut_pieces(tokenizer, options.used_vocabulary)
     aside = options.save.with_name(f".{options.save.name}.converting")
     dtype = options.dtype or manifest["precision"]
     job = HuggingFaceJob(
@@ -164,6 +166,21 @@ def _tokenizer_of(options: ExportOptions, manifest: dict) -> Path | None:
     named = manifest["config"].get("data", {}).get("tokenizer")
     candidates = [beside, *([Path(named)] if named else [])]
     return next((path for path in candidates if path.is_file() or (path.is_dir() and any(path.iterdir()))), None)
+
+
+def _refuse_cut_pieces(tokenizer: Path, used: int) -> None:
+    """ConversionError where the tokenizer has more pieces than rows are kept: some ids would have none."""
+    from k2_megatron.data.tokenizer import load_tokenizer
+
+    models = [
+        path for name, path in tokenizer_files(tokenizer).items() if name in ("tokenizer.json", "tokenizer.model")
+    ]
+    pieces = load_tokenizer(str(models[0])).vocab_size if models else 0
+    if pieces > used:
+        raise ConversionError(
+            f"--vocab-size {used} cuts off pieces of {models[0]}, which has {pieces}; give {pieces} or more, or "
+            "another --tokenizer"
+        )
 
 
 def _special_ids(tokenizer: Path | None, aside: Path, kept: dict[str, Any]) -> dict[str, Any]:

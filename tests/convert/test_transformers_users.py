@@ -96,6 +96,15 @@ def to_hub_cache(folder: Path, cache: Path) -> Path:
     return snapshot
 
 
+def test_vocabulary_is_not_cut_below_the_tokenizer_that_goes_with_it(tmp_path: Path) -> None:
+    """Ids without a row: transformers would load the folder and fail, or read beyond, at the first such piece."""
+    write_llama(tmp_path / "hf", kv_heads=2, tied=False, vocabulary=131)
+    import_model(tmp_path / "hf", tmp_path / "run")
+    with pytest.raises(ConversionError, match=r"--vocab-size 130 cuts off pieces of .*tokenizer.json, which has 4096"):
+        export_model(tmp_path / "run", tmp_path / "out", tokenizer=TOKENIZER, used_vocabulary=130)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_snapshot_of_the_hubs_cache_is_read_through_its_links(tmp_path: Path) -> None:
     write_llama(tmp_path / "hf", kv_heads=2)
     shutil.copyfile(TOKENIZER, tmp_path / "hf" / "tokenizer.json")
