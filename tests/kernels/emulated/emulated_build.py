@@ -96,7 +96,9 @@ def build_module(folder: Path, *, sanitize: bool = False) -> Path:
     target = folder / names / "_cuda.so"
     if not target.exists():
         target.parent.mkdir()
-        link = ["g++", "-shared", *(SANITIZERS if sanitize else ()), *map(str, objects), "-o", str(target)]
+        # A torch for CUDA has the real runtime loaded for all: without -Bsymbolic its cudaGetDevice comes before ours.
+        link = ["g++", "-shared", "-Wl,-Bsymbolic", *(SANITIZERS if sanitize else ())]
+        link += [*map(str, objects), "-o", str(target)]
         done = subprocess.run(link, capture_output=True, text=True)
         assert done.returncode == 0, f"linking failed:\n{done.stderr[-4000:]}"
     return target
