@@ -56,14 +56,17 @@ def flops_of_tokens(model: Model, tokens: Mapping[int, int], attention: Attentio
     )
 
 
-def hardware_flops_per_token(model: Model, attention: Attention, recompute: str) -> float:
+def hardware_flops_per_token(model: Model, attention: Attention, recompute: str, micro_batch_tokens: int) -> float:
     """What the hardware computes for one token: as `flops_per_token`, plus the activations computed again.
 
     `recompute` is train.recompute: "full" repeats every layer's forward pass, "selective" its attention products.
+    A loss in chunks repeats the output matrix's for those of the micro-batch's tokens that are not in the last chunk.
     """
     again = {
         "none": 0.0,
         "selective": attention_forward_flops(model, attention),
         "full": 2.0 * layer_matrix_parameters(model) + attention_forward_flops(model, attention),
     }[recompute]
-    return flops_per_token(model, attention) + model.layers * again
+    last_chunk = (micro_batch_tokens - 1) % (model.loss_chunk_tokens or micro_batch_tokens) + 1
+    output_again = 2.0 * model.vocab_size * model.hidden_size * (1 - last_chunk / micro_batch_tokens)
+    return flops_per_token(model, attention) + model.layers * again + output_again

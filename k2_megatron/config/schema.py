@@ -229,7 +229,7 @@ class Checkpoint(Section):
     """Instead of every_steps: cut the run into this many equal chunks, with a checkpoint at the end of each.
     Resolved into every_steps when loaded."""
     keep_last: PositiveInt | None = None
-    """Newest checkpoints that are kept when a save begins, and at the end; left out, all of them are."""
+    """Newest checkpoints that are kept when a save begins, and at the end, never fewer than two; left out, all are."""
     keep_every_steps: PositiveInt | None = None
     """Checkpoints at multiples of this are kept whatever their age; a multiple of the distance between two."""
     asynchronous: bool = False

@@ -17,7 +17,8 @@ and layer, in units of S * B elements, T the tensor ranks:
               Under context parallelism over C ranks (2 K C + H) / T more: the gathered keys and values, and the two
               pieces' outputs joined; selective recompute gathers again.
     mlp       3 F / T: packed gate and up, and their product.
-After the last layer come the final norm's input and output and the logits, whose storage their gradient takes over.
+After the last layer come the final norm's input and output and the logits (of model.loss_chunk_tokens at a time), whose
+storage their gradient takes over.
 The first stage of 1F1B holds as many micro-batches as there are stages, the last holds one. The tests compare with
 what autograd saves with the compiled CPU kernels; the torch backend keeps about twice as much.
 
@@ -75,7 +76,7 @@ def rank_memory(config: Config, pipeline_rank: int) -> Memory:
     )
 
 
-def _positions(config: Config) -> int:
+def micro_batch_tokens(config: Config) -> int:
     """S * B of one rank in one micro-batch."""
     return config.model.sequence_length * config.train.micro_batch // config.parallel.context
 
@@ -83,7 +84,7 @@ def _positions(config: Config) -> int:
 def layer_activation_bytes(config: Config, recompute: str) -> int:
     """What one layer keeps of one micro-batch until its backward pass, in bytes."""
     model, tensor = config.model, config.parallel.tensor
-    element, positions = ELEMENT_BYTES[config.train.precision], _positions(config)
+    element, positions = ELEMENT_BYTES[config.train.precision], micro_batch_tokens(config)
     hidden, kv_size = model.hidden_size, model.kv_heads * model.head_dim
     residual_shards = tensor if config.parallel.sequence else 1
     if recompute == "full":
@@ -107,8 +108,13 @@ def _activations(config: Config, pipeline_rank: int) -> int:
 
 
 def output_bytes(config: Config) -> int:
-    """What the last stage keeps of one micro-batch after its layers: final norm and logits, in bytes."""
-    element, positions, model = ELEMENT_BYTES[config.train.precision], _positions(config), config.model
+    """What the last stage keeps of one micro-batch after its layers: final norm and logits, in bytes.
+
+    In chunks there are the logits of one at a time, and the norm's output is kept as it was gathered.
+    """
+    element, positions, model = ELEMENT_BYTES[config.train.precision], micro_batch_tokens(config), config.model
     residual_shards = config.parallel.tensor if config.parallel.sequence else 1
-    logits = model.vocab_size * element // config.parallel.tensor
-    return positions * (logits + (2 * model.hidden_size * element + 4) // residual_shards)
+    hidden, chunk = model.hidden_size * element, model.loss_chunk_tokens
+    logits = model.vocab_size * element // config.parallel.tensor * min(positions, chunk or positions)
+    output_shards = 1 if chunk else residual_shards
+    return logits + positions * ((hidden + 4) // residual_shards + hidden // output_shards)

@@ -7,7 +7,7 @@ nothing here computes one that is not also a function there.
 from k2_megatron.config import Config
 from k2_megatron.config.flops import flops_of_tokens, flops_per_token, hardware_flops_per_token
 from k2_megatron.config.leaves import data_sizes, levels_of_a_rank
-from k2_megatron.plan.memory import ELEMENT_BYTES, MAIN_WEIGHT_BYTES, rank_memory
+from k2_megatron.plan.memory import ELEMENT_BYTES, micro_batch_tokens, rank_memory
 from k2_megatron.plan.parameters import model_parameters, rank_parameters
 from k2_megatron.plan.schedule import bubble, chunks_in_flight
 from k2_megatron.plan.time import PLANNED_DEVICES, PLANNED_UTILIZATIONS, training_seconds
@@ -31,23 +31,28 @@ def plan_text(config: Config) -> str:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Size of one checkpoint: weights, fp32 main weights where they differ, two fp32 moments; 14 bytes a parameter
-    under bfloat16."""
-    precision = config.train.precision
-    return model_parameters(config).total * (ELEMENT_BYTES[precision] + MAIN_WEIGHT_BYTES[precision] + 8)
+    """Size of one checkpoint: weights, fp32 main weights (also where they are the same), two fp32 moments; 14 bytes a
+    parameter under bfloat16, 16 under float32."""
+    return model_parameters(config).total * (ELEMENT_BYTES[config.train.precision] + 4 + 8)
 
 
-def kept_checkpoints(config: Config) -> int:
-    """Checkpoints on disk when the run has finished."""
+def kept_checkpoints(config: Config) -> tuple[int, int]:
+    """(checkpoints on disk when the run has finished, most that there are while the last is saved)."""
     checkpoint, steps = config.checkpoint, config.train.steps
-    if checkpoint.keep_last is None:
-        return config.checkpoints
-    newest = min(checkpoint.keep_last, config.checkpoints)
-    if checkpoint.keep_every_steps is None:
-        return newest
-    # The newest are the last step and the multiples of every_steps before it.
-    first = steps if newest == 1 else (config.checkpoints - newest + 1) * checkpoint.every_steps
-    return newest + (first - 1) // checkpoint.keep_every_steps
+
+    def kept(saves: int, last: int) -> int:
+        """Of the first saves, the newest of which is of step `last`."""
+        if checkpoint.keep_last is None:
+            return saves
+        newest = min(max(2, checkpoint.keep_last), saves)
+        if checkpoint.keep_every_steps is None:
+            return newest
+        # The newest are the last step and the multiples of every_steps before it.
+        first = last if newest == 1 else (saves - newest + 1) * checkpoint.every_steps
+        return newest + (first - 1) // checkpoint.keep_every_steps
+
+    before = config.checkpoints - 1
+    return kept(config.checkpoints, steps), kept(before, before * checkpoint.every_steps) + 1
 
 
 def _parameters(config: Config) -> tuple[str, list[str]]:
@@ -116,7 +121,7 @@ def _flops(config: Config) -> tuple[str, list[str]]:
     lines, tokens = [], config.tokens_by_length_at(config.train.steps)
     for attention in ("full", "causal"):
         model_flops = flops_per_token(config.model, attention)
-        hardware = hardware_flops_per_token(config.model, attention, config.train.recompute)
+        hardware = hardware_flops_per_token(config.model, attention, config.train.recompute, micro_batch_tokens(config))
         extra = f", {hardware:.4g} with what is recomputed" if hardware != model_flops else ""
         lines.append(
             f"{model_flops:.4g} a token, {flops_of_tokens(config.model, tokens, attention):.4g} in all, "
@@ -151,10 +156,10 @@ def _time(config: Config) -> tuple[str, list[str]]:
 
 def _files(config: Config) -> tuple[str, list[str]]:
     token_bytes = 2 if config.model.vocab_size <= 2**16 else 4
-    one, kept = checkpoint_bytes(config), kept_checkpoints(config)
+    one, (kept, most) = checkpoint_bytes(config), kept_checkpoints(config)
     lines = [
         f"run folder    {config.run.folder}",
-        f"training data {config.data.train}, {config.total_tokens * token_bytes / 1e9:,.4g} GB read as "
+        f"training data {config.data.train}, {_size(config.total_tokens * token_bytes)} read as "
         f"{token_bytes}-byte tokens",
     ]
     if config.data.held_out is not None:
@@ -164,5 +169,10 @@ def _files(config: Config) -> tuple[str, list[str]]:
         f"({config.checkpoint.every_steps * config.tokens_per_step:,} tokens at the full batch), "
         f"{config.checkpoints:,} in all"
     )
-    lines.append(f"              {one / 1e9:,.4g} GB each, {kept:,} kept: {one * kept / 1e9:,.4g} GB")
+    peak = f", {most:,} while the last is saved: {_size(one * most)}" if most > kept else ""
+    lines.append(f"              {_size(one)} each, {kept:,} kept: {_size(one * kept)}{peak}")
     return "files (relative paths: from the current directory)", lines
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e12:,.4g} TB" if count >= 1e12 else f"{count / 1e9:,.4g} GB"

@@ -81,7 +81,7 @@ def test_flops_of_megatron_paper(recompute, factor, head):
     model = load_config(TOY, [*ONE_RANK, *sizes]).model
     s, hidden, layers, vocabulary = 512, 768, 6, model.vocab_size
     paper = factor * layers * hidden**2 * (1 + s / (6 * hidden) + vocabulary / (head * layers * hidden))
-    assert hardware_flops_per_token(model, "full", recompute) == pytest.approx(paper, rel=1e-12)
+    assert hardware_flops_per_token(model, "full", recompute, 2048) == pytest.approx(paper, rel=1e-12)
 
 
 def test_training_time_of_k2():
@@ -147,14 +147,15 @@ def test_full_recompute_keeps_the_layers_inputs():
 def test_checkpoints_of_k2():
     config = load_config(STAGE1)
     assert checkpoint_bytes(config) == 14 * 65_286_184_960
-    assert kept_checkpoints(config) == 360
-    assert kept_checkpoints(load_config(STAGE1, ["checkpoint.keep_last=2"])) == 2
+    assert kept_checkpoints(config) == (360, 360)
+    for keep_last, kept in ((1, 2), (2, 2), (3, 3)):  # as apply_retention: the newest two always stay
+        assert kept_checkpoints(load_config(STAGE1, [f"checkpoint.keep_last={keep_last}"])) == (kept, kept + 1)
     # the last two (steps 337,819 and 338,760), and every tenth: 36, of which the last step is one
     thinned = ["checkpoint.keep_last=2", "checkpoint.keep_every_steps=9410"]
-    assert kept_checkpoints(load_config(STAGE1, thinned)) == 37
+    assert kept_checkpoints(load_config(STAGE1, thinned)) == (37, 38)
     # 240 steps, saved every 100: at 100, 200 and 240
     uneven = load_config(TOY, ["checkpoint.chunks=", "checkpoint.every_steps=100", "checkpoint.keep_last="])
-    assert (uneven.checkpoints, kept_checkpoints(uneven)) == (3, 3)
+    assert (uneven.checkpoints, kept_checkpoints(uneven)) == (3, (3, 3))
 
 
 def test_kept_checkpoints_are_those_that_retention_leaves():
@@ -163,12 +164,15 @@ def test_kept_checkpoints_are_those_that_retention_leaves():
         saved = -(-steps // every)
         return SimpleNamespace(checkpoint=checkpoint, train=SimpleNamespace(steps=steps), checkpoints=saved)
 
+    def kept(saved, last, thinned):
+        return len({*saved[-max(2, last) :], *(step for step in saved if thinned and step % thinned == 0)})
+
     for every, steps, last, times in product(range(1, 6), range(1, 30), (1, 2, 3, 40), (None, 1, 2, 3)):
         thinned = times and times * every
         saved = sorted({*range(every, steps + 1, every), steps})
-        kept = {*saved[-last:], *(step for step in saved if thinned and step % thinned == 0)}
-        assert kept_checkpoints(shaped(every, steps, last, thinned)) == len(kept), (every, steps, last, thinned)
-    assert kept_checkpoints(shaped(1, 10**26, 2, 10**25)) == 11, "counted by formula: one by one it has no end"
+        expected = (kept(saved, last, thinned), kept(saved[:-1], last, thinned) + 1)
+        assert kept_checkpoints(shaped(every, steps, last, thinned)) == expected, (every, steps, last, thinned)
+    assert kept_checkpoints(shaped(1, 10**26, 2, 10**25)) == (11, 12), "counted by formula: one by one it has no end"
 
 
 def test_plan_text_of_k2():
@@ -183,8 +187,22 @@ def test_plan_text_of_k2():
         "attention counted causal",
         "480 x A100: 148.1 days at 30%",
         "checkpoints   every 941 steps (3,931,422,720 tokens at the full batch), 360 in all",
+        "914 GB each, 360 kept: 329 TB",
+        "2.831 TB read as 2-byte tokens",
     ):
         assert part in text
+
+
+def test_plan_text_tells_of_the_most_checkpoints_at_once():
+    assert "0.08419 GB each, 2 kept: 0.1684 GB, 3 while the last is saved: 0.2526 GB" in plan_text(load_config(TOY))
+
+
+@pytest.mark.parametrize(("chunk", "again"), [(1000, 1 - 96 / 4096), (1024, 0.75), (4096, 0.0), (9999, 0.0)])
+def test_a_loss_in_chunks_computes_all_logits_but_the_last_chunks_again(chunk, again):
+    config = load_config(TOY, [f"model.loss_chunk_tokens={chunk}"])
+    head = 2 * config.model.vocab_size * config.model.hidden_size
+    extra = hardware_flops_per_token(config.model, "full", "none", 4096) - flops_per_token(config.model, "full")
+    assert extra == pytest.approx(again * head, rel=1e-9)
 
 
 def test_plan_text_shows_the_ramp_and_the_held_out_rows():

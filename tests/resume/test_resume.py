@@ -7,7 +7,9 @@ import torch
 from rank_processes import pretrain
 from small_run import checkpoint_tensors, overrides
 
+from k2_megatron.config import load_run_config
 from k2_megatron.data.ledger import Ledger
+from k2_megatron.plan.text import checkpoint_bytes
 from k2_megatron.train.checkpoint_manifest import read_manifest
 from k2_megatron.train.journal import read_events, read_steps
 
@@ -75,6 +77,13 @@ def test_resume_is_bitwise(whole_run, continued, layout, more):
     last = "checkpoints/step_00000008"
     assert read_manifest(resumed / last)["weights"] == read_manifest(whole / last)["weights"]
     assert unequal_tensors(whole / last, resumed / last) == []
+
+
+@pytest.mark.parametrize(("layout", "more"), [("tp2-pp2-sp", {}), ("one", BFLOAT16)], ids=["float32", "bfloat16"])
+def test_a_checkpoint_holds_as_many_bytes_of_tensors_as_are_planned(whole_run, layout, more):
+    whole = whole_run(LAYOUTS[layout][0], {**LAYOUTS[layout][1], **more})
+    stored = checkpoint_tensors(whole / "checkpoints" / "step_00000008")
+    assert sum(tensor.nbytes for tensor in stored.values()) == checkpoint_bytes(load_run_config(whole / "config.toml"))
 
 
 @pytest.mark.parametrize(
