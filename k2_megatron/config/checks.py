@@ -79,6 +79,20 @@ def kernel_overrides_with_transformer_engine(tree: Any) -> Iterator[Problem]:
                 yield Problem(f"model.kernels.{op}", getattr(tree.model.kernels, op), remedy)
 
 
+def default_kernels_compute_every_op(tree: Any) -> Iterator[Problem]:
+    kernels = tree.model.kernels
+    if lacking := kernels.not_offered():
+        remedy = f"has no {', '.join(lacking)}: name it beside the ops that it has, or these with another backend"
+        yield Problem("model.kernels.default", kernels.default, remedy)
+
+
+def chunked_loss_is_ours(tree: Any) -> Iterator[Problem]:
+    chunk, backend = tree.model.loss_chunk_tokens, tree.model.kernels.backend("cross_entropy")
+    if chunk is not None and backend == "transformer_engine":
+        remedy = "needs a cross-entropy of ours, not transformer_engine's: name another backend for it, or remove this"
+        yield Problem("model.loss_chunk_tokens", chunk, remedy)
+
+
 def layers_by_stages(tree: Any) -> Iterator[Problem]:
     layers, pipeline, virtual = tree.model.layers, tree.parallel.pipeline, tree.parallel.virtual_pipeline
     if layers % (pipeline * virtual):
@@ -297,6 +311,8 @@ CHECKS: tuple[Callable[[Any], Iterator[Problem]], ...] = (
     ffn_by_tensor,
     vocabulary_by_tensor,
     kernel_overrides_with_transformer_engine,
+    default_kernels_compute_every_op,
+    chunked_loss_is_ours,
     layers_by_stages,
     virtual_pipeline_needs_stages,
     sequence_needs_tensor,

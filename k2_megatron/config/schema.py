@@ -5,17 +5,19 @@ written here as its type; a check that needs several fields is in `checks.py`. O
 to switch the feature off: TOML has no null, and a zero that means "off" would be a second way of saying it.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(gt=0)]
 CountInt = Annotated[int, Field(ge=0)]
+SeedInt = Annotated[int, Field(ge=0, lt=2**63)]  # TOML's integers; torch takes a little more
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 CountFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 BetaFloat = Annotated[float, Field(ge=0, lt=1)]
 PathText = Annotated[str, Field(min_length=1)]
 Backend = Literal["auto", "cuda", "cpu", "torch", "apex", "transformer_engine"]
+OurBackend = Literal["auto", "cuda", "cpu", "torch"]
 ApexBackend = Literal["auto", "cuda", "cpu", "torch", "apex"]
 TransformerEngineBackend = Literal["auto", "cuda", "cpu", "torch", "transformer_engine"]
 NormBackend = Literal["auto", "cuda", "cpu", "torch", "apex", "transformer_engine"]
@@ -32,7 +34,7 @@ class Run(Section):
 
     folder: PathText
     """Run folder (journal, ledger, checkpoints). A relative path is relative to the current directory."""
-    seed: CountInt
+    seed: SeedInt
     """Seed of the initial weights, of the data order and of anything else random in the run."""
 
 
@@ -47,7 +49,7 @@ class Kernels(Section):
     """Backend of the rotary position embedding."""
     cross_entropy: TransformerEngineBackend | None = None
     """Backend of the vocabulary-parallel cross entropy."""
-    swiglu: Backend | None = None
+    swiglu: OurBackend | None = None
     """Backend of SwiGLU."""
     adamw: ApexBackend | None = None
     """Backend of the AdamW update."""
@@ -55,6 +57,11 @@ class Kernels(Section):
     def backend(self, op: str) -> str:
         """Backend asked for `op` (a field of this table other than default)."""
         return getattr(self, op) or self.default
+
+    def not_offered(self) -> list[str]:
+        """Ops that are left to the default backend, and that it does not compute."""
+        offered = {op: get_args(get_args(field.annotation)[0]) for op, field in type(self).model_fields.items()}
+        return [op for op in offered if getattr(self, op) is None and self.default not in offered[op]]
 
 
 def _kernels_from_text(value: object) -> object:

@@ -12,6 +12,7 @@ from k2_megatron.config import Config, load_config
 from k2_megatron.config.__main__ import main, reference
 from k2_megatron.config.batch import constant_stages, consumed_samples, ramp_stages, stage_at
 from k2_megatron.config.schema import SECTIONS
+from k2_megatron.kernels.dispatch import BACKENDS, OPS, PEER_OPS
 
 TOY, STAGE1, STAGE2 = "examples/toy/toy.toml", "examples/k2_65b/stage1.toml", "examples/k2_65b/stage2.toml"
 RAMP = "train.batch_ramp={start=4, increment=4, samples=96}"
@@ -90,6 +91,8 @@ def test_overrides_are_toml_values_or_text():
 
 
 EDGES = [
+    ["run.seed=9223372036854775807"],
+    ['model.kernels={default="apex", rotary="torch", cross_entropy="torch", swiglu="torch"}'],
     ["parallel.pipeline=1"],
     ["parallel.pipeline=1", "parallel.tensor=1", "parallel.sequence=false"],
     ["parallel.virtual_pipeline=2"],
@@ -117,6 +120,16 @@ EDGES = [
 @pytest.mark.parametrize("overrides", EDGES, ids=[",".join(overrides) for overrides in EDGES])
 def test_what_is_just_right_is_accepted(overrides):
     load_config(TOY, overrides)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_that_may_be_named_are_those_that_there_are(backend, op):
+    if backend not in PEER_OPS or op in PEER_OPS[backend]:
+        assert load_config(TOY, [f"model.kernels.{op}={backend}"]).model.kernels.backend(op) == backend
+    else:
+        with pytest.raises(ValueError, match=f"model.kernels.{op} = "):
+            load_config(TOY, [f"model.kernels.{op}={backend}"])
 
 
 def test_tree_is_frozen():

@@ -24,6 +24,12 @@ MISTAKES = [
         "model.kernels.default = \"gpu\": should be 'auto', 'cuda', 'cpu', 'torch', 'apex' or 'transformer_engine'",
     ),
     ("choice", ["model.kernels.swiglu=triton"], 'model.kernels.swiglu = "triton": should be'),
+    ("choice", ["model.kernels.swiglu=apex"], 'model.kernels.swiglu = "apex": should be'),
+    (
+        "seed",
+        ["run.seed=9223372036854775808"],
+        "run.seed = 9223372036854775808: should be less than 9223372036854775808",
+    ),
     ("zero", ["checkpoint.keep_every_steps=0"], "checkpoint.keep_every_steps = 0: should be greater than 0."),
     ("table", ["train.batch_ramp=3"], "train.batch_ramp = 3: should be a table."),
     ("missing", ["model.heads="], "model.heads: is missing. Query heads;"),
@@ -72,6 +78,21 @@ MISTAKES = [
         "kernel_overrides_with_transformer_engine",
         ["model.implementation=transformer_engine", "model.kernels.rms_norm=torch"],
         'model.kernels.rms_norm = "torch": has no effect with model.implementation = "transformer_engine"',
+    ),
+    (
+        "default_kernels_compute_every_op",
+        ["model.kernels=apex"],
+        'model.kernels.default = "apex": has no rotary, cross_entropy, swiglu: name it beside the ops that it has',
+    ),
+    (
+        "default_kernels_compute_every_op",
+        ['model.kernels={default="transformer_engine", adamw="torch"}'],
+        'model.kernels.default = "transformer_engine": has no swiglu: name it',
+    ),
+    (
+        "chunked_loss_is_ours",
+        ["model.kernels.cross_entropy=transformer_engine", "model.loss_chunk_tokens=64"],
+        "model.loss_chunk_tokens = 64: needs a cross-entropy of ours, not transformer_engine's",
     ),
     (
         "layers_by_stages",
