@@ -35,7 +35,8 @@ def continue_tokens(
             logits_BSV = model(window, None, None)
         logits_V = logits_BSV[0, len(tokens) - 1].float().cpu()
         best = torch.topk(logits_V, min(top_k, len(logits_V)) if temperature > 0 else 1)
-        weights = torch.softmax(best.values / (temperature or 1.0), dim=0)
+        behind = best.values - best.values[0]  # divided as they are, large logits would overflow to inf - inf
+        weights = torch.softmax(behind / (temperature or 1.0), dim=0)
         token = int(best.indices[torch.multinomial(weights, 1, generator=generator)])
         if token == end_of_document:
             break
