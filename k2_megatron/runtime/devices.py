@@ -1,7 +1,9 @@
 """Which device this process computes on, and what that implies: communication backend, data type of the peak."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -40,6 +42,14 @@ def find_device(local_rank: int) -> Device:
         )
     torch.cuda.set_device(local_rank)
     return Device("cuda", local_rank, "nccl", torch.cuda.get_device_name(local_rank))
+
+
+def device_for_threads() -> Callable[[], None]:
+    """What a thread to be started calls first, to compute on the device of this one: CUDA gives each thread device 0,
+    where its first call would open a context beside that of the rank which has it."""
+    if not torch.cuda.is_available():
+        return lambda: None
+    return partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 def peak_bf16_flops(device: Device) -> float | None:

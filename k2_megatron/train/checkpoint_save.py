@@ -45,6 +45,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from k2_megatron.config import Config
+from k2_megatron.runtime.devices import device_for_threads
 from k2_megatron.runtime.durable import persist
 from k2_megatron.runtime.groups import Groups
 from k2_megatron.train.checkpoint_copies import HostCopies
@@ -171,7 +172,7 @@ class CheckpointWriter:
         self._group = distributed.new_group(backend="gloo", timeout=groups.timeout)
         self._copies = HostCopies() if asynchronous else None
         self._retry_seconds = retry_seconds
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=device_for_threads())
         self._agreement: _Agreement | None = None
         self._pending: Future[SaveResult] | None = None
         self._ready = self._thread.submit(self._copies.reserve, part_bytes) if self._copies else None

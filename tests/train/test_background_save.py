@@ -2,7 +2,10 @@
 
 import os
 import shutil
+import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -172,3 +175,16 @@ def test_a_background_save_keeps_its_rank_s_part_alone(small_config: Path, tmp_p
     stored = sum(tensor.nbytes for tensor in checkpoint_tensors(tmp_path / "checkpoints" / "step_00000002").values())
     assert sum(tensors for _, tensors in parts) == stored
     assert max(tensors for _, tensors in parts) < 0.55 * stored
+
+
+def test_the_thread_that_writes_computes_on_the_device_of_its_rank(tmp_path: Path, monkeypatch) -> None:
+    """CUDA's current device is each thread's own, and is 0 in a new one; a GPU's part is played here."""
+    current = threading.local()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(current, "index", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: setattr(current, "index", index))
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **_how: None)
+    torch.cuda.set_device(3)
+    groups: Any = SimpleNamespace(rank=0, timeout=None)
+    saver = CheckpointWriter(tmp_path, groups, asynchronous=False)
+    assert saver._thread.submit(torch.cuda.current_device).result() == 3
