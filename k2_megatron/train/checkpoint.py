@@ -55,21 +55,21 @@ def find_checkpoint(checkpoints: Path, groups: Groups, *, set_aside: bool = True
     those later than the one found. Who only reads, beside a run that may be alive, renames nothing (`set_aside` False).
     CheckpointError when there are checkpoints and none is sound.
     """
-    candidates, doubt = _as_rank_0_sees(groups, partial(candidate_checkpoints, checkpoints))
+    candidates, doubt = as_rank_0_sees(groups, partial(candidate_checkpoints, checkpoints))
     doubts: list[str] = [doubt] if doubt else []
     if set_aside:
-        incomplete = _as_rank_0_sees(groups, partial(set_incomplete_aside, checkpoints))
+        incomplete = as_rank_0_sees(groups, partial(set_incomplete_aside, checkpoints))
         doubts += [f"{name} has no {MANIFEST}: it was set aside under this name" for name in incomplete]
     for folder in candidates:
         problems = shared_problems(folder, groups)
         if not problems:
             if set_aside:
-                later = _as_rank_0_sees(groups, partial(set_later_aside, checkpoints, folder))
+                later = as_rank_0_sees(groups, partial(set_later_aside, checkpoints, folder))
                 doubts += [f"{name} is later than {folder.name}: it was set aside under this name" for name in later]
             return folder, doubts
         damage = f"{folder.name} is damaged ({'; '.join(problems)})"
         if set_aside:
-            _as_rank_0_sees(groups, partial(_set_aside, folder, damage))
+            as_rank_0_sees(groups, partial(_set_aside, folder, damage))
         doubts.append(f"{damage} and was {'set aside' if set_aside else 'passed over'}")
     if doubts:
         raise CheckpointError(
@@ -79,13 +79,13 @@ def find_checkpoint(checkpoints: Path, groups: Groups, *, set_aside: bool = True
     return None, []
 
 
-def _as_rank_0_sees(groups: Groups, action: Callable[[], Any]) -> Any:
+def as_rank_0_sees(groups: Groups, action: Callable[[], Any]) -> Any:
     """What `action` returns on rank 0, told to all; when it fails there, CheckpointError on all."""
     told: list = [None, None]
     if groups.rank == 0:
         try:
             told[0] = action()
-        except (CheckpointError, OSError) as error:
+        except (ValueError, OSError) as error:
             told[1] = str(error)
     distributed.broadcast_object_list(told)
     if told[1] is not None:

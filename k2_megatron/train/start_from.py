@@ -18,7 +18,7 @@ from k2_megatron.config import Config
 from k2_megatron.config.changes import STORED_AS
 from k2_megatron.convert.record import carry_record, require_own_record
 from k2_megatron.runtime.groups import Groups
-from k2_megatron.train.checkpoint import load_state, shared_problems
+from k2_megatron.train.checkpoint import as_rank_0_sees, load_state, shared_problems
 from k2_megatron.train.checkpoint_files import complete_checkpoints, latest_checkpoint
 from k2_megatron.train.checkpoint_manifest import CheckpointError, read_manifest
 
@@ -68,7 +68,8 @@ def start_from_checkpoint(
     config: Config, groups: Groups, chunks: Sequence, optimizer: MegatronOptimizer, device: torch.device
 ) -> dict:
     """Fill model and optimizer; where they come from. CheckpointError, the same on every rank, when that is damaged."""
-    folder, manifest = source_of(config)
+    folder = as_rank_0_sees(groups, lambda: source_of(config)[0])
+    manifest = read_manifest(folder)
     problems = shared_problems(folder, groups)
     if problems:
         raise CheckpointError(f"{KEY}: {folder} is damaged ({'; '.join(problems)}); name another checkpoint")

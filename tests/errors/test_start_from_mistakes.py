@@ -1,6 +1,7 @@
 """A run that cannot begin from the checkpoint it names says so before it begins."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -50,6 +51,22 @@ def test_damaged_source_is_named_and_left_where_it_is(attempt, finished_run, tmp
         attempt({KEY: source}), MISTAKE, f"{source} is damaged (", "has 1000 bytes", "name another checkpoint"
     )
     assert source.is_dir(), "another run's checkpoint is not ours to set aside"
+
+
+def rank_1_sees_an_older_checkpoint():
+    import k2_megatron.train.start_from as start_from
+
+    newest = start_from.latest_checkpoint
+    if os.environ["RANK"] == "1":
+        start_from.latest_checkpoint = lambda folder: (newest(folder)[0].with_name("step_00000002"), None)
+
+
+def test_ranks_start_from_the_checkpoint_that_rank_0_sees(attempt, finished_run):
+    """A shared folder whose newest entry one node does not show yet."""
+    settings = {KEY: finished_run, "parallel.tensor": 2, "train.steps": 3}
+    outcomes = attempt(settings, ranks=2, fault=rank_1_sees_an_older_checkpoint)
+    assert [outcome.exit_code for outcome in outcomes] == [0, 0], outcomes[1].stderr
+    assert "step_00000006 (step 6)" in outcomes[0].stdout
 
 
 def test_plan_says_where_the_run_starts(small_config, finished_run, tmp_path):
