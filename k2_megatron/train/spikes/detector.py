@@ -1,8 +1,8 @@
 """Find a spike in the signals of a run, one step at a time; width counts before height.
 
-In:  (state, settings, step, loss, gradient norm, what the step tells of layers and samples). Out: (the next state, a
-finding or None). The state is a plain value that a checkpoint's manifest stores, so that a resumed run goes on watching
-as if it had never stopped.
+In:  (state, settings, step, loss, gradient norm, what the step tells of layers, samples and batch). Out: (the next
+state, a finding or None). The state is a plain value that a checkpoint's manifest stores, so that a resumed run goes on
+watching as if it had never stopped.
 
 Each signal has a deviation: its distance above the rolling median, in robust standard deviations (1.4826 times the
 median absolute deviation, Rousseeuw & Croux 1993). The deviations are added up by a one-sided cumulative sum (Page
