@@ -288,8 +288,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("config", help="the run's configuration, such as examples/toy/toy.toml")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override one value")
     parser.add_argument("--until", type=step_number, metavar="STEP", help="save after this step, and stop")
-    parser.add_argument("--plan", action="store_true", help="print what would run, and stop")
-    parser.add_argument("--dry-run", action="store_true", help="build every distinct rank with fake tensors, and stop")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--plan", action="store_true", help="print what would run, and stop")
+    only.add_argument("--dry-run", action="store_true", help="build every distinct rank with fake tensors, and stop")
     return parser.parse_args(arguments)
 
 

@@ -56,6 +56,12 @@ def test_until_that_is_no_step(until, capsys):
     assert f"--until: '{until}' is no step: they are counted from 1" in capsys.readouterr().err
 
 
+def test_plan_or_dry_run_and_not_both(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        pretrain_k2.main(["run.toml", "--plan", "--dry-run"])
+    assert "--dry-run: not allowed with argument --plan" in capsys.readouterr().err
+
+
 def test_truncated_data_file(attempt, tokens):
     content = tokens.with_suffix(".bin").read_bytes()
     tokens.with_suffix(".bin").write_bytes(content[:-100])
