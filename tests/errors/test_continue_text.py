@@ -5,11 +5,9 @@ import importlib.util
 from types import SimpleNamespace
 
 import pytest
-import torch
 from endings import MISTAKE
 from rank_processes import REPOSITORY
 
-from k2_megatron.evaluate.continue_text import continue_tokens
 from k2_megatron.runtime.mistakes import run_program
 
 
@@ -45,23 +43,3 @@ def test_tokenizer_with_more_pieces_than_the_model(tool, capsys, monkeypatch):
     monkeypatch.setattr(tool, "loaded_model", lambda run: contextlib.nullcontext((config, 7, None)))
     assert run_program(tool.main, ["run", "--prompt", "x"]) == MISTAKE
     assert f"{path} has 4096 pieces, the model 1000" in capsys.readouterr().err
-
-
-class Likes(torch.nn.Module):
-    """A model of eight tokens that likes the one after the last best, and the one after that nearly as well."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.place = torch.nn.Parameter(torch.zeros(()))
-
-    def forward(self, window_BS, *_unused):
-        following = torch.nn.functional.one_hot((window_BS + 1) % 8, 8)
-        return 2.0 * following + 1.9 * following.roll(1, dims=-1)
-
-
-def test_temperature_zero_takes_the_likeliest_and_top_k_stops_at_the_vocabulary():
-    settings = {"new_tokens": 20, "sequence_length": 30, "end_of_document": None}
-    sure = [continue_tokens(Likes(), [3], **settings, temperature=0.0, top_k=5, seed=seed) for seed in range(3)]
-    assert sure == [[(4 + number) % 8 for number in range(20)]] * 3
-    drawn = continue_tokens(Likes(), [3], **settings, temperature=0.8, top_k=10**6, seed=1)
-    assert len(drawn) == 20 and drawn != sure[0]
