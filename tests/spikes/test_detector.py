@@ -206,9 +206,12 @@ def test_layers_are_watched_on_after_a_benign_spike_of_the_loss():
     layers = every_tenth(in_layer(layer_signals(2400, 8, 6), "activation_rms", 5, 10.0, slice(2200, None)))
     assert [finding.trip for finding in watch_layers(losses, norms, layers)] == [2240, 2240]
     losses[2000:2015] += 0.4
-    found = watch_layers(losses, norms, layers, stops=(2005, 2100))
-    assert [(finding.kind, finding.onset) for finding in found[:2]] == [("spike", 2001), ("benign", 2001)]
-    assert [(finding.kind, finding.trip) for finding in found[2:]] == [("spike", 2240), ("benign", 2240)]
+    for disturbed in (False, True):
+        for layer in range(8 if disturbed else 0):
+            in_layer(layers[2009:2010], "activation_rms", layer + 1, 4.0, slice(0, 1))
+        found = watch_layers(losses, norms, layers, stops=(2005, 2100))
+        assert [(finding.kind, finding.onset) for finding in found[:2]] == [("spike", 2001), ("benign", 2001)]
+        assert [(finding.kind, finding.trip) for finding in found[2:]] == [("spike", 2240), ("benign", 2240)], disturbed
 
 
 def test_only_a_layer_that_stays_at_a_new_level_is_measured_anew():

@@ -195,14 +195,14 @@ def _called(state: State, step: int, threshold: float) -> tuple[State, str | Non
 def _judged(state: State, settings: Settings, step: int) -> tuple[State, str | None]:
     """A spike is on: is it over, or has it lasted too long?"""
     assert state.onset is not None, "a spike was called that never began"
-    window, threshold, benign_steps = settings.window_steps, settings.threshold, settings.benign_steps
+    threshold = settings.threshold
     over = _is_over(state, threshold)
-    if not over and step - state.onset < benign_steps:
+    if not over and step - state.onset < settings.benign_steps:
         return state, None
     # Told once. Under "watch" the new level of the loss becomes the norm as well.
     if not over and max(state.loss_sum, state.norm_sum) >= threshold / 2:
         return State(), "malignant"
-    layers, samples = (after_benign(signals, window, threshold) for signals in (state.layers, state.samples))
+    layers, samples = (after_benign(signals, settings.window_steps) for signals in (state.layers, state.samples))
     return replace(state, onset=None, trip=None, layers=layers, samples=samples), "benign"
 
 

@@ -22,8 +22,9 @@ NAMED = 8  # signals named in a finding
 @dataclass(frozen=True)
 class LayerState:
     """`logs`: the last undisturbed values, a tuple a step; `sums`: the cumulative sum of each signal; `onsets`: the
-    step at which each sum left zero, 0 while it is zero; `waits`: of each signal that is measured anew, the values that
-    are missing until all of `logs` are of its new level (none yet: no signal is)."""
+    step at which each sum left zero, 0 while it is zero; `waits`: of each signal that is not judged, as it may have
+    come to rest at a new level, the values that are missing until all of `logs` are of that; the wait ends where the
+    signal is back within half the allowance of its median (sizes grow over a window by more than nothing)."""
 
     logs: tuple[tuple[float, ...], ...] = ()
     sums: tuple[float, ...] = ()
@@ -68,8 +69,9 @@ def observe_layers(
     usual = np.median(window, axis=0)
     spread = 1.4826 * np.median(np.abs(window - usual), axis=0)
     deviations = (values - usual) / np.maximum(spread, SMALLEST_DEVIATION)
-    if state.waits:
-        deviations[np.array(state.waits) > 0] = 0.0
+    waits = np.array(state.waits or (0,) * len(values))
+    waits[deviations < ALLOWANCE / 2] = 0
+    deviations[waits > 0] = 0.0
     before = np.array(state.sums) if state.sums else np.zeros(len(values))
     sums = np.clip(before + np.minimum(deviations, TALLEST) - ALLOWANCE, 0.0, threshold)
     onsets = [
@@ -81,7 +83,7 @@ def observe_layers(
     found = tuple(
         Deviation(names[i], named[names[i]], round(math.exp(usual[i]), 6), round(float(deviations[i]), 2)) for i in most
     )
-    return replace(state, sums=tuple(sums.tolist()), onsets=tuple(onsets)), found
+    return replace(state, sums=tuple(sums.tolist()), onsets=tuple(onsets), waits=tuple(waits.tolist())), found
 
 
 def with_layers(state: LayerState, window_steps: int, layers: Mapping | None) -> LayerState:
@@ -92,13 +94,11 @@ def with_layers(state: LayerState, window_steps: int, layers: Mapping | None) ->
     return replace(state, logs=logs, waits=tuple(max(0, missing - 1) for missing in state.waits))
 
 
-def after_benign(state: LayerState, window_steps: int, threshold: float) -> LayerState:
+def after_benign(state: LayerState, window_steps: int) -> LayerState:
     """The state after a spike that was judged benign. Signals often come to rest at another level, which is then the
-    usual one: those that are still up are measured anew, and the others watched on."""
-    up, waits = still_up(state, threshold), state.waits
-    if any(up):
-        missing = waits or (0,) * len(up)
-        waits = tuple(window_steps if is_up else more for is_up, more in zip(up, missing, strict=True))
+    usual one: those that it disturbed are measured anew unless they come back, and the others watched on."""
+    missing = zip(state.sums, state.waits or (0,) * len(state.sums), strict=True)
+    waits = tuple(window_steps if total > 0 else more for total, more in missing) or state.waits
     return replace(state, sums=(), onsets=(), waits=waits)
 
 
