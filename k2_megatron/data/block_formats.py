@@ -2,7 +2,7 @@
 
 In: a block (raw, without a frame, seekable). Out: its content. Both formats refer back to what came before: LZ4 by
 64 KiB at most, and so does Snappy's own encoder; others (klauspost's) may go further back, as the format allows. Such a
-block arrow decompresses whole: it is in memory at once then, packed and unpacked.
+block arrow decompresses whole: it is in memory at once then, packed and unpacked, and a large one is refused.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ WINDOW_BYTES = 64 << 10
 UNPACKED_BYTES = 1 << 20  # at once
 READ_BYTES = 256 << 10
 LARGEST_GROWTH = 22  # of a Snappy block: 3 bytes of it copy 64 at most
+LARGEST_WHOLE_BYTES = 32 << 20  # packed and unpacked together
 LENGTH_BYTES = 5  # of the length before a Snappy block, at most
 
 
@@ -80,6 +81,11 @@ class BlockFile(io.RawIOBase):
         length = _length_before(io.BytesIO(packed))
         if length > LARGEST_GROWTH * len(packed):
             raise ValueError(f"a Snappy block of {len(packed)} bytes that says it becomes {length}")
+        if length + len(packed) > LARGEST_WHOLE_BYTES:
+            raise ValueError(
+                f"a Snappy page of {length >> 20} MiB that refers back beyond 64 KiB: it would be in memory whole; "
+                "write the file anew: pyarrow.parquet.write_table(pyarrow.parquet.read_table(FILE), NEW)"
+            )
         try:
             content = pyarrow.Codec("snappy").decompress(packed, decompressed_size=length)
         except OSError as error:

@@ -24,7 +24,7 @@ from k2_megatron.data.json_lines import Piece, not_a_string
 from k2_megatron.data.long_texts import LONG_TEXT_BYTES
 from k2_megatron.data.parquet_pages import first_byte, pages_of
 from k2_megatron.data.parquet_texts import Text, TextChunk, text_chunk, texts_of
-from k2_megatron.data.sources import READ_BYTES, Source, why_not_text, why_not_utf8
+from k2_megatron.data.sources import READ_BYTES, Source, why_not_utf8
 from k2_megatron.data.texts import Texts
 
 DECODED_BYTES, DECODED_ROWS = 2 << 20, 128  # at once: bytes by the mean of a row group, at most so many rows
@@ -234,7 +234,7 @@ class _Rows:
             reason = f"longer than {sources.MAX_DOCUMENT_BYTES >> 20} MiB"
         for value in () if reason else row:
             texts.append(value.read())
-            reason = reason or why_not_text(texts[-1])
+            reason = reason or why_not_utf8(texts[-1])
         self.lines += 1
         if reason:
             self._rejected.append((self.lines - 1, reason))

@@ -19,7 +19,7 @@ import numpy as np
 from k2_megatron.data import sources
 from k2_megatron.data.json_lines import Piece, parse_lines
 from k2_megatron.data.long_lines import LONG_LINE_BYTES, parse_long_line
-from k2_megatron.data.sources import Source, decompressed, why_not_text
+from k2_megatron.data.sources import Source, decompressed, why_not_utf8
 from k2_megatron.data.texts import Texts
 
 
@@ -125,7 +125,7 @@ class LineReader:
             if len(lines) - last_line > sources.ROOM_BYTES and not has_room:
                 self._make_room()
                 has_room = True
-            if len(lines) - last_line > sources.MAX_DOCUMENT_BYTES:
+            if len(lines) - last_line > sources.longest_document(self.file):
                 if not part.endswith(b"\n"):
                     self.position += self._drop_line()
                 del lines[last_line:]
@@ -154,7 +154,7 @@ def _line_pieces(
                 continue
             found = _pieces_of_block(block, keys, shard)
             block = b""  # of a long document: in memory often enough
-            for piece in chain(found, [_dropped_line(keys, shard)] if dropped else []):
+            for piece in chain(found, [_dropped_line(reader.file, keys, shard)] if dropped else []):
                 piece.consumed = raw.tell() if source.compression else reader.position
                 yield piece
 
@@ -175,18 +175,20 @@ def _pieces_of_block(block: bytes | bytearray, keys: Sequence[str], shard: int) 
         yield piece
 
 
-def _dropped_line(keys: Sequence[str], shard: int) -> Piece:
-    reason = f"longer than {sources.MAX_DOCUMENT_BYTES >> 20} MiB"
-    return Piece(shard, {key: [] for key in keys}, lines=1, rejected=[(0, reason)])
+def _dropped_line(file: IO[bytes], keys: Sequence[str], shard: int) -> Piece:
+    return Piece(shard, {key: [] for key in keys}, lines=1, rejected=[(0, sources.too_long(file))])
 
 
 def _text_pieces(source: Source, keys: Sequence[str], make_room: Callable[[], None]) -> Iterator[Piece]:
     if source.size > sources.PIECE_BYTES:
         make_room()
     with open(source.path, "rb") as raw:
-        content = decompressed(source, raw).read(sources.MAX_DOCUMENT_BYTES + 1)
+        file = decompressed(source, raw)
+        content = file.read(1)
+        content += file.read(sources.longest_document(file))
+        problem = sources.too_long(file) if len(content) > sources.longest_document(file) else ""
     piece = Piece(0, {key: [] for key in keys}, lines=1, raw=(content,), consumed=source.size)
-    problem = why_not_text(content)
+    problem = problem or why_not_utf8(content)
     if problem:
         piece.rejected.append((0, problem))
     else:

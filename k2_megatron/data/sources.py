@@ -20,6 +20,8 @@ PIECE_BYTES = 2 << 20  # smaller ones cost no time, larger ones leave less memor
 READ_BYTES = 1 << 20
 ROOM_BYTES = 8 << 20  # of a document, for which other things make room
 MAX_DOCUMENT_BYTES = 64 << 20  # a longer line is rejected, so that a worker's memory stays bounded
+LARGE_WINDOW_BYTES = 64 << 20  # of zstandard; beyond it, a worker has less room for a document:
+MAX_BEHIND_LARGE_WINDOW_BYTES = 16 << 20  # one of 50 MB behind 128 MiB took 339 MB
 KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "txt"}
 COMPRESSIONS = (".gz", ".zst", ".xz")
 
@@ -105,11 +107,23 @@ def decompressed(source: Source, raw: IO[bytes]) -> IO[bytes]:
     return raw
 
 
-def why_not_text(content: bytes | bytearray | memoryview) -> str:
-    """ "" where the content is the text of one document, not too long."""
-    if len(content) > MAX_DOCUMENT_BYTES:
-        return f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB"
-    return why_not_utf8(content)
+def longest_document(file: IO[bytes]) -> int:
+    """Bytes of the longest document that is taken of an open source, of which the beginning has been read."""
+    behind_large = _window_bytes(file) > LARGE_WINDOW_BYTES
+    return min(MAX_DOCUMENT_BYTES, MAX_BEHIND_LARGE_WINDOW_BYTES) if behind_large else MAX_DOCUMENT_BYTES
+
+
+def too_long(file: IO[bytes]) -> str:
+    """Why a longer one is rejected."""
+    reason = f"longer than {longest_document(file) >> 20} MiB"
+    window = _window_bytes(file)
+    if window <= LARGE_WINDOW_BYTES:
+        return reason
+    return f"{reason}, behind zstandard's window of {window >> 20} MiB: compress the file with a smaller one (zstd -19)"
+
+
+def _window_bytes(file: IO[bytes]) -> int:
+    return getattr(getattr(file, "raw", None), "window_bytes", 0)
 
 
 def why_not_utf8(content: bytes | bytearray | memoryview) -> str:

@@ -26,6 +26,7 @@ class ZstandardFile(io.RawIOBase):
     def __init__(self, raw: IO[bytes]):
         self._raw, self._context = raw, zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW_BYTES)
         self._content = self._blocks()
+        self.window_bytes = 0  # of the frame that was read last
         self._ready = memoryview(b"")
 
     def readable(self) -> bool:
@@ -69,6 +70,7 @@ class ZstandardFile(io.RawIOBase):
                     f"zstandard's window is {window >> 20} MiB here, all of which would be held in memory; compress it "
                     f"with {LARGEST_WINDOW_BYTES >> 20} or less: zstd -d --long=31 -c FILE | zstd -19 -o NEW"
                 )
+            self.window_bytes = window
             frame.decompress(start)
             last = False
             while not last:

@@ -294,6 +294,19 @@ def test_a_damaged_block_with_a_copy_from_beyond_64_kib_is_a_named_error(monkeyp
         BlockFile(io.BytesIO(block), "SNAPPY").readall()
 
 
+def test_a_large_block_with_a_copy_from_beyond_64_kib_is_refused_with_what_to_do(monkeypatch):
+    """It would be in memory whole."""
+    monkeypatch.setattr("k2_megatron.data.block_formats.UNPACKED_BYTES", 1000)
+    block, content = far_copy((200 << 10) + 64)
+    monkeypatch.setattr("k2_megatron.data.block_formats.LARGEST_WHOLE_BYTES", len(block) + len(content) - 1)
+    with pytest.raises(
+        ValueError, match=r"refers back beyond 64 KiB.*write the file anew: pyarrow\.parquet\.write_table"
+    ):
+        BlockFile(io.BytesIO(block), "SNAPPY").readall()
+    monkeypatch.setattr("k2_megatron.data.block_formats.LARGEST_WHOLE_BYTES", len(block) + len(content))
+    assert BlockFile(io.BytesIO(block), "SNAPPY").readall() == content
+
+
 def test_a_page_with_a_copy_from_beyond_64_kib(tmp_path, monkeypatch):
     """Behind other bytes in the file."""
     monkeypatch.setattr("k2_megatron.data.block_formats.UNPACKED_BYTES", 1000)

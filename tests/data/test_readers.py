@@ -258,6 +258,24 @@ def test_a_zstandard_window_beyond_128_mib_is_refused_with_what_to_do(tmp_path, 
         list(pieces(source, ["text"], 1 << 30, 0, None))
 
 
+@pytest.mark.parametrize(("window", "taken"), [(26, ["y" * 5000, "after"]), (27, ["after"])])
+@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+def test_behind_a_large_zstandard_window_there_is_less_room_for_a_document(tmp_path, monkeypatch, window, taken, kind):
+    monkeypatch.setattr(sources, "PIECE_BYTES", 64)
+    monkeypatch.setattr(sources, "MAX_BEHIND_LARGE_WINDOW_BYTES", 4096)
+    lines = [json.dumps({"text": text}) for text in ("y" * 5000, "after")] if kind == "jsonl" else ["y" * 5000]
+    settings = zstandard.ZstdCompressionParameters(window_log=window, write_content_size=False)
+    stream = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    content = stream.compress("\n".join(lines).encode()) + stream.flush()
+    (tmp_path / f"a.{kind}.zst").write_bytes(content)
+    (source,) = find_sources([str(tmp_path)])
+    found = list(pieces(source, ["text"], 1 << 30, 0, None))
+    assert [str(text) for piece in found for text in piece.texts["text"]] == (taken if kind == "jsonl" else taken[:-1])
+    assert [reason for piece in found for _, reason in piece.rejected] == [
+        "longer than 0 MiB, behind zstandard's window of 128 MiB: compress the file with a smaller one (zstd -19)"
+    ] * (window == 27)
+
+
 @pytest.mark.parametrize("seed", range(200))
 def test_a_zstandard_file_cut_or_changed_anywhere_is_found(seed):
     draw = random.Random(seed)
