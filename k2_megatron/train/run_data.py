@@ -1,5 +1,6 @@
 """The data of one run: the rows it trains on, the rows it is evaluated on, its ledger, and its position."""
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -138,13 +139,23 @@ def open_run_data(config: Config, *, writer: bool = False) -> RunData:
     if config.train.evaluate_every_steps and config.data.held_out and config.train.evaluate_batches:
         held_out = _open(config, config.data.held_out, "held_out" if split else "all", None, None)
         needed = config.train.evaluate_batches * config.train.global_batch
-        if held_out.fingerprint == train.fingerprint:
+        if _are_the_same(config, train, held_out):
             raise ValueError(
                 f"data.held_out = {config.data.held_out!r}: holds the very rows of data.train = {config.data.train!r}; "
                 "name the held-out plan (build_plan.py --held-out), or other token files"
             )
         _check_rows("data.held_out", config.data.held_out, held_out, needed, "train.evaluate_batches")
     return RunData(train, held_out, ledger, writer=writer)
+
+
+def _are_the_same(config: Config, train: Feed, held_out: Feed) -> bool:
+    """Whether both give the same rows. What nobody has hashed, files without a manifest, is told apart by its place:
+    their fingerprint knows how many tokens there are."""
+    if held_out.fingerprint != train.fingerprint:
+        return False
+    hashed = isinstance(train, Feed) and train.earlier_fingerprint != train.fingerprint
+    places = {os.path.realpath(f"{path}.bin") for path in (config.data.train, config.data.held_out)}
+    return hashed or len(places) == 1
 
 
 def _check_train(config: Config, train: Feed) -> None:

@@ -391,3 +391,18 @@ def test_plans_are_used_for_what_they_were_made(plans, train, held_out, message)
         return
     with pytest.raises(ValueError, match=message):
         open_run_data(config)
+
+
+def test_files_of_equal_size_that_nobody_has_hashed_are_not_the_same(tmp_path, prefixes):
+    """Shards of one size are common; what is told apart by its place alone is the same by any way to it."""
+    for name in ("one", "other"):
+        for suffix in (".bin", ".idx"):
+            shutil.copy(f"{prefixes['d']}{suffix}", tmp_path / f"{name}{suffix}")
+    (tmp_path / "by_link").symlink_to(tmp_path)
+    assert open_run_data(config_over(tmp_path / "one", tmp_path / "other")).held_out is not None
+    with pytest.raises(ValueError, match="holds the very rows"):
+        open_run_data(config_over(tmp_path / "one", tmp_path / "by_link/one"))
+    for name in ("one", "other"):
+        manifest_of_foreign_files(str(tmp_path / name))
+    with pytest.raises(ValueError, match="holds the very rows"):
+        open_run_data(config_over(tmp_path / "one", tmp_path / "other"))
