@@ -27,6 +27,7 @@ from k2_megatron.kernels.dispatch import OPS, choose_backend
 from k2_megatron.model import build_model
 from k2_megatron.plan import plan_text
 from k2_megatron.plan.dry_run import dry_run_text
+from k2_megatron.runtime.arguments import step_number
 from k2_megatron.runtime.cpu_stand_in import cpu_stands_in_for_cuda
 from k2_megatron.runtime.devices import Device, find_device
 from k2_megatron.runtime.groups import build_groups, connect, disconnect
@@ -39,7 +40,7 @@ from k2_megatron.runtime.launch import (
 from k2_megatron.runtime.mistakes import leave, run_program
 from k2_megatron.runtime.seeds import require_determinism, seed_everything
 from k2_megatron.runtime.signals import StopSignals, end_at_once
-from k2_megatron.train.agreement import require_agreement
+from k2_megatron.train.agreement import code_and_configuration, require_agreement, rows_and_ledger
 from k2_megatron.train.attempts import Attempts, reruns_left, settle
 from k2_megatron.train.checkpoint import find_checkpoint, load_checkpoint
 from k2_megatron.train.checkpoint_files import remove_unfinished
@@ -113,6 +114,7 @@ def train(
         require_determinism()
     end_at_once()
     connect(environment, device, RENDEZVOUS_TIMEOUT_SECONDS)
+    require_agreement(code_and_configuration(config))
     # A rank may wait for a dead node's lock before it meets the others again; after that the watchdog's limits decide.
     groups = build_groups(config.parallel, max(RENDEZVOUS_TIMEOUT_SECONDS, collective_timeout_seconds(config.watchdog)))
     seed_everything(config.run.seed, groups)
@@ -143,7 +145,7 @@ def train(
 
     # Data, model, optimizer
     data = open_run_data(config, writer=is_writer)
-    require_agreement(config, data, groups)
+    require_agreement(rows_and_ledger(data))
     if is_writer:
         write_config(config)
     views = Views(config, folder, enabled=is_writer)
@@ -202,7 +204,7 @@ def train(
         else:
             passed_over += 1
             too_many = passed_over > config.spikes.not_finite_steps
-            tell.passed_over(attempts, result, event, saves.saved_step, end=too_many)
+            tell.passed_over(attempts, result, event, end=too_many)
             count_as_update(optimizer)
         if phases:
             own = {**phases.collect(result.data_seconds), "checkpoint": saves.take_seconds()}
@@ -228,7 +230,7 @@ def train(
                 found = resume_changes(config, manifest, newest, CHANGEABLE)  # they hold from here on
                 config = going_on_from(config, manifest)
                 data = open_run_data(config, writer=is_writer)
-                require_agreement(config, data, groups)
+                require_agreement(rows_and_ledger(data))
                 data.resume_at(manifest)
                 spikes.resume_at(manifest)
                 if is_writer:
@@ -275,12 +277,6 @@ def train(
     disconnect()
     watchdog.stop()
     return 0
-
-
-def step_number(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no step: they are counted from 1")
-    return int(text)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from k2_megatron.config.schema import Spikes
 from k2_megatron.runtime.durable import write_file
 from k2_megatron.train.journal import read_steps
-from k2_megatron.train.spikes.detector import Finding, State, observe
+from k2_megatron.train.spikes.detector import Finding, State, batch_of, observe
 
 COLOURS = {
     "benign": "rgba(230, 160, 0, 0.25)",
@@ -40,6 +40,7 @@ class Curve:
     norms: list[float] | None
     layers: list[dict | None]
     highest: list[float | None]
+    batches: list[tuple[int, int] | None]  # samples of the step and their length
     left_out: list[int]  # steps that are not finite
 
 
@@ -149,6 +150,7 @@ def curve_of(events: list[dict], has_norms: bool) -> Curve:
         norms=[event["grad_norm"] for event in finite] if has_norms else None,
         layers=[event.get("layers") for event in finite],
         highest=[event.get("highest_sample_loss") for event in finite],
+        batches=[batch_of(event) for event in finite],
         left_out=left_out,
     )
 
@@ -157,12 +159,16 @@ def find_spikes(curve: Curve, settings: Spikes) -> list[Spike]:
     """Run the detector over the curve."""
     state, spikes, called = State(), [], None
     norms = curve.norms or [1.0] * len(curve.steps)  # a constant never deviates
-    for values in zip(curve.steps, curve.losses, norms, curve.layers, curve.highest, strict=True):
+    columns = (curve.steps, curve.losses, norms, curve.layers, curve.highest, curve.batches)
+    for values in zip(*columns, strict=True):
         state, finding = observe(state, settings, *values)
         if finding and finding.kind == "spike":
             called = finding
         elif finding and called:
             spikes.append(Spike(called, finding))
+            called = None
+        elif called and state.trip is None:  # the batch or the length has changed: measured anew, and never judged
+            spikes.append(Spike(called, None))
             called = None
     return [*spikes, Spike(called, None)] if called else spikes
 

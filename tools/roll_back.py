@@ -11,6 +11,7 @@ while it was done: the same command again, when there is room, does what is left
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from k2_megatron.config import Config, load_run_config
 from k2_megatron.config.schema import Spikes
 from k2_megatron.train.checkpoint_files import complete_checkpoints
 from k2_megatron.train.checkpoint_manifest import step_of
-from k2_megatron.train.journal import JOURNAL, Journal, read_steps
+from k2_megatron.train.journal import JOURNAL, Journal, read_events, read_steps
 from k2_megatron.train.run_data import open_run_data
 from k2_megatron.train.run_folder import CONFIG, hold_run_folder
 from k2_megatron.train.spikes.detector import Finding
@@ -60,8 +61,8 @@ def roll_back(options: argparse.Namespace) -> str:
         raise ValueError(f"{options.run / CONFIG} does not exist: {options.run} is no run folder")
     if options.to is not None and "batches" not in (options.defer, options.skip):
         raise ValueError(f"--to {options.to} goes with --defer batches or --skip batches: leave it out, or name one")
-    reached = max(read_steps(options.run / JOURNAL), default=0) if (options.run / JOURNAL).is_file() else None
-    if reached is not None and options.before > reached + 1:
+    reached = steps_made(options.run)
+    if options.before > reached + 1:
         raise ValueError(f"--before {options.before}: the run has made {reached} steps; nothing after them can be bad")
     config = load_run_config(options.run / CONFIG)
     config = config.model_copy(update={"run": config.run.model_copy(update={"folder": str(options.run)})})
@@ -91,6 +92,14 @@ def roll_back(options: argparse.Namespace) -> str:
         f"; {fields['action']} {options.defer or options.skip} from sample {fields['from_sample']}" if fields else ""
     )
     return f"{options.run}: set back from step {reached} to step {good}{amended}. Start it again to go on"
+
+
+def steps_made(run: Path) -> float:
+    """The last step that the journal or a checkpoint tells of, passed over or not; without end where neither does."""
+    steps = [step_of(folder) for folder in complete_checkpoints(run / "checkpoints")]
+    if (run / JOURNAL).is_file():
+        steps += [event["step"] for event in read_events(run / JOURNAL) if event["event"] in ("step", "incident")]
+    return max(steps, default=math.inf)
 
 
 def amendment_by_hand(config: Config, options: argparse.Namespace, good: int, data) -> dict:

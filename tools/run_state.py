@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from k2_megatron.config import load_config
+from k2_megatron.runtime.arguments import step_number
 from k2_megatron.train.journal import JOURNAL, read_events
 
 FINISHED, MISTAKE, UNFINISHED = 0, 2, 10
@@ -21,7 +22,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("config", help="the run's TOML file")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides")
-    parser.add_argument("--until", type=int, metavar="STEP", help="where the run stops, if before its last step")
+    parser.add_argument("--until", type=step_number, metavar="STEP", help="where the run stops before its last step")
     arguments = parser.parse_args()
     try:
         # In a batch script the layout follows from the job's tasks, as it will for the ranks.
@@ -53,7 +54,7 @@ def _tell(folder: str, journal: Path, total: int, until: int | None) -> int:
         return UNFINISHED
     what = f"stopped by {last['reason']}" if last.get("event") == "stop" else f"last event: {last.get('event')}"
     print(f"{folder}: step {reached} of {total}, saved at {saved}; {what} at {last.get('time')}")
-    return FINISHED if until and saved >= until else UNFINISHED  # as pretrain_k2.py, for which 0 is none
+    return FINISHED if until is not None and saved >= until else UNFINISHED
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ it keeps its traceback.
 
 import hashlib
 import os
+import signal
 import sys
 import time
 import traceback
@@ -77,10 +78,13 @@ def leave(program: Callable[[], int]) -> NoReturn:
     the background is not waited for, since the ranks that it needs may be gone."""
     try:
         code = program()
-    except Exception:
+    except SystemExit:
+        raise
+    except BaseException:  # torch's of checkpoints is one, too
         traceback.print_exc()
         code = 1
     if code:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C must not keep the process
         sys.stdout.flush()
         sys.stderr.flush()
         if distributed.is_initialized() and distributed.get_rank() == 0:

@@ -20,6 +20,7 @@ Processors have R as an instruction (csrc/cpu/aes_lanes.cpp).
 """
 
 import importlib
+from collections.abc import Callable
 from functools import cache
 from typing import Protocol
 
@@ -42,11 +43,15 @@ class Hash(Protocol):
 
 def aes_lanes() -> Hash:
     """A new hash, compiled where k2_megatron._cpu is built."""
+    return (compiled() or AesLanesReference)()
+
+
+def compiled() -> Callable[[], Hash] | None:
+    """None where k2_megatron._cpu is not built, or was before it had this hash."""
     try:
-        module = importlib.import_module("k2_megatron._cpu")
+        return getattr(importlib.import_module("k2_megatron._cpu"), "AesLanes", None)
     except ImportError:
-        return AesLanesReference()
-    return module.AesLanes() if hasattr(module, "AesLanes") else AesLanesReference()  # built before it had this
+        return None
 
 
 class AesLanesReference:

@@ -5,6 +5,8 @@ In:  what each rank has read by itself. Out: nothing; or a ValueError, the same 
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
 
 import numpy
 import torch
@@ -12,26 +14,36 @@ import torch.distributed as distributed
 
 import k2_megatron
 from k2_megatron.config import Config
-from k2_megatron.runtime.groups import Groups
 from k2_megatron.train.run_data import RunData
 
 NAMED = 4  # ranks, of those that hold one value
+_PACKAGE = Path(k2_megatron.__file__).parent
 
 
-def require_agreement(config: Config, data: RunData, groups: Groups) -> None:
-    """Compare versions, configuration, data and ledger of all ranks."""
-    held_out = data.held_out.fingerprint if data.held_out else None
-    mine = {
-        "version of k2_megatron": k2_megatron.__version__,
+def code_and_configuration(config: Config) -> dict[str, str]:
+    """What is to be equal before groups of ranks are built by it."""
+    code = hashlib.sha256()
+    for path in [_PACKAGE.with_name("pretrain_k2.py"), *sorted(_PACKAGE.rglob("*.py"))]:
+        if path.is_file():  # an installed package stands without the script
+            code.update(f"{path.relative_to(_PACKAGE.parent)}\0".encode() + path.read_bytes())
+    return {
+        "code of k2_megatron": code.hexdigest()[:16],
         "version of torch": torch.__version__,
         "version of numpy": numpy.__version__,
         "configuration": hashlib.sha256(config.to_toml().encode()).hexdigest()[:16],
-        "data.train": data.fingerprint,
-        "data.held_out": held_out,
-        "ledger": data.ledger.mark(),
     }
-    everywhere: list = [None] * groups.world_size
-    distributed.all_gather_object(everywhere, mine)
+
+
+def rows_and_ledger(data: RunData) -> dict[str, object]:
+    """What is to be equal before anything is trained on them."""
+    held_out = data.held_out.fingerprint if data.held_out else None
+    return {"data.train": data.fingerprint, "data.held_out": held_out, "ledger": data.ledger.mark()}
+
+
+def require_agreement(mine: Mapping[str, object]) -> None:
+    """Compare what all ranks hold, which give the same names."""
+    everywhere: list = [None] * distributed.get_world_size()
+    distributed.all_gather_object(everywhere, dict(mine))
     wrong = [words for name in mine if (words := _differing(name, [facts[name] for facts in everywhere]))]
     if wrong:
         raise ValueError(
@@ -41,7 +53,7 @@ def require_agreement(config: Config, data: RunData, groups: Groups) -> None:
 
 
 def _differing(name: str, values: list) -> str:
-    """ "data.train is abc on 3 ranks (0, 1, 2), def on 1 rank (3)"; nothing where all are equal."""
+    """ "data.train is abc on 3 of 4 (0, 1, 2), def on 1 of 4 (3)"; nothing where all are equal."""
     ranks: dict[str, list[int]] = defaultdict(list)
     for rank, value in enumerate(values):
         ranks[str(value)].append(rank)

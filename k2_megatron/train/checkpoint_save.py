@@ -48,6 +48,7 @@ from k2_megatron.config import Config
 from k2_megatron.runtime.devices import device_for_threads
 from k2_megatron.runtime.durable import persist
 from k2_megatron.runtime.groups import Groups
+from k2_megatron.train import aes_lanes
 from k2_megatron.train.checkpoint_copies import HostCopies
 from k2_megatron.train.checkpoint_files import aside_folder, first_cause, publish, start_writing
 from k2_megatron.train.checkpoint_hashing import HashingWriter, SavePlanner
@@ -168,6 +169,12 @@ class CheckpointWriter:
     ) -> None:
         self.checkpoints = checkpoints
         self._rank = groups.rank
+        if self._rank == 0 and aes_lanes.compiled() is None:
+            print(
+                "checkpoints are hashed by numpy, some 200 times slower: k2_megatron._cpu is not built, or was before "
+                "it had their hash; build it (pip install -e .)",
+                file=sys.stderr,
+            )
         self._groups = groups
         self._group = distributed.new_group(backend="gloo", timeout=groups.timeout)
         self._copies = HostCopies() if asynchronous else None

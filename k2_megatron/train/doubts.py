@@ -47,7 +47,7 @@ class Doubts:
             why = f"not finite: {in_words(told['ranks'], told['samples_not_finite'])}"
         self.say(f"step {self.step}: {why}; the step is made again")
 
-    def passed_over(self, attempts: Attempts, result: StepResult, event: dict, saved_step: int, *, end: bool) -> None:
+    def passed_over(self, attempts: Attempts, result: StepResult, event: dict, *, end: bool) -> None:
         """Tell of the last computation, which was not finite and not applied; `event` is what the step would have
         written. StopNotFinite where the run is to `end` by it."""
         told = self._where_not_finite(result)
@@ -56,8 +56,7 @@ class Doubts:
             raise StopNotFinite(
                 f"step {self.step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, "
                 f"{attempts.earlier_not_finite + 1} times; {in_words(told['ranks'], told['samples_not_finite'])}. The "
-                f"update was not applied; its batch is samples {self.first_sample} to {self.end_sample - 1}. "
-                f"The last save was step {saved_step}"
+                f"update was not applied; its batch is samples {self.first_sample} to {self.end_sample - 1}"
             )
 
     def settled(self, attempts: Attempts, result: StepResult) -> None:

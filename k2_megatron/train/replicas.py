@@ -97,7 +97,7 @@ def stop_when_different(difference: Difference | None, step: int, saved_step: in
     )
     raise StopRun(
         f"step {step}: replicas differ, which no computation of ours does: {difference}. Nothing of this "
-        f"was saved; the last save was step {saved_step}. Exclude the host of the rank that is wrong, and start again"
+        "was saved. Exclude the host of the rank that is wrong, and start again"
     )
 
 

@@ -77,6 +77,8 @@ class Saves:
                 self.wait()
             except CheckpointError as failed:
                 print(failed, file=sys.stderr, flush=True)
+            last = f"the last save was step {self.saved_step}" if self.saved_step else "nothing had been saved"
+            error.args = (f"{error}; {last}",)  # known only now
 
     def _tell(self, saved: SaveResult | None) -> None:
         if saved is not None:

@@ -145,7 +145,12 @@ def test_loss_that_is_not_finite_stops_the_run(attempt, tmp_path):
     }
     outcomes = attempt({**settings, "parallel.pipeline": 2}, ranks=2)
     says_one_line(
-        outcomes, NOT_FINITE, "step 2: loss ", "not finite", "its batch is samples 8 to 15", "The last save was step 1"
+        outcomes,
+        NOT_FINITE,
+        "step 2: loss ",
+        "not finite",
+        "its batch is samples 8 to 15",
+        "; the last save was step 1",
     )
     told = events(tmp_path / "run")
     assert [event["event"] for event in told][-4:] == ["step", "checkpoint", "incident", "incident"]

@@ -27,6 +27,7 @@ SETTINGS = {
 def _end_in_step_8(how: str, write_seconds: float) -> None:
     """The save of step 6 takes long, so that it is still written when the run ends in step 8."""
     import pretrain_k2
+    from k2_megatron.runtime import mistakes
     from k2_megatron.runtime.mistakes import StopRun
     from k2_megatron.train import checkpoint_save, watchdog
 
@@ -42,7 +43,8 @@ def _end_in_step_8(how: str, write_seconds: float) -> None:
             raise StopRun("all ranks stop")
         if step == 7 and groups.rank == 1 and how == "error":
             raise RuntimeError("one rank fails")
-        if step == 7 and groups.rank == 1 and how == "interrupt":
+        if step == 7 and groups.rank == 0 and how == "interrupt":
+            mistakes.time.sleep = lambda _seconds: os.kill(os.getpid(), signal.SIGINT)  # impatient: once more
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
         return train_step(config, groups, chunks, optimizer, feed, step, *more)
@@ -60,15 +62,15 @@ def end(small_config: Path, tmp_path: Path, how: str, write_seconds: float) -> t
 def test_ranks_that_stop_together_finish_the_save_and_are_not_called_hung(small_config, tmp_path):
     outcomes, _ = end(small_config, tmp_path, "stop", 7.0)
     assert [outcome.exit_code for outcome in outcomes] == [STOPPED, STOPPED], outcomes[0].stderr
-    assert "all ranks stop" in "".join(outcome.stderr for outcome in outcomes)
+    assert "all ranks stop; the last save was step 6\n" in "".join(outcome.stderr for outcome in outcomes)
     assert [folder.name for folder in complete_checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000006"]
     assert [event["step"] for event in events_of(tmp_path / "run", "checkpoint")] == [6]
     assert events_of(tmp_path / "run", "incident") == []
 
 
-@pytest.mark.parametrize(("how", "code"), [("error", 1), ("interrupt", INTERRUPTED)])
-def test_one_rank_that_fails_or_is_not_to_wait_leaves_at_once(small_config, tmp_path, how, code):
+@pytest.mark.parametrize(("how", "rank", "code"), [("error", 1, 1), ("interrupt", 0, INTERRUPTED)])
+def test_one_rank_that_fails_or_is_not_to_wait_leaves_at_once(small_config, tmp_path, how, rank, code):
     outcomes, seconds = end(small_config, tmp_path, how, 150.0)
-    assert outcomes[1].exit_code == code, outcomes[1].stderr
+    assert outcomes[rank].exit_code == code, outcomes[rank].stderr
     assert seconds < 100, "it waited for the save"
     assert complete_checkpoints(tmp_path / "run" / "checkpoints") == []

@@ -2,6 +2,7 @@
 
 import errno
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -25,6 +26,7 @@ from k2_megatron.data.ledger import Ledger
 from k2_megatron.data.manifest import manifest_of_foreign_files
 from k2_megatron.data.recipe import load_recipe
 from k2_megatron.data.verify import verify_lines
+from k2_megatron.train.checkpoint_files import complete_checkpoints
 
 STEPS, CHUNKS, STEPS_PER_CHUNK, BATCH = 72, 6, 12, 8
 BAD_CHUNK = 3  # steps 37 to 48, where it does harm; deferred to steps 61 to 72, it does none
@@ -238,6 +240,18 @@ def test_full_disk_while_going_back_by_hand_is_told_and_the_same_command_does_th
     assert len(Ledger(folder).amendments) == 2
     assert (folder / "checkpoints" / "latest").read_text() == "step_00000048\n"
     assert [event["step"] for event in events_of(folder, "rollback")][-1:] == [48]
+
+
+def test_steps_that_were_passed_over_can_be_gone_back_before(whole, tmp_path):
+    """They are no step events, and are the likeliest to be bad."""
+    folder = shutil.copytree(whole, tmp_path / "run")
+    steps_made = loaded_roll_back().steps_made
+    with (folder / "journal.jsonl").open("a") as journal:
+        journal.write(json.dumps({"event": "incident", "kind": "not finite", "step": STEPS + 3}) + "\n")
+    assert (steps_made(whole), steps_made(folder)) == (STEPS, STEPS + 3)
+    (folder / "journal.jsonl").unlink()
+    newest = max(complete_checkpoints(folder / "checkpoints"))
+    assert steps_made(folder) == int(newest.name.removeprefix("step_"))
 
 
 def test_going_back_by_hand_says_what_is_missing_and_changes_nothing(whole, capsys, monkeypatch):

@@ -140,3 +140,14 @@ def test_a_diverged_curve_of_losses_alone(ended):
     assert count == "1 spikes in 200 steps; 2 steps not finite and left out, the first 200"
     _, few, _ = ended(b"step,loss\n1,2\n")
     assert "nothing is judged before 128 steps are known" in few
+
+
+def test_a_smaller_batch_is_no_spike(tmp_path):
+    """As in the run itself: its norms are larger, and the measure begins anew."""
+    losses, norms = signals(900, 4)
+    with (tmp_path / "journal.jsonl").open("w") as file:
+        for number in range(900):
+            norm, batch = (norms[number], 512) if number < 600 else (2 * norms[number], 128)
+            event = {"event": "step", "step": number + 1, "loss": float(losses[number]), "grad_norm": float(norm)}
+            file.write(json.dumps({**event, "samples": [0, batch], "sequence_length": 64}) + "\n")
+    assert find(tmp_path / "journal.jsonl").stdout.startswith("0 spikes in 900 steps")

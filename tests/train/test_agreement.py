@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from rank_processes import pretrain
+from run_results import steps_of
 from small_run import overrides
 
 from k2_megatron.runtime.mistakes import MISTAKE
@@ -13,10 +14,13 @@ from k2_megatron.runtime.mistakes import MISTAKE
 
 def _differs_on_rank_1(what: str) -> None:
     import pretrain_k2
+    from k2_megatron.train import agreement
 
     if os.environ["RANK"] != "1":
         return
-    if what == "data":
+    if what == "code":
+        agreement._PACKAGE = agreement._PACKAGE / "data"
+    elif what == "data":
         opened = pretrain_k2.open_run_data
 
         def other(config, *, writer=False):
@@ -33,9 +37,11 @@ def _differs_on_rank_1(what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "told"),
     [
+        ("code", "code of k2_megatron is "),
         ("data", "data.train is "),
         ("optimizer.learning_rate=0.5", "configuration is "),
         ("log.every_steps=3", "configuration is "),
+        ("parallel.tensor=2", "configuration is "),  # of which the groups of ranks are built
     ],
 )
 def test_one_node_with_other_files_is_refused(small_config, tmp_path, what, told):
@@ -47,6 +53,7 @@ def test_one_node_with_other_files_is_refused(small_config, tmp_path, what, told
     assert said.count("the ranks would not train the same run: " + told) == 1, said
     assert "on 1 of 2 (1)" in said
     assert not (folder / "config.toml").exists()
+    assert steps_of(folder) == {} if (folder / "journal.jsonl").exists() else what != "data"
 
 
 def _only_rank_0_looks(folder: Path) -> None:

@@ -133,7 +133,7 @@ def test_policy_of_skipping_one_and_then_stopping_on_four_ranks(small_config, tm
             first = incident["ranks"][named][0]
             assert first.startswith("decoder.layers.2."), "layers are counted over the whole model"
     assert list(steps_of(folder)) == [1, 3]
-    assert "The last save was step 3" in "".join(outcome.stderr for outcome in outcomes)
+    assert "; the last save was step 3" in "".join(outcome.stderr for outcome in outcomes)
 
 
 def test_step_in_vain_is_counted_over_starts_however_long_the_journal_is(tmp_path):
