@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 
-from k2_megatron.data.recipe import Recipe
+from k2_megatron.data.recipe import LARGEST_CHUNK_ROWS, Recipe
 
 CLOCK = 1 << 80  # the plan's duration in ticks, fine enough that rows of one source never share a tick
 
@@ -34,6 +34,11 @@ def rows_of_sources(recipe: Recipe, available: Sequence[int]) -> tuple[int, list
     total = recipe.chunks * rows_per_chunk
     if total == 0:
         raise ValueError(f"chunks = {recipe.chunks}: the sources give {sum(asked)} rows in all; use fewer chunks")
+    if rows_per_chunk > LARGEST_CHUNK_ROWS:
+        raise ValueError(
+            f"the sources with their repeats give chunks of {rows_per_chunk} rows, at most {LARGEST_CHUNK_ROWS} fit in "
+            "memory; lower repeats, use more chunks, or give rows_per_chunk"
+        )
     if any(shares):
         rest = total - sum(asked)
         if rest < 0:

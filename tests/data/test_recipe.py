@@ -137,6 +137,7 @@ def test_shares_divide_what_repeats_leave():
         ({"a": {"share": 1.0, "max_repeats": 2.0}}, 30, [50], r"repeats it 2.40 times \(120 rows of 50\)"),
         ({"a": {"share": 1.0}, "b": {"share": 1.0}}, 30, [50, 0], "sources.b: no whole row of 9 tokens"),
         ({"a": {"share": 1e-9}, "b": {"share": 1.0}}, 30, [9, 50], "sources.a: gets none of the 120 rows"),
+        ({"a": {"repeats": 1e9}}, None, [100], "give chunks of 25000000000 rows, at most 500000000 fit"),
         ({"a": {"repeats": 1.0}}, None, [3], "the sources give 3 rows in all; use fewer chunks"),
     ],
 )
