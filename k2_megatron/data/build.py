@@ -161,15 +161,22 @@ class _Part:
         return found
 
     def locations(self, folder: Path) -> dict[str, Any]:
-        """locations.json. Paths lead from where the folder is, whatever links lead to it: `..` does, too."""
-        start = os.path.realpath(folder)
-        places = [(os.path.realpath(Path(manifest["path"]).parent), manifest["path"]) for manifest in self.manifests]
-        paths = [os.path.relpath(os.path.join(place, Path(path).name), start) for place, path in places]
+        """locations.json."""
+        paths = [_way(folder, Path(manifest["path"])) for manifest in self.manifests]
         if self.fim is None or self.fim.tokenizer is None:
             return {"manifests": paths}
         assert self.recipe.fim is not None, "pieces come of a recipe's [fim]"
-        tokenizer = os.path.realpath(self.recipe.fim.tokenizer)
-        return {"manifests": paths, "fim_tokenizer": os.path.relpath(tokenizer, start)}
+        return {"manifests": paths, "fim_tokenizer": _way(folder, Path(self.recipe.fim.tokenizer))}
+
+
+def _way(folder: Path, path: Path) -> str:
+    """To `path` from where `folder` is, whatever links lead to the latter: `..` does, too. Links on the way to `path`
+    are kept where they lead there from here: whoever moves the tokens points them to the new place."""
+    start, place = os.path.realpath(folder), os.path.realpath(path.parent)
+    for way in (os.path.relpath(path, folder), os.path.relpath(path, start)):
+        if os.path.realpath(os.path.join(start, os.path.dirname(way))) == place:
+            return way
+    return os.path.relpath(os.path.join(place, path.name), start)
 
 
 def _write_plan(part: _Part, aside: Path, folder: Path, threads: int) -> dict[str, Any]:

@@ -167,6 +167,11 @@ class Plan:
         """The folder of each manifest's token files; the manifests must be those the plan was built from."""
         paths = self.manifest_paths()
         for path, expected in zip(paths, self.content["manifests"], strict=True):
+            if not path.is_file():
+                raise ValueError(
+                    f"{path}: no such manifest; restore it, or correct {self.folder}/locations.json where the tokens "
+                    "were moved"
+                )
             if read_manifest(path)["xxh3"] != expected:
                 raise ValueError(f"{path}: not the manifest that {self.folder} was built from; {REBUILD}")
         return [path.parent for path in paths]

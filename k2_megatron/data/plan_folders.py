@@ -5,6 +5,7 @@ In: the names that folders are to have. Out: folders to write in. Two builds of 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
@@ -22,22 +23,34 @@ MARK = "[0-9a-f]" * 8  # what `secrets` draws
 def folder_aside(folder: Path) -> Iterator[Path]:
     """A folder to write in beside `folder`; it goes at the end, unless it was given its name. It is locked meanwhile:
     what is found without a lock, a killed build has left behind. ValueError where it cannot be made or written."""
-    aside = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
     try:
-        make_folder(aside)
+        aside, lock = _make_locked(folder)
     except OSError as error:
         raise _cannot_be_made(folder, error) from None
-    lock = os.open(aside, os.O_RDONLY)
     try:
-        with suppress(OSError):  # a file system without locks; there nothing is removed either
-            fcntl.flock(lock, fcntl.LOCK_EX)
         _remove_abandoned(folder)
         yield aside
     except OSError as error:
-        raise ValueError(f"{folder}: cannot be written ({error.strerror}); make room, or name another folder") from None
+        where = f": {error.filename}" if error.filename else ""
+        room = "make room, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise ValueError(f"{folder}: cannot be written ({error.strerror}{where}); {room}name another folder") from None
     finally:
         os.close(lock)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _make_locked(folder: Path) -> tuple[Path, int]:
+    """A folder beside `folder`, and its lock. One that another build finds before the lock is on, it removes."""
+    while True:
+        aside = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
+        make_folder(aside)
+        with suppress(FileNotFoundError):
+            lock = os.open(aside, os.O_RDONLY)
+            with suppress(OSError):  # a file system without locks; there nothing is removed either
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if aside.exists():
+                return aside, lock
+            os.close(lock)
 
 
 def _remove_abandoned(folder: Path) -> None:
@@ -55,18 +68,22 @@ def _remove_abandoned(folder: Path) -> None:
 
 def give_names(asides: dict[Path, Path]) -> None:
     """Rename each folder aside to the name it was made for, all or none. ValueError where a name was taken."""
-    named: list[Path] = []
-    for folder, aside in asides.items():
-        try:
-            sync(aside)
+    for aside in asides.values():  # all of them first: a kill between two renames leaves a part of them
+        sync(aside)
+    tried: list[Path] = []
+    try:
+        for folder, aside in asides.items():
+            tried.append(folder)
             os.replace(aside, folder)
-        except OSError as error:
-            for done in named:
-                os.replace(done, asides[done])
-            raise _cannot_be_made(folder, error) from None
-        named.append(folder)
-    for folder in asides:
-        sync(folder.parent)
+        for folder in asides:
+            sync(folder.parent)
+    except BaseException as error:
+        for folder in tried:
+            if not asides[folder].exists():
+                os.replace(folder, asides[folder])
+        if isinstance(error, OSError):
+            raise _cannot_be_made(tried[-1], error) from None
+        raise
 
 
 def write_durably(path: Path, content: bytes | memoryview) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
@@ -14,11 +16,12 @@ import pytest
 from token_corpora import ROOT, outputs, tokenize
 
 from k2_megatron.config import Config, load_config
-from k2_megatron.data import build
+from k2_megatron.data import build, plan_folders
 from k2_megatron.data.build import _ChunkWriter, build_plans
 from k2_megatron.data.feed import open_feed
 from k2_megatron.data.manifest import manifest_of_foreign_files, manifest_path
 from k2_megatron.data.plan import Plan
+from k2_megatron.data.plan_folders import folder_aside, give_names, write_durably
 from k2_megatron.data.recipe import Recipe
 from k2_megatron.data.rows import unpack
 from k2_megatron.data.store import write_sealed
@@ -250,6 +253,30 @@ def test_a_plan_opens_where_its_folder_is_reached_by_a_link(tmp_path, prefixes):
         assert open_plan(path).tokens(0, 3).shape == (3, LENGTH + 1)
 
 
+@pytest.mark.parametrize("plan", ["plan", "runs/plan"])
+def test_a_plan_follows_a_link_to_the_tokens(tmp_path, prefixes, monkeypatch, plan):
+    """They move to another disk, and the link with them; also where the plan's folder is reached by one."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("deep/er/still", "scratch2"):
+        Path(folder).mkdir(parents=True)
+    Path("runs").symlink_to("deep/er/still")
+    shutil.copytree(Path(prefixes["a"]).parent, "scratch1/tokens")
+    Path("tokens").symlink_to("scratch1/tokens")
+    for way in ("tokens", str(tmp_path / "tokens")):
+        sources = {"x": {"tokens": (f"{way}/{Path(prefixes['a']).name}",), "repeats": 1.0}}
+        recipe = make_recipe(prefixes, sources=sources, rows_per_chunk=None, chunks=1, held_out_fraction=0.0)
+        build_plans(recipe, Path(plan), None)
+        expected = open_plan(Path(plan)).tokens(0, 3)
+        old, new = ("scratch1", "scratch2") if way == "tokens" else ("scratch2", "scratch1")
+        shutil.move(f"{old}/tokens", f"{new}/tokens")
+        Path("tokens").unlink()
+        with pytest.raises(ValueError, match=rf"no such manifest; restore it, or correct {plan}/locations.json where"):
+            open_plan(Path(plan))
+        Path("tokens").symlink_to(f"{new}/tokens")
+        assert (open_plan(Path(plan)).tokens(0, 3) == expected).all()
+        shutil.rmtree(plan)
+
+
 def test_one_plan_does_not_lie_in_the_other(tmp_path, prefixes):
     for train, held_out in (("plan", "plan/held_out"), ("plan/train", "plan")):
         with pytest.raises(ValueError, match="one plan's folder lies in the other's"):
@@ -270,6 +297,72 @@ def test_both_plans_come_or_none(tmp_path, prefixes):
     with pytest.raises(ValueError, match=r"/train: cannot be made \(Directory not empty\); name a folder"):
         build_plans(make_recipe(prefixes), tmp_path / "train", tmp_path / "held_out", report=another_build_is_faster)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "train"]
+
+
+def name_two_folders(where: Path) -> None:
+    with ExitStack() as stack:
+        give_names({where / name: stack.enter_context(folder_aside(where / name)) for name in ("a", "b")})
+
+
+@pytest.mark.parametrize("call", range(1, 5))
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.EIO, "Input/output error")])
+def test_names_are_given_to_both_plans_or_none(tmp_path, monkeypatch, call, error):
+    """Whatever stops it, at whichever file that is synced: nothing is synced between the two renames."""
+    synced = []
+
+    def stop(path):
+        synced.append([name for name in ("a", "b") if (tmp_path / name).exists()])
+        if len(synced) == call:
+            raise error
+
+    monkeypatch.setattr(plan_folders, "sync", stop)
+    with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else ValueError):
+        name_two_folders(tmp_path)
+    assert len(synced) == call
+    assert synced == [[], [], ["a", "b"], ["a", "b"]][:call]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stop_between_the_two_names_leaves_neither_plan(tmp_path, monkeypatch):
+    def replace(source, target, *, real=os.replace):
+        real(source, target)
+        if target == tmp_path / "a":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        name_two_folders(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("function", ["open", "flock"])
+def test_a_folder_that_another_build_removed_before_it_was_locked_is_made_again(tmp_path, monkeypatch, function):
+    module, begun = {"open": os, "flock": fcntl}[function], []
+    real = getattr(module, function)
+
+    def another_build_begins(*call, **settings):
+        if not begun:
+            begun.append(call)
+            with folder_aside(tmp_path / "plan"):
+                pass
+        return real(*call, **settings)
+
+    monkeypatch.setattr(module, function, another_build_begins)
+    with folder_aside(tmp_path / "plan") as aside:
+        assert begun
+        assert aside.is_dir()
+
+
+def test_an_error_of_the_disk_is_told_with_its_file(tmp_path):
+    """Making room helps where there is none, and there alone."""
+
+    def write_over_a_folder():
+        with folder_aside(tmp_path / "plan") as aside:
+            (aside / "x").mkdir()
+            write_durably(aside / "x", b"")
+
+    with pytest.raises(ValueError, match=r"plan: cannot be written \(Is a directory: .*/x\); name another folder"):
+        write_over_a_folder()
 
 
 def test_two_builds_of_one_plan_do_not_share_a_folder(tmp_path, prefixes, plans, monkeypatch):
