@@ -20,9 +20,10 @@ import pyarrow
 import pyarrow.parquet as parquet
 
 from k2_megatron.data import sources
+from k2_megatron.data.block_formats import FORMATS
 from k2_megatron.data.json_lines import Piece, not_a_string
 from k2_megatron.data.long_texts import LONG_TEXT_BYTES
-from k2_megatron.data.parquet_pages import first_byte, pages_of
+from k2_megatron.data.parquet_pages import can_stream, first_byte, pages_of
 from k2_megatron.data.parquet_texts import Text, TextChunk, text_chunk, texts_of
 from k2_megatron.data.sources import READ_BYTES, Source, why_not_utf8
 from k2_megatron.data.texts import Texts
@@ -62,29 +63,34 @@ def parquet_pieces(
             filled += file.metadata.row_group(group).total_byte_size
             if shard < first_shard:
                 continue
-            chunks = _large_chunks(file, raw, group, keys)
-            if not chunks:
-                _refuse_large_pages(file, raw, group, keys)
-            rows = zip(*map(texts_of, chunks), strict=True) if chunks else _arrow_rows(file, group, keys)
-            for piece in _pieces_of_rows(rows, keys, shard, make_room):
+            for piece in _pieces_of_rows(_rows_of(file, raw, group, keys), keys, shard, make_room):
                 piece.consumed = source.size * (group + 1) // file.num_row_groups
                 yield piece
 
 
-def _large_chunks(file: Any, raw: IO[bytes], group: int, keys: Sequence[str]) -> list[TextChunk]:
-    """The columns' chunks where their pages are too large for arrow and can be read without it, else none."""
+def _rows_of(file: Any, raw: IO[bytes], group: int, keys: Sequence[str]) -> Iterable[Row | Run]:
+    """The rows of a row group: columns of large pages a text at a time, the others by arrow."""
+    chunks = _large_chunks(file, raw, group, keys)
+    _refuse_large_pages(file, raw, group, [key for key in keys if key not in chunks])
+    if not chunks:
+        return _arrow_rows(file, group, keys)
+    columns = [texts_of(chunks[key]) if key in chunks else _arrow_column(file, group, key) for key in keys]
+    return zip(*columns, strict=True)
+
+
+def _large_chunks(file: Any, raw: IO[bytes], group: int, keys: Sequence[str]) -> dict[str, TextChunk]:
+    """The columns' chunks that can be read without arrow where their pages are too large for it, else none."""
     facts = file.metadata.row_group(group)
-    found = []
+    found = {}
     for key in keys:
         numbers = [n for n in range(facts.num_columns) if facts.column(n).path_in_schema == key]
-        if len(numbers) != 1 or not _is_text(file.schema_arrow.field(key).type):
-            return []
-        found.append((file.schema.column(numbers[0]), facts.column(numbers[0])))
-    if sum(chunk.total_uncompressed_size for _, chunk in found) <= ARROW_PAGE_BYTES:
-        return []
-    chunks = [chunk for one in found if (chunk := text_chunk(raw, *one)) is not None]
-    large = sum(chunk.largest_page for chunk in chunks) > ARROW_PAGE_BYTES
-    return chunks if large and len(chunks) == len(keys) else []
+        if len(numbers) == 1 and _is_text(file.schema_arrow.field(key).type):
+            found[key] = file.schema.column(numbers[0]), facts.column(numbers[0])
+    if sum(chunk.total_uncompressed_size for _, chunk in found.values()) <= ARROW_PAGE_BYTES:
+        return {}
+    readable = {key: text_chunk(raw, *one) for key, one in found.items() if can_stream(one[1].compression)}
+    chunks = {key: chunk for key, chunk in readable.items() if chunk is not None}
+    return chunks if sum(chunk.largest_page for chunk in chunks.values()) > ARROW_PAGE_BYTES else {}
 
 
 def _refuse_large_pages(file: Any, raw: IO[bytes], group: int, keys: Sequence[str]) -> None:
@@ -102,12 +108,22 @@ def _refuse_large_pages(file: Any, raw: IO[bytes], group: int, keys: Sequence[st
         except ValueError:
             continue  # arrow says what it is
         if largest > REFUSED_PAGE_BYTES:
+            lacking = _lacks_module_alone(raw, file.schema.column(number), column)
             raise ValueError(
                 f"{raw.name}: a page of {largest >> 20} MiB in column {column.path_in_schema} "
-                f"({', '.join(column.encodings)}; {column.compression}), of a kind that only arrow reads, in up to "
-                "eight times as much memory; write the file anew, its texts in no list and not as deltas: "
-                "pyarrow.parquet.write_table(pyarrow.parquet.read_table(FILE), NEW)"
+                f"({', '.join(column.encodings)}; {column.compression}), of a kind that only arrow reads"
+                f"{' where k2_megatron._cpu is not built' if lacking else ''}, in up to eight times as much memory; "
+                f"{'build it (pip install -e .), or ' if lacking else ''}write the file anew, its texts in no list and "
+                "not as deltas: "
+                'pyarrow.parquet.write_table(pyarrow.parquet.read_table(FILE), NEW, compression="zstd")'
             )
+
+
+def _lacks_module_alone(raw: IO[bytes], column: Any, facts: Any) -> bool:
+    """Whether a column chunk could be read without arrow were the compiled module built."""
+    if can_stream(facts.compression) or facts.compression not in FORMATS:
+        return False
+    return text_chunk(raw, column, facts) is not None
 
 
 def _is_text(kind: Any) -> bool:
@@ -125,6 +141,12 @@ def _arrow_rows(file: Any, group: int, keys: Sequence[str]) -> Iterator[Row | Ru
             continue
         for row in zip(*columns, strict=True):
             yield [_arrow_value(value) for value in row]
+
+
+def _arrow_column(file: Any, group: int, key: str) -> Iterator[Any]:
+    """The column's part of each row."""
+    for batch in file.iter_batches(_rows_at_a_time(file, group, [key]), row_groups=[group], columns=[key]):
+        yield from map(_arrow_value, batch.column(key))
 
 
 def _run_of(columns: Sequence[Any]) -> Run | None:

@@ -27,7 +27,6 @@ from k2_megatron.data.parquet_pages import (
     DICTIONARY_PAGE,
     Page,
     PageContent,
-    can_stream,
     first_byte,
     open_page,
     pages_of,
@@ -67,10 +66,9 @@ class TextChunk:
 
 
 def text_chunk(file: IO[bytes], column: Any, facts: Any) -> TextChunk | None:
-    """What arrow tells of a column and of its chunk in a row group as a chunk that can be read here, if it can."""
+    """What arrow tells of a column and of its chunk in a row group as a chunk that can be read here, if it can. (Where
+    its codec can: `can_stream`.)"""
     if column.physical_type != "BYTE_ARRAY" or column.max_repetition_level or column.max_definition_level > 1:
-        return None
-    if not can_stream(facts.compression):
         return None
     try:
         pages = list(pages_of(file.fileno(), first_byte(facts), facts.num_values))

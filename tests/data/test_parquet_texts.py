@@ -121,7 +121,7 @@ def test_what_is_not_read_here_stays_with_arrow(tmp_path, monkeypatch, what):
         monkeypatch.setattr(parquet_texts, "LARGEST_DICTIONARY", 1)
     monkeypatch.setattr(parquet_rows, "ARROW_PAGE_BYTES", 0)
     with open(path, "rb") as raw, parquet.ParquetFile(path) as file:
-        assert parquet_rows._large_chunks(file, raw, 0, ["text"]) == []
+        assert parquet_rows._large_chunks(file, raw, 0, ["text"]) == {}
     (source,) = find_sources([str(path)])
     (piece,) = pieces(source, ["text"], 1 << 30, 0, None)
     assert (len(piece.texts["text"]), len(piece.rejected)) == ((0, 150) if what in ("nested", "binary") else (100, 50))
@@ -138,6 +138,40 @@ def test_large_pages_that_are_read_here_or_not_asked_for_are_not_refused(tmp_pat
             parquet_rows._refuse_large_pages(file, raw, 0, ["textual"])
         parquet_rows._refuse_large_pages(file, raw, 0, ["text"])
     read(tmp_path / "a.parquet", ["textual"], monkeypatch, 0)
+
+
+def test_columns_of_which_one_stays_with_arrow(tmp_path, monkeypatch):
+    """The others' pages are too large for arrow, and are not refused for it."""
+    path = tmp_path / "a.parquet"
+    columns = {name: texts(seed, 400, 0.5, nulls=name != "text") for seed, name in enumerate(("text", "body"))}
+    columns |= {name: [str(row) if row % step else None for row in range(400)] for name, step in (("id", 7), ("no", 9))}
+    deltas = {"text": "PLAIN", "body": "PLAIN", "id": "DELTA_BYTE_ARRAY", "no": "DELTA_LENGTH_BYTE_ARRAY"}
+    write(path, columns, use_dictionary=False, column_encoding=deltas)
+    for keys in (["text", "id"], ["id", "body", "no", "text"], ["no", "text", "no"]):
+        monkeypatch.setattr(parquet_rows, "REFUSED_PAGE_BYTES", 5000)
+        ours = read(path, keys, monkeypatch, 0)
+        monkeypatch.setattr(parquet_rows, "REFUSED_PAGE_BYTES", 1 << 30)
+        assert ours == read(path, keys, monkeypatch, 1 << 30)
+        assert ours[0][-1][0] > 1, "several shards"
+
+
+def test_large_pages_of_a_codec_that_needs_the_compiled_module_are_told_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("k2_megatron.data.parquet_pages.compiled", lambda: None)
+    monkeypatch.setattr(parquet_rows, "REFUSED_PAGE_BYTES", 100)
+    monkeypatch.setattr(parquet_rows, "ARROW_PAGE_BYTES", 0)
+    table = arrow.table({"text": ["one", "two"] * 50})
+    remedy = r'write_table\(pyarrow.parquet.read_table\(FILE\), NEW, compression="zstd"\)$'
+    for encoding, message in (
+        ("PLAIN", r"SNAPPY.* arrow reads where k2_megatron._cpu is not built, .* build it \(pip install -e \.\), or "),
+        ("DELTA_LENGTH_BYTE_ARRAY", r"SNAPPY.* arrow reads, in up to eight times as much memory; "),
+    ):
+        settings = {"use_dictionary": False, "column_encoding": {"text": encoding}}
+        parquet.write_table(table, tmp_path / "a.parquet", compression="snappy", **settings)
+        with pytest.raises(ValueError, match=f"{message}write the file anew.*{remedy}"):
+            list(pieces(find_sources([str(tmp_path / "a.parquet")])[0], ["text"], 1 << 30, 0, None))
+    parquet.write_table(parquet.read_table(tmp_path / "a.parquet"), tmp_path / "b.parquet", compression="zstd")
+    (piece,) = pieces(find_sources([str(tmp_path / "b.parquet")])[0], ["text"], 1 << 30, 0, None)
+    assert list(piece.texts["text"]) == ["one", "two"] * 50
 
 
 def test_a_row_that_is_not_utf8_is_rejected(tmp_path, monkeypatch):
