@@ -138,7 +138,7 @@ class SentencePieceTokenizer:
     @property
     def merges_pairs(self) -> bool:
         """Whether ids come of merging pairs by their rank and order alone."""
-        settings = dict(_protobuf(dict(_protobuf(self.path.read_bytes()))[TRAINER_SPEC]))
+        settings = dict(_protobuf(dict(_protobuf(self.path.read_bytes())).get(TRAINER_SPEC, b"")))
         is_pairs = settings.get(MODEL_TYPE) == BPE_TYPE
         return is_pairs and not any(map(self.backend.is_unused, range(self.vocab_size)))
 

@@ -241,6 +241,19 @@ def test_of_sentencepieces_models_byte_pair_encoding_alone_has_such_boundaries(t
     assert byte_pair_cuts.has_seams(load_tokenizer(tmp_path / "model.model")) == (kind == "bpe")
 
 
+def test_a_sentencepiece_model_that_does_not_tell_of_its_training_is_unigram(tmp_path):
+    """As sentencepiece itself takes it."""
+
+    def field(number: int, content: bytes) -> bytes:
+        return bytes([8 * number + 2, len(content)]) + content
+
+    pieces = [field(1, b"<unk>") + b"\x18\x02", field(1, b"</s>") + b"\x18\x03", *(field(1, x) for x in (b"a", b"ab"))]
+    (tmp_path / "x.model").write_bytes(b"".join(field(1, piece) for piece in pieces))
+    tokenizer = load_tokenizer(tmp_path / "x.model")
+    assert tokenizer.vocab_size == 4
+    assert not byte_pair_cuts.has_seams(tokenizer)
+
+
 def test_a_run_of_unknown_letters_is_one_id_over_all_its_slices(tmp_path):
     """Without byte fallback sentencepiece makes one of them, behind the space that it puts before every slice."""
     from sentencepiece import SentencePieceTrainer
