@@ -8,6 +8,7 @@ Nothing here depends on how many workers or parts made the shards.
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import xxhash
 
 from k2_megatron.data.indexed import TokenFile
 from k2_megatron.data.manifest import FORMAT, manifest_path
-from k2_megatron.data.shards import Job, read_record
+from k2_megatron.data.shards import Job, read_record, unbroken_rejected
 from k2_megatron.data.store import HashedWriter, publish, write_sealed
 
 COPY_BYTES = 8 << 20
@@ -60,6 +61,8 @@ def merge(job: Job, tokenizer: Any, max_bad_fraction: float) -> dict[str, Any]:
             "documents": documents,
             "tokens": sum(entry["tokens"] for entry in files),
             "rejected": len(rejects),
+            "unbroken_bytes": job.unbroken_bytes,
+            "unbroken_rejected": sum(map(unbroken_rejected, itertools.chain(*records))),
             "sources": [_source_entry(job, number, source) for number, source in enumerate(records)],
             "files": files,
         }

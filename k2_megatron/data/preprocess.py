@@ -156,7 +156,8 @@ def _finished(job: Job, maker: ShardMaker) -> dict[str, Any] | None:
     sources = [[source.name, source.size] for source in job.sources]
     for path, manifest in zip(paths, manifests, strict=True):
         made_from = [[source["name"], source["bytes"]] for source in manifest["sources"]]
-        if manifest.get("job") != maker.fingerprint or made_from != sources:
+        same_job = manifest.get("job") == maker.fingerprint and job.unbroken_fits(manifest)
+        if not same_job or made_from != sources:
             raise ValueError(
                 f"{path}: made by another run (other options, tokenizer or sources); remove the outputs of "
                 f"{job.prefix} to make them afresh, or choose another --output-prefix"
@@ -164,7 +165,10 @@ def _finished(job: Job, maker: ShardMaker) -> dict[str, Any] | None:
         try:
             open_token_files(path)
         except ValueError as error:
-            raise ValueError(f"{error} (to make it again remove {path} first, then give the same command)") from None
+            problem = str(error).rpartition("; ")[0]  # its remedy is for whoever reads the tokens
+            raise ValueError(
+                f"{problem}; restore it from a backup, or remove {path} and give the same command to make all again"
+            ) from None
     if len(paths) < len(job.keys):
         return None
     remove_leftovers(job)

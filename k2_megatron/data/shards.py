@@ -48,12 +48,16 @@ class Job:
     unbroken_bytes: int = UNBROKEN_BYTES  # the longest part of a document that is encoded at once
 
     def fingerprint(self, tokenizer_fingerprint: str) -> str:
-        """Changes with anything that changes the tokens or how they are cut into shards."""
-        parts: tuple[Any, ...] = (tokenizer_fingerprint, self.keys, self.append_end_of_document)
-        parts += (self.shard_bytes, self.one_file)
-        if self.unbroken_bytes != UNBROKEN_BYTES:
-            parts += (self.unbroken_bytes,)
+        """Changes with anything that changes the tokens or how they are cut into shards, but for `unbroken_bytes`: see
+        `unbroken_fits`."""
+        parts = (tokenizer_fingerprint, self.keys, self.append_end_of_document, self.shard_bytes, self.one_file)
         return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+
+    def unbroken_fits(self, made: dict[str, Any]) -> bool:
+        """Whether what a record or manifest tells of is the same under this job's limit: a larger one changes nothing
+        where no document was rejected for the smaller."""
+        limit = made.get("unbroken_bytes", UNBROKEN_BYTES)
+        return limit == self.unbroken_bytes or (limit < self.unbroken_bytes and not unbroken_rejected(made))
 
     def output(self, key: str) -> str:
         """The prefix of one key's token files: the name that Megatron's tool gives."""
@@ -103,7 +107,8 @@ def units_of(job: Job) -> list[Unit]:
 
 
 def read_record(job: Job, source: int, shard: int, fingerprint: str) -> dict[str, Any] | None:
-    """The record of a finished shard, or None. ValueError where it belongs to another job."""
+    """The record of a finished shard, or None where it is to be made (again). ValueError where it belongs to another
+    job, or was made under a larger limit: without that documents may be lost."""
     path = job.record_path(source, shard)
     if not path.is_file():
         return None
@@ -114,12 +119,26 @@ def read_record(job: Job, source: int, shard: int, fingerprint: str) -> dict[str
                 f"{path}: its {name} is {record.get(name)!r}, this run's is {value!r}; remove {job.record_folder} and "
                 f"the outputs of {job.prefix} to start afresh, or choose another --output-prefix"
             )
+    limit = record.get("unbroken_bytes", UNBROKEN_BYTES)
+    if limit > job.unbroken_bytes:
+        raise ValueError(
+            f"{path}: its shard was made with --max-unbroken-size {limit}, this run's is {job.unbroken_bytes}; give at "
+            f"least the former, or remove {path}: its shard is then made again"
+        )
+    if not job.unbroken_fits(record):
+        return None
     for entry in record["files"].values():
         for suffix, key in ((".bin", "bin_bytes"), (".idx", "idx_bytes")):
             found = Path(job.prefix).parent / (entry["name"] + suffix)
             if not found.is_file() or found.stat().st_size != entry[key]:
                 return None  # removed by hand, or torn by a power cut: made again
     return record
+
+
+def unbroken_rejected(made: dict[str, Any]) -> int:
+    """How many documents a record or manifest counts as rejected for the limit; before it told, any might have been."""
+    rejected = made["rejected"]
+    return made.get("unbroken_rejected", rejected if isinstance(rejected, int) else len(rejected))
 
 
 def _facts(source: Source) -> dict[str, Any]:
@@ -225,6 +244,7 @@ class _OpenShard:
         self.lines, self.documents, self.text_bytes, self.disk_bytes = 0, 0, 0, 0
         self.blank: list[int] = []
         self.rejected: list[tuple[int, str]] = []
+        self.unbroken_rejected = 0  # of them
         self.hash = xxhash.xxh3_64()
         self.writers: dict[str, TokenWriter] = {}
 
@@ -238,6 +258,7 @@ class _OpenShard:
         if any(slices is None for found in runs.values() for _, slices in found):
             assert (count, piece.lines) == (1, 1), "a document of so many bytes is a piece of its own"
             piece.rejected.append((0, maker.why_unbroken))
+            self.unbroken_rejected += 1
             count = 0
         tokens = sum(self._write(key, runs.pop(key)) for key in maker.job.keys) if count else 0
         self.blank += [self.lines + line for line in piece.blank]
@@ -292,6 +313,8 @@ class _OpenShard:
             "documents": self.documents,
             "blank": self.blank,
             "rejected": self.rejected,
+            "unbroken_bytes": job.unbroken_bytes,
+            "unbroken_rejected": self.unbroken_rejected,
             "content_bytes": self.text_bytes,
             "content_xxh3": self.hash.hexdigest(),
             "disk_bytes": self.disk_bytes,

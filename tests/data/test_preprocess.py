@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 
 from k2_megatron.data import long_texts, readers, shards, store
 from k2_megatron.data.documents import line_of_document
+from k2_megatron.data.long_texts import UNBROKEN_BYTES
 from k2_megatron.data.manifest import manifest_of_foreign_files, manifest_path, open_token_files, read_manifest
 from k2_megatron.data.preprocess import preprocess
 from k2_megatron.data.shards import ShardMaker
@@ -277,7 +278,7 @@ def test_too_many_bad_lines_stop_with_the_list(tmp_path, toy_tokenizer, speeches
 
 
 def test_a_document_that_can_only_be_encoded_at_once_is_rejected_and_listed(tmp_path, toy_tokenizer, monkeypatch):
-    """Under every key; where more is allowed its ids are made, by a job of another name."""
+    """Under every key; where more is allowed its ids are made, and the shards that lost none to the limit are kept."""
     monkeypatch.setattr(long_texts, "LONG_TEXT_BYTES", 100)
     monkeypatch.setattr(readers, "LONG_LINE_BYTES", 100)
     whole = "word " * 10 + "\n" * 1500
@@ -293,11 +294,32 @@ def test_a_document_that_can_only_be_encoded_at_once_is_rejected_and_listed(tmp_
         preprocess(job, workers=1, max_bad_fraction=0.5)
     assert preprocess(job, workers=1, max_bad_fraction=0.7)["rejected"] == 2
     assert all(read_manifest(manifest_path(job.output(key)))["documents"] == 1 for key in job.keys)
-    more = make_job(*settings, keys=("text", "body"), unbroken_bytes=2000)
-    with pytest.raises(ValueError, match="made by another run"):
+    more = dataclasses.replace(job, unbroken_bytes=2000)
+    with pytest.raises(ValueError, match="made by another run"):  # the records are gone
         preprocess(more, workers=1, max_bad_fraction=0.7)
-    more = dataclasses.replace(more, prefix=str(tmp_path / "y"))
-    assert preprocess(more, workers=1, max_bad_fraction=0.7)["rejected"] == 1
+    for prefix in ("y", "z"):
+        (tmp_path / prefix).mkdir()
+    again, clean = (dataclasses.replace(more, prefix=str(tmp_path / prefix / "x")) for prefix in ("y", "z"))
+    with pytest.raises(ValueError, match="2 of 3 documents"):
+        preprocess(dataclasses.replace(again, unbroken_bytes=1000), workers=1, max_bad_fraction=0.5)
+    reports = []
+    assert preprocess(again, workers=1, max_bad_fraction=0.5, report=reports.append)["rejected"] == 1
+    assert [(report.earlier, report.rejected) for report in reports] == [(True, 0), (False, 0), (False, 1)]
+    preprocess(clean, workers=1, max_bad_fraction=0.5)
+    assert outputs(tmp_path / "y") == outputs(tmp_path / "z")
+
+
+def test_a_limit_below_the_one_that_shards_were_made_under_is_refused(tmp_path, corpus, toy_tokenizer):
+    """Who forgets the option loses neither documents nor what was made; one that changes nothing is the same job."""
+    larger, settings = UNBROKEN_BYTES + 1, {"one_file": False, "shard_bytes": 9000}
+    run(corpus, toy_tokenizer, tmp_path / "x", part=(0, 2), unbroken_bytes=larger, **settings)
+    for merge_only in (False, True):
+        with pytest.raises(ValueError, match=f"with --max-unbroken-size {larger}, this run's is .*; give at least"):
+            run(corpus, toy_tokenizer, tmp_path / "x", merge_only=merge_only, **settings)
+    made = run(corpus, toy_tokenizer, tmp_path / "x", unbroken_bytes=larger, **settings)
+    assert run(corpus, toy_tokenizer, tmp_path / "x", unbroken_bytes=larger + 1, **settings) == made
+    with pytest.raises(ValueError, match="made by another run"):
+        run(corpus, toy_tokenizer, tmp_path / "x", **settings)
 
 
 def test_a_run_without_the_compiled_module_says_so(tmp_path, corpus, toy_tokenizer, monkeypatch):
@@ -367,7 +389,7 @@ def test_outputs_that_are_not_what_their_manifest_says_are_told(tmp_path, corpus
     path = sorted(tmp_path.glob(f"*{suffix}"))[-1]
     for damage in (lambda: cut(path), path.unlink):
         damage()
-        told = r": .*; .*remove \S+/x_text_document\.manifest\.json first, then give the same command"
+        told = r": [^;]*; restore it from a backup, or remove \S+/x_text_document\.manifest\.json and give the [^;]*$"
         with pytest.raises(ValueError, match=path.name + told):
             run(corpus, toy_tokenizer, tmp_path / "x", **settings)
     (tmp_path / "x_text_document.manifest.json").unlink()
