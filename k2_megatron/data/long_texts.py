@@ -3,10 +3,11 @@
 In: an encoder, its tokenizer and a text. Out: the slices of the text, and their ids one after another. A text may be
 cut where no piece of the vocabulary stands in it across the cut (then no merge reaches over it: each merge's result is
 a piece) and where, at this very cut, the text around it gives the same ids in two parts as in one. Looked for are
-single spaces and newlines between other characters, then other places. What a pre-tokenizer splits at decides over more
-than the text around, so that with one those are only places between two letters without case (Chinese, Japanese, Thai):
-any that keeps runs of letters together goes on with such a run as it would begin it. Where there is no such place,
-boundaries of byte-pair encoding are tried (byte_pair_cuts.py). A text that stays whole for too long has no slices.
+single spaces and newlines between other characters; then places before white space, where words are known to end
+whatever stands around; then other places. What a pre-tokenizer splits at decides over more than the text around, so
+that with one those are only places between two letters without case (Chinese, Japanese, Thai): any that keeps runs of
+letters together goes on with such a run as it would begin it. Where there is no such place, boundaries of byte-pair
+encoding are tried (byte_pair_cuts.py). A text that stays whole for too long has no slices.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ import numpy as np
 from k2_megatron.data.byte_pair_cuts import Encode, Seam, character_at, find_seam, has_seams, ids_of
 from k2_megatron.data.texts import Texts
 from k2_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
-from k2_megatron.data.word_patterns import counts_characters
+from k2_megatron.data.word_patterns import counts_characters, ends_words_before_spaces
 
 LONG_TEXT_BYTES = 2 << 20  # longer ones are sliced
 SLICE_BYTES = 1 << 20
 UNBROKEN_BYTES = 4 << 20  # of a slice that has no place to cut; its ids take thirty times as much meanwhile
 WINDOW_BYTES = 1 << 10  # on either side of a cut that are encoded twice
 TRIED_PLACES = 20  # of a kind, for one cut, before it is looked for a slice later
-READ_PLACES = 400  # between two characters, of which those are tried over which no piece is seen to reach
+READ_PLACES = 400  # of which those are tried that may be one by the text as it is written
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Slice:
 
 CUTS = (Cut(1, 0), Cut(0, 0), Cut(0, 1))
 SPACES = (re.compile(rb"(?<=[^\s]) (?=[^\s])"), re.compile(rb"(?<=[^\s])\n(?=[^\s])"))
+WORD_ENDS = re.compile(rb"(?<=[^\s])(?=\s)")
 BETWEEN = re.compile(rb"(?<=[^\s])(?=[^\s\x80-\xBF])")  # two characters: all but the first byte of one are \x80-\xBF
 
 
@@ -73,6 +75,9 @@ class Slicer:
         self._longest = self._lengths[-1]
         self._caseless_only = tokenizer.pre_tokenizer is not None
         self._never = counts_characters(tokenizer.pre_tokenizer)  # what stands behind a cut would be counted anew
+        word_ends = [(WORD_ENDS, _ends_word, CUTS[1:2])] if ends_words_before_spaces(tokenizer.pre_tokenizer) else []
+        spaces = [(pattern, _stands_alone, CUTS) for pattern in SPACES]
+        self._kinds = [*spaces, *word_ends, (BETWEEN, self._may_part, CUTS[1:])]
         self._has_seams = has_seams(tokenizer)
 
     def encode(self, text: np.ndarray, slices: Sequence[Slice]) -> Iterator[np.ndarray]:
@@ -118,13 +123,11 @@ class Slicer:
 
     def _find_unreached(self, text: np.ndarray, first: int) -> Seam | None:
         """The first place of a slice over which no piece reaches."""
-        for pattern in (*SPACES, BETWEEN):
+        for pattern, may_part, cuts in self._kinds:
             matches = pattern.finditer(text[first : first + SLICE_BYTES + 2].data)
-            places = (first + match.start() for match in matches)
-            if pattern is BETWEEN:
-                places = (place for place in islice(places, READ_PLACES) if self._may_part(text, place))
-            for place in islice(places, TRIED_PLACES):
-                cut = self._cut_at(text, place, CUTS[1:] if pattern is BETWEEN else CUTS)
+            places = (first + match.start() for match in islice(matches, READ_PLACES))
+            for place in islice((place for place in places if may_part(text, place)), TRIED_PLACES):
+                cut = self._cut_at(text, place, cuts)
                 if cut is not None:
                     return Seam(place, place + cut.skip, cut.drop)
         return None
@@ -171,6 +174,22 @@ class Slicer:
                 if around[start : start + length] in self._pieces:
                     return True
         return False
+
+
+def _stands_alone(text: np.ndarray, place: int) -> bool:
+    """Whether the space or newline at `place` stands between other characters: not all white space is ASCII."""
+    before = text[character_at(text, place - 1) : place].tobytes().decode("utf-8")
+    behind = text[place + 1 : place + 5].tobytes().decode("utf-8", errors="ignore")[0]
+    return not before.isspace() and not behind.isspace()
+
+
+def _ends_word(text: np.ndarray, place: int) -> bool:
+    """Whether a word ends before the white space at `place`: newlines may belong to symbols, and what Unicode did not
+    always know may be taken for one."""
+    before = text[character_at(text, place - 1) : place].tobytes().decode("utf-8")
+    if before.isascii() and before.isalnum():
+        return True
+    return unicodedata.category(before)[0] not in "ZC" and text[place] in b" \t"
 
 
 def _window(text: np.ndarray, place: int) -> tuple[int, int]:

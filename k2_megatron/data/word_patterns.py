@@ -1,7 +1,7 @@
 """What a tokenizer.json's pre-tokenizer does to a run of letters, digits or symbols.
 
 In: its settings. Out: whether a long text may be cut in such a run: the run up to the cut is then a word as it was, and
-the rest is one that begins there.
+the rest is one that begins there; and whether it may be cut behind one, before white space.
 """
 
 from __future__ import annotations
@@ -38,6 +38,16 @@ def keeps_runs(settings: dict[str, Any] | None) -> bool:
         return True
     parts = settings["pretokenizers"] if settings["type"] == "Sequence" else [settings]
     return all(_part_keeps_runs(part) for part in parts)
+
+
+def ends_words_before_spaces(settings: dict[str, Any] | None) -> bool:
+    """Whether it is known to end a word before white space, whatever stands around: but for newlines behind symbols, no
+    alternative of GPT-2's pattern or KNOWN goes on from another character to white space, and none looks back."""
+    if settings is None or not keeps_runs(settings):
+        return False
+    parts = settings["pretokenizers"] if settings["type"] == "Sequence" else [settings]
+    first = next((part for part in parts if part["type"] != "Digits"), {"type": "Digits"})  # Digits keeps white space
+    return first["type"] == "Split" or (first["type"] == "ByteLevel" and bool(first["use_regex"]))
 
 
 def _part_keeps_runs(part: dict[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from k2_megatron.data.long_texts import Slicer, apart
 from k2_megatron.data.texts import Texts
 from k2_megatron.data.tokenizer import load_tokenizer
 from k2_megatron.data.training import train_byte_level_bpe
+from k2_megatron.data.word_patterns import ends_words_before_spaces
 
 WORDS = [
     "union",
@@ -117,8 +118,8 @@ def test_text_without_spaces_is_sliced_with_the_ids_of_the_whole(request, kind, 
     assert len(found) > 2
 
 
-RUNS = ["a" * 1000, "ACGT" * 300, "=-" * 500, "🙂" * 300, "é" * 600, "x1,y2;" * 200, "0" * 1000]
-SPACES = [" " * 1000, "\n" * 1000, "a  \n\n" * 300]
+RUNS = ["a" * 1000, "ACGT" * 300, "=-" * 500, "🙂" * 300, "é" * 600, "x1,y2;" * 200, "0" * 1000, "a  \n\n" * 300]
+SPACES = [" " * 1000, "\n" * 1000]
 
 
 @pytest.mark.parametrize("text", [*RUNS, *SPACES])
@@ -204,6 +205,66 @@ def test_slices_at_boundaries_have_the_ids_of_the_whole_whatever_is_merged(tmp_p
     assert sliced > 24
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "digits", "numbers", "whole words"])
+def test_tables_are_sliced_before_white_space_with_the_ids_of_the_whole(tmp_path, kind):
+    """Cells between runs of white space, also longer than what is looked at around a cut; white space, digits or
+    symbols are merged in any order."""
+    sliced = 0
+    for seed, (cells, spaces) in itertools.product(range(4), itertools.product(CELLS, GAPS)):
+        draw = random.Random(f"{kind} {seed} {cells} {spaces}")
+        backend = vocabulary_of_any_merges(draw, draw.choice([" \t\r\n", "0123456789", "|-.\n"]), kind)
+        if draw.random() < 0.3:
+            digits = pre_tokenizers.Digits(individual_digits=draw.random() < 0.5)
+            backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+        backend.save(str(tmp_path / "tokenizer.json"))
+        longest = draw.choice([1, 3, 150])
+        text = "".join(
+            "".join(
+                draw.choices(cells, k=draw.randrange(1, 7)) + draw.choices(spaces, k=draw.randrange(1, longest + 1))
+            )
+            for _ in range(1800 // (longest + 6))
+        )
+        found, whole = slices(load_tokenizer(tmp_path / "tokenizer.json"), text, "tokenizers")
+        assert [token for part in found for token in part] == whole, (seed, cells, spaces)
+        sliced += len(found) > 1
+    assert sliced > 60
+
+
+CELLS = ["0123456789", "1", "|-", "1|.", "aé\u0301b", "\u0967\u0968", "\u00a0\u200b1"]
+GAPS = [" ", "\t", "\r\n", " \t\n", "\n\u3000\u0085"]
+
+
+@pytest.mark.parametrize("words", [GPT2, split_by(LLAMA3)])
+@pytest.mark.parametrize(
+    "text", ["12345\t678\r\n" * 99, "   12345      67" * 99, "1\t\t" * 300, "1\n\n" * 300, "|      " * 99]
+)
+def test_tables_of_integers_are_sliced(toy_tokenizer, tmp_path, words, text):
+    backend = Tokenizer.from_file(toy_tokenizer)
+    backend.pre_tokenizer = words
+    backend.save(str(tmp_path / "tokenizer.json"))
+    found, whole = slices(load_tokenizer(tmp_path / "tokenizer.json"), text)
+    assert [token for part in found for token in part] == whole
+    assert len(found) > 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ("|\n" + " " * 200 + "\n") * 9,  # behind a symbol: newlines may belong to it
+        ("\n " + "\u3000" * 30 + " " + "\u3000" * 30) * 9 + "\n",  # between white space that is not ASCII
+    ],
+)
+def test_no_cut_beside_white_space_that_may_belong_to_a_word_across_it(tmp_path, text):
+    """With the cut a word would end or begin elsewhere, far from what is looked at around it."""
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ĊĠ", "</s>"]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ċ", "Ġ")]))
+    backend.pre_tokenizer = split_by(LLAMA3)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    found, whole = slices(load_tokenizer(tmp_path / "tokenizer.json"), text, "tokenizers")
+    assert [token for part in found for token in part] == whole
+
+
 O200K = LLAMA3.replace(r"\p{L}+", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+", 1)
 
 
@@ -228,6 +289,28 @@ def test_boundaries_are_looked_for_where_pairs_are_merged_in_words_that_are_know
         backend.pre_tokenizer = words
     backend.save(str(tmp_path / "tokenizer.json"))
     assert byte_pair_cuts.has_seams(load_tokenizer(tmp_path / "tokenizer.json")) == expected
+
+
+@pytest.mark.parametrize(
+    ("splitter", "expected"),
+    [
+        (None, False),
+        (GPT2, True),
+        (split_by(LLAMA3), True),
+        (split_by(O200K), False),
+        (pre_tokenizers.Sequence([pre_tokenizers.Digits(), GPT2]), True),
+        (pre_tokenizers.Digits(), False),
+        (pre_tokenizers.Metaspace(), False),
+        (pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), GPT2]), False),  # to which spaces are letters
+        (pre_tokenizers.ByteLevel(use_regex=False), False),
+    ],
+)
+def test_words_are_known_to_end_before_white_space_where_a_known_pattern_splits_the_text(tmp_path, splitter, expected):
+    backend = Tokenizer(models.BPE({"a": 0, "</s>": 1}, []))
+    if splitter is not None:
+        backend.pre_tokenizer = splitter
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert ends_words_before_spaces(load_tokenizer(tmp_path / "tokenizer.json").pre_tokenizer) == expected
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "word", "char"])
