@@ -148,7 +148,7 @@ class PageContent:
     where more is asked for than there is."""
 
     def __init__(self, file: IO[bytes], size: int):
-        self._file, self.left = file, size
+        self.file, self.left = file, size
 
     def exactly(self, size: int) -> bytearray:
         if size > self.left:
@@ -156,7 +156,7 @@ class PageContent:
         content = bytearray(size)
         view = memoryview(content)
         while view:
-            count = cast(Any, self._file).readinto(view[:READ_BYTES])
+            count = cast(Any, self.file).readinto(view[:READ_BYTES])
             if not count:
                 raise EOFError("a page ends too early")
             view = view[count:]
@@ -170,7 +170,7 @@ class PageContent:
     def finish(self) -> None:
         """Read what is left, so that its checksum is seen."""
         self.skip(self.left)
-        if self._file.read(1):
+        if self.file.read(1):
             raise ValueError("a page is longer than its header says")
 
 

@@ -222,19 +222,26 @@ def _pieces_of_rows(
             gathered.take_run(row)
         else:
             size = sum(value.size for value in row if isinstance(value, Text))
-            long = LONG_TEXT_BYTES < size <= sources.MAX_DOCUMENT_BYTES
+            too_long = _too_long(row, size)
+            long = size > LONG_TEXT_BYTES and not too_long
             if long:
                 if gathered.lines:
                     yield gathered.piece()
                 gathered = _Rows(keys, shard)
                 if size > sources.ROOM_BYTES:
                     make_room()
-            gathered.take(row, size)
+            gathered.take(row, size, too_long)
         if long or gathered.bytes >= sources.PIECE_BYTES or gathered.lines >= PIECE_ROWS:
             yield gathered.piece()
             gathered = _Rows(keys, shard)
     if gathered.lines:
         yield gathered.piece()
+
+
+def _too_long(row: Row, size: int) -> str:
+    """Why a row of so many bytes is rejected; nothing where there is room for it."""
+    pages = [value.page for value in row if isinstance(value, Text)]
+    return next((sources.too_long(page) for page in pages if size > sources.longest_document(page)), "")
 
 
 class _Rows:
@@ -248,12 +255,10 @@ class _Rows:
         self._raw: list[Any] = []
         self._rejected: list[tuple[int, str]] = []
 
-    def take(self, row: Row, size: int) -> None:
+    def take(self, row: Row, size: int, too_long: str) -> None:
         texts: list[Any] = []
         others = [not_a_string(*one) for one in zip(self._keys, row, strict=True) if not isinstance(one[1], Text)]
-        reason = others[0] if others else ""
-        if size > sources.MAX_DOCUMENT_BYTES:
-            reason = f"longer than {sources.MAX_DOCUMENT_BYTES >> 20} MiB"
+        reason = too_long or (others[0] if others else "")
         for value in () if reason else row:
             texts.append(value.read())
             reason = reason or why_not_utf8(texts[-1])

@@ -42,10 +42,12 @@ UNPACKED_GROUPS = 512  # of eight packed numbers, at once
 
 @dataclass(frozen=True)
 class Text:
-    """A text of so many bytes; `read` before the next row is asked for, or never."""
+    """A text of so many bytes; `read` before the next row is asked for, or never. `page`: what it is read from, unless
+    it is in memory or in a file of its own."""
 
     size: int
     read: Callable[[], bytes | bytearray | memoryview]
+    page: IO[bytes] | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def _plain_texts(content: PageContent, present: Iterator[int]) -> Iterator[Text 
         behind = content.left - size
         if behind < 0:
             raise ValueError(f"a text of {size} bytes where a page has {content.left} left")
-        yield Text(size, partial(content.exactly, size))
+        yield Text(size, partial(content.exactly, size), content.file)
         content.skip(content.left - behind)
 
 

@@ -107,13 +107,13 @@ def decompressed(source: Source, raw: IO[bytes]) -> IO[bytes]:
     return raw
 
 
-def longest_document(file: IO[bytes]) -> int:
+def longest_document(file: IO[bytes] | None) -> int:
     """Bytes of the longest document that is taken of an open source, of which the beginning has been read."""
     behind_large = _window_bytes(file) > LARGE_WINDOW_BYTES
     return min(MAX_DOCUMENT_BYTES, MAX_BEHIND_LARGE_WINDOW_BYTES) if behind_large else MAX_DOCUMENT_BYTES
 
 
-def too_long(file: IO[bytes]) -> str:
+def too_long(file: IO[bytes] | None) -> str:
     """Why a longer one is rejected."""
     reason = f"longer than {longest_document(file) >> 20} MiB"
     window = _window_bytes(file)
@@ -122,7 +122,7 @@ def too_long(file: IO[bytes]) -> str:
     return f"{reason}, behind zstandard's window of {window >> 20} MiB: compress the file with a smaller one (zstd -19)"
 
 
-def _window_bytes(file: IO[bytes]) -> int:
+def _window_bytes(file: IO[bytes] | None) -> int:
     return getattr(getattr(file, "raw", None), "window_bytes", 0)
 
 

@@ -103,6 +103,21 @@ def test_long_rows_are_pieces_of_their_own_under_one_key_and_two(tmp_path, monke
     assert made[:2] == made[2:]
 
 
+@pytest.mark.parametrize(("codec", "rejected"), [("zstd", 1), ("gzip", 0)])
+def test_in_a_zstandard_page_of_a_large_window_there_is_less_room_for_a_row(tmp_path, monkeypatch, codec, rejected):
+    """Any window is large here; in a dictionary, which lies in memory or in a file, none is."""
+    monkeypatch.setattr(parquet_rows.sources, "LARGE_WINDOW_BYTES", 1)
+    monkeypatch.setattr(parquet_rows.sources, "MAX_BEHIND_LARGE_WINDOW_BYTES", 4096)
+    rows = ["a", "b" * 5000, "c"]
+    for dictionary in (False, True):
+        write(tmp_path / "a.parquet", {"text": rows}, compression=codec, use_dictionary=dictionary)
+        facts, _, _ = read(tmp_path / "a.parquet", ["text"], monkeypatch, 0)
+        reasons = [reason for fact in facts for _, reason in fact[2]]
+        assert [reason[:50] for reason in reasons] == (
+            ["longer than 0 MiB, behind zstandard's window of 0 M"[:50]] * (0 if dictionary else rejected)
+        )
+
+
 @pytest.mark.parametrize("what", ["nested", "binary", "encoding", "codec", "too many texts"])
 def test_what_is_not_read_here_stays_with_arrow(tmp_path, monkeypatch, what):
     path, values = tmp_path / "a.parquet", ["one", "two", None] * 50
