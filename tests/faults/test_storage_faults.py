@@ -88,7 +88,11 @@ def test_shard_that_is_cut_under_the_run(small_config, text_folder, tmp_path, wh
 
 
 def _lose_tensorboard(folder: Path) -> None:
-    _before_step_4(partial(shutil.rmtree, folder / "tensorboard"))
+    def lose() -> None:
+        # In one move: TensorBoard's thread, which opens its file anew for each write, would make it again meanwhile.
+        shutil.rmtree((folder / "tensorboard").rename(folder / "lost"))
+
+    _before_step_4(lose)
 
 
 def test_tensorboard_folder_that_is_lost_or_cannot_be_made(small_config, tmp_path, whole):
