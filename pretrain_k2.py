@@ -250,7 +250,7 @@ def train(
             views.evaluation(step, held_out_loss)
         leaving = stop.agreed(device.torch, save_failed=saves.failed) or ("--until" if step >= until else None)
         if step % config.checkpoint.every_steps == 0 or last or leaving:
-            watchdog.at("checkpoint", step)
+            watchdog.at("checkpoint", step, saves.longest_seconds)
             saves.wait()
             saves.remove_older(config.checkpoint, spikes)  # here, where the others wait for as long as it takes
             stop_when_different(compare_replicas(chunks, optimizer, groups), step, saves.saved_step, journal)

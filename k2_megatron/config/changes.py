@@ -69,6 +69,7 @@ HARMLESS = {
     "spikes.not_finite_steps": _SPIKES,
     "watchdog.step_factor": _HUNG,
     "watchdog.minimum_seconds": _HUNG,
+    "watchdog.pause_minimum_seconds": _HUNG,
     "watchdog.pause_seconds": _HUNG,
     "watchdog.heartbeat_seconds": _HUNG,
     "log.every_steps": _SHOWN,

@@ -277,11 +277,10 @@ def start_optimizer_needs_start(tree: Any) -> Iterator[Problem]:
 
 def retries_end_before_the_watchdog_does(tree: Any) -> Iterator[Problem]:
     # In one pause the ledger's line is tried again, and a save: this one, or one in the background that is waited for.
-    seconds, limit = tree.checkpoint.retry_seconds, tree.watchdog.pause_seconds
+    seconds = tree.checkpoint.retry_seconds
+    limit, name = min((getattr(tree.watchdog, name), name) for name in ("pause_minimum_seconds", "pause_seconds"))
     if 2 * seconds >= limit:
-        remedy = (
-            f"must be less than half of watchdog.pause_seconds = {limit:g}, which ends a save that tries for longer"
-        )
+        remedy = f"must be less than half of watchdog.{name} = {limit:g}, which ends a save that tries for longer"
         yield Problem("checkpoint.retry_seconds", seconds, remedy)
 
 

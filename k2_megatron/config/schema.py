@@ -285,8 +285,12 @@ class Watchdog(Section):
     """A step hangs when it takes this many times the median of the recent ones (by sample: batches may grow) ..."""
     minimum_seconds: PositiveFloat = 10.0
     """... and so many seconds more, which a busy machine or a slow file system may cost any step."""
+    pause_minimum_seconds: PositiveFloat = 300.0
+    """What is no step (evaluation, saving, going back) hangs when it takes `step_factor` times the longest of its kind
+    since the start and so many seconds more: a file system may stall for minutes. So do the second and third step."""
     pause_seconds: PositiveFloat = 3600.0
-    """Limit of what is no step: start, first step, evaluation, saving and loading."""
+    """Limit of what cannot be compared yet: the start, and the first step, evaluation and save after it. No limit of a
+    pause is longer."""
     heartbeat_seconds: PositiveFloat = 10.0
     """How often each rank writes down what it is doing."""
 

@@ -25,6 +25,7 @@ class Saves:
         self._writer, self._journal = writer, journal
         self.saved_step = self.kept_step = step
         self._seconds = 0.0
+        self.longest_seconds = 0.0  # of the published ones, from the beginning to the end
 
     @property
     def failed(self) -> bool:
@@ -84,3 +85,4 @@ class Saves:
         if saved is not None:
             self._journal.write("checkpoint", **checkpoint_fields(saved))
             self.saved_step = saved.step
+            self.longest_seconds = max(self.longest_seconds, saved.seconds)

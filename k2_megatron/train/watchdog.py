@@ -4,8 +4,10 @@ In:  what the training loop says it is doing. Out: heartbeats/rank_NNNNN.json, r
 is passed, incidents/step_NNNNNNNN/rank_NNNNN.txt with the stacks of all threads, an "incident" in the journal that
 names the ranks behind, and exit code 4, so that the launcher ends the job instead of paying for a hung one.
 
-The limit of a step follows from the recent ones, by sample. All ranks hang together when one does (they wait for it),
-so each ends itself; one that is stopped by the system cannot, and is killed by its launcher (run_local_ranks, srun).
+The limit of a step follows from the recent ones, by sample; that of a pause (evaluation, save, ...) from the longest of
+its kind, with more patience: file systems stall. What has not been measured yet gets a fixed limit. All ranks hang
+together when one does (they wait for it), so each ends itself; one that is stopped by the system cannot, and is killed
+by its launcher (run_local_ranks, srun).
 """
 
 import contextlib
@@ -62,11 +64,18 @@ class Place:
     waits: bool
 
 
-def limit_seconds(settings: Settings, phase: str, recent: Sequence[float], samples: int = 1) -> float:
-    """How long the phase may last, given the seconds a sample of the recent steps, and the samples of this one."""
-    if phase != STEP or len(recent) < FEWEST_STEPS:
-        return settings.pause_seconds
+def step_limit_seconds(settings: Settings, recent: Sequence[float], samples: int = 1) -> float:
+    """How long a step may last, given the seconds a sample of the recent ones, and the samples of this one."""
+    if len(recent) < FEWEST_STEPS:
+        return pause_limit_seconds(settings, max(recent) * samples if recent else None)
     return settings.minimum_seconds + min(settings.step_factor * median(recent) * samples, settings.pause_seconds)
+
+
+def pause_limit_seconds(settings: Settings, longest: float | None) -> float:
+    """How long a pause may last, given the longest of its kind in this start, if there was one."""
+    if longest is None:
+        return settings.pause_seconds
+    return min(settings.pause_minimum_seconds + settings.step_factor * longest, settings.pause_seconds)
 
 
 def collective_timeout_seconds(settings: Settings) -> float:
@@ -89,6 +98,7 @@ class Watchdog:
     ) -> None:
         self._settings, self._folder, self._rank, self._samples_at = settings, folder, rank, samples_at
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)  # seconds a sample
+        self._longest: dict[str, float] = {}  # seconds of each phase but the steps
         self._progress = Progress("start", 0, time.monotonic(), settings.pause_seconds)
         self._heartbeats = folder / HEARTBEATS
         self._heartbeats.mkdir(parents=True, exist_ok=True)
@@ -98,12 +108,20 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def at(self, phase: str, step: int) -> None:
-        """The rank begins `phase` after `step` finished steps; a finished "step" is one more to measure by."""
-        now = time.monotonic()
-        if self._progress.phase == STEP:
-            self._recent.append((now - self._progress.since) / self._samples_at(self._progress.step))
-        limit = limit_seconds(self._settings, phase, self._recent, self._samples_at(step) if phase == STEP else 1)
+    def at(self, phase: str, step: int, usual_seconds: float = 0.0) -> None:
+        """The rank begins `phase` after `step` finished steps; the one that ends is one more to measure by. A pause may
+        begin with waiting for what goes on beside the steps: that usually takes `usual_seconds`."""
+        now, ended = time.monotonic(), self._progress
+        seconds = now - ended.since
+        if ended.phase == STEP:
+            self._recent.append(seconds / self._samples_at(ended.step))
+        else:
+            self._longest[ended.phase] = max(seconds, self._longest.get(ended.phase, 0.0))
+        if phase == STEP:
+            limit = step_limit_seconds(self._settings, self._recent, self._samples_at(step))
+        else:
+            earlier = self._longest.get(phase)
+            limit = pause_limit_seconds(self._settings, None if earlier is None else max(earlier, usual_seconds))
         self._progress = Progress(phase, step, now, limit)
         faulthandler.dump_traceback_later(limit + GRACE_SECONDS + BACKSTOP_SECONDS, exit=True, file=sys.stderr)
 

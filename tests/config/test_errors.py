@@ -242,6 +242,11 @@ MISTAKES = [
         "checkpoint.retry_seconds = 120.0: must be less than half of watchdog.pause_seconds = 240, which",
     ),
     (
+        "retries_end_before_the_watchdog_does",
+        ["checkpoint.retry_seconds=150"],
+        "checkpoint.retry_seconds = 150.0: must be less than half of watchdog.pause_minimum_seconds = 300, which",
+    ),
+    (
         "spike_policy_is_whole",
         ["spikes.max_rollbacks=2"],
         'spikes.max_rollbacks = 2: has no effect with spikes.policy = "watch"',

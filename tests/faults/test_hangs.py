@@ -14,6 +14,7 @@ from rank_processes import pretrain
 from run_results import events_of
 
 HOURS = 10_000.0  # seconds past every limit of the watchdog
+MINUTES = 400.0  # past what follows from an evaluation or a save of a few seconds, not past the limit of the first
 SETTINGS = [
     *("parallel.data=2", "train.steps=8", "checkpoint.every_steps=6", "watchdog.heartbeat_seconds=0.5"),
     *("train.evaluate_every_steps=4", "train.evaluate_batches=1"),
@@ -55,8 +56,8 @@ def _replace(place: str, call: int, what) -> None:
     setattr(owner, name, called)
 
 
-def _hang_on_one_rank(place: str, call: int, rank: str, sign: Path) -> None:
-    """The rank loops for ever in that call; when the other has come to wait for it, hours pass for both."""
+def _hang_on_one_rank(place: str, call: int, rank: str, seconds: float, sign: Path) -> None:
+    """The rank loops for ever in that call; when the other has come to wait for it, so many seconds pass for both."""
     from k2_megatron.train import watchdog
 
     watchdog.GRACE_SECONDS = 1.5
@@ -71,30 +72,32 @@ def _hang_on_one_rank(place: str, call: int, rank: str, sign: Path) -> None:
         place = watchdog.place_of(sys._current_frames()[main])
         return place is not None and place.waits
 
-    def let_hours_pass() -> None:
+    def let_time_pass() -> None:
         quiet = 0
         while quiet < 5:
             time.sleep(0.1)
             quiet = quiet + 1 if sign.exists() and (os.environ["RANK"] == rank or waits()) else 0
-        clock.ahead = HOURS
+        clock.ahead = seconds
 
-    threading.Thread(target=let_hours_pass, daemon=True).start()
+    threading.Thread(target=let_time_pass, daemon=True).start()
     if os.environ["RANK"] == rank:
         _replace(place, call, hang_for_ever)
 
 
 @pytest.mark.parametrize(
-    ("place", "call", "rank", "phase"),
+    ("place", "call", "rank", "seconds", "phase"),
     [
-        ("k2_megatron.train.step:_forward", 11, "1", "step"),
-        ("k2_megatron.data.feed:Feed._read", 5, "0", "step"),
-        ("k2_megatron.train.checkpoint_save:_Plan.write", 1, "1", "checkpoint"),
+        ("k2_megatron.train.step:_forward", 11, "1", HOURS, "step"),
+        ("k2_megatron.data.feed:Feed._read", 5, "0", HOURS, "step"),
+        ("k2_megatron.train.checkpoint_save:_Plan.write", 1, "1", HOURS, "checkpoint"),
+        ("k2_megatron.train.checkpoint_save:_Plan.write", 2, "0", MINUTES, "checkpoint"),
+        ("pretrain_k2:evaluate", 2, "1", MINUTES, "evaluation"),
     ],
-    ids=["forward pass", "data loader", "saving"],
+    ids=["forward pass", "data loader", "saving", "saving again", "evaluation again"],
 )
-def test_hung_rank_is_named_with_its_place(small_config, tmp_path, place, call, rank, phase):
+def test_hung_rank_is_named_with_its_place(small_config, tmp_path, place, call, rank, seconds, phase):
     folder = tmp_path / "run"
-    fault = functools.partial(_hang_on_one_rank, place, call, rank, tmp_path / "hangs")
+    fault = functools.partial(_hang_on_one_rank, place, call, rank, seconds, tmp_path / "hangs")
     began = time.monotonic()
     outcomes = pretrain(2, small_config, [*SETTINGS, f"run.folder={folder}"], tmp_path / "output", fault)
     print(f"{place}: {time.monotonic() - began:.1f} s in all")
@@ -112,7 +115,7 @@ def test_hung_rank_is_named_with_its_place(small_config, tmp_path, place, call, 
 
 
 def _quarters_of_an_hour_pass() -> None:
-    """In the start, the first step, an evaluation, a save, and at last in the seventh step."""
+    """In the start, the first step, the first evaluation and save, and at last in the seventh step."""
     clock = _clock()
 
     def pass_on() -> None:

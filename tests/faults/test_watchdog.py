@@ -19,18 +19,41 @@ from torch.distributed import TCPStore
 from k2_megatron.config import load_config
 from k2_megatron.config.schema import Watchdog as Settings
 from k2_megatron.train import watchdog
-from k2_megatron.train.watchdog import HUNG, limit_seconds, ranks_behind
+from k2_megatron.train.watchdog import HUNG, pause_limit_seconds, ranks_behind, step_limit_seconds
 
 LIMITS = ["watchdog.minimum_seconds=6.0"]
 
 
 def test_limit_follows_the_recent_steps():
-    settings = Settings(step_factor=10.0, minimum_seconds=60.0, pause_seconds=1800.0)
-    assert limit_seconds(settings, "step", [25.0, 24.0, 90.0, 25.0]) == 310.0
-    assert limit_seconds(settings, "step", [0.125] * 50) == 61.25
-    assert limit_seconds(settings, "step", [0.125] * 50, 64) == 140.0, "seconds a sample, 64 samples"
-    assert limit_seconds(settings, "step", [300.0, 0.1]) == 1800.0, "the first steps compile"
-    assert limit_seconds(settings, "checkpoint", [25.0] * 50) == 1800.0
+    settings = Settings(step_factor=10.0, minimum_seconds=60.0, pause_minimum_seconds=200.0, pause_seconds=1800.0)
+    assert step_limit_seconds(settings, [25.0, 24.0, 90.0, 25.0]) == 310.0
+    assert step_limit_seconds(settings, [0.125] * 50) == 61.25
+    assert step_limit_seconds(settings, [0.125] * 50, 64) == 140.0, "seconds a sample, 64 samples"
+    assert step_limit_seconds(settings, []) == 1800.0, "it compiles, and nothing is known"
+    assert step_limit_seconds(settings, [5.0, 0.1], 2) == 300.0, "as a pause: the first steps compile"
+    assert step_limit_seconds(settings, [300.0, 0.1]) == 1800.0
+
+
+def test_limit_of_a_pause_follows_the_longest_of_its_kind(tmp_path, monkeypatch):
+    """Also that of a save, which waits for the one before it, written in the background."""
+    settings = Settings(step_factor=10.0, pause_minimum_seconds=200.0, pause_seconds=1800.0)
+    assert pause_limit_seconds(settings, None) == 1800.0
+    assert pause_limit_seconds(settings, 0.5) == 205.0
+    assert pause_limit_seconds(settings, 500.0) == 1800.0
+    now = [0.0]
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+    guard = watchdog.Watchdog(Settings(heartbeat_seconds=3600.0), tmp_path, 0, 1)
+
+    def limit_of(phase: str, seconds: float, *usual_seconds: float) -> float:
+        guard.at(phase, 1, *usual_seconds)
+        now[0] += seconds
+        return guard._progress.limit
+
+    assert [limit_of("evaluation", 40.0), limit_of("checkpoint", 2.0, 0.0)] == [3600.0, 3600.0]
+    assert [limit_of("evaluation", 20.0), limit_of("checkpoint", 1.0, 0.0)] == [420.0, 306.0]
+    assert [limit_of("evaluation", 10.0), limit_of("checkpoint", 90.0, 50.0)] == [420.0, 450.0]
+    assert [limit_of("evaluation", 10.0), limit_of("checkpoint", 1.0, 50.0)] == [420.0, 570.0]
+    guard.stop()
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
@@ -105,9 +128,9 @@ def _places_while_rank_0_works_alone(folder: Path) -> None:
 
     rank, at = os.environ["RANK"], watchdog.Watchdog.at
 
-    def noted(self, phase: str, step: int) -> None:
+    def noted(self, phase: str, step: int, *usual_seconds: float) -> None:
         (folder / f"phase_{rank}").write_text(phase)
-        at(self, phase, step)
+        at(self, phase, step, *usual_seconds)
 
     def slowly(name: str, right):
         def then(*arguments):

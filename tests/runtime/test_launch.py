@@ -14,7 +14,13 @@ from small_run import overrides
 from k2_megatron.config.schema import Watchdog
 from k2_megatron.runtime import launch
 from k2_megatron.runtime.launch import RankEnvironment, port_is_free, read_environment
-from k2_megatron.train.watchdog import BACKSTOP_SECONDS, GRACE_SECONDS, collective_timeout_seconds, limit_seconds
+from k2_megatron.train.watchdog import (
+    BACKSTOP_SECONDS,
+    GRACE_SECONDS,
+    collective_timeout_seconds,
+    pause_limit_seconds,
+    step_limit_seconds,
+)
 
 TORCHRUN = {
     "RANK": "5",
@@ -180,7 +186,7 @@ def test_libraries_wait_longer_than_the_watchdog(tmp_path):
     """What they end by themselves leaves no incident, no stacks and no names."""
     settings = Watchdog(step_factor=10.0, pause_seconds=3600.0)
     seconds = collective_timeout_seconds(settings)
-    for limit in (limit_seconds(settings, "checkpoint", []), limit_seconds(settings, "step", [600.0] * 5)):
+    for limit in (pause_limit_seconds(settings, None), step_limit_seconds(settings, [600.0] * 5)):
         assert seconds > limit + GRACE_SECONDS + BACKSTOP_SECONDS
     found = Rank(_timeouts_of_all_groups, (seconds, tmp_path), {}, tmp_path / "output").finish()
     assert found.exit_code == 0, found.stderr
