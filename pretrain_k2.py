@@ -53,6 +53,7 @@ from k2_megatron.train.journal import Journal
 from k2_megatron.train.layer_norms import ActivationSquares
 from k2_megatron.train.not_finite import computed_in_vain, count_as_update
 from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
+from k2_megatron.train.parts import Parts
 from k2_megatron.train.phases import StepPhases, StragglerReports
 from k2_megatron.train.position import going_on_from, taken_before
 from k2_megatron.train.replicas import compare_replicas, stop_when_different
@@ -153,18 +154,19 @@ def train(
     kernels = {choice.op: choice.backend for choice in choices}
     chunks = wrap_model(config, build_model(config, kernels, groups.collection), groups.collection)
     optimizer = build_optimizer(config, chunks, kernels, groups.collection)
-    activations = ActivationSquares(groups, chunks, config.model.layers, kernels["adamw"], device.torch)
+    parts = Parts(groups, chunks, optimizer, device.torch)
+    activations = ActivationSquares(parts, config.model.layers, kernels["adamw"])
     if is_writer:
         journal.write("start", **start_fields(config, environment.launcher, device, choices, data.fingerprint))
 
     # Resume from it, whatever layout wrote it
     step, origin, passed_over = 0, None, 0  # passed_over: steps without an update since the last one
     if newest is None and config.checkpoint.start_from:
-        origin = start_from_checkpoint(config, groups, chunks, optimizer, device.torch)
+        origin = start_from_checkpoint(config, parts)
         journal.write("start_from", **origin)
         views.say(start_report(config, origin))
     if newest is not None:
-        manifest = load_checkpoint(newest, config, groups, chunks, optimizer, device.torch)
+        manifest = load_checkpoint(newest, config, parts)
         data.resume_at(manifest)
         spikes.resume_at(manifest)
         step, origin, passed_over = manifest["step"], manifest.get("origin"), manifest.get("passed_over", 0)
@@ -188,11 +190,11 @@ def train(
         every = config.log.phases_every_steps
         phases = StepPhases(device.torch) if every and (step + 1) % every == 0 else None
         first_sample, consumed = config.consumed_samples_at(step), config.consumed_samples_at(step + 1)
-        inputs = (config, groups, chunks, optimizer, data.train, step, device.torch, measured, phases)
+        attempt = partial(train_step, config, parts, data.train, step, activations=measured, phases=phases)
         attempts = Attempts(spikes.ceiling(), reruns_left(config.spikes.not_finite_reruns, step + 1, in_vain))
-        tell = Doubts(step + 1, first_sample, consumed, chunks, groups, data.train, journal, views.say)
+        tell = Doubts(step + 1, first_sample, consumed, parts, data.train, journal, views.say)
         begin_again = partial(watchdog.at, STEP, step)
-        result, seconds = settle(attempts, partial(train_step, *inputs), chunks, tell.made_again, begin_again)
+        result, seconds = settle(attempts, attempt, chunks, tell.made_again, begin_again)
         step += 1
         event = step_fields(config, step, result, seconds, device)
         stop_when_different(result.difference, step, saves.saved_step, journal)
@@ -226,7 +228,7 @@ def train(
                 watchdog.at("rollback", step)
                 amended = go_back(config, spike, decision, checkpoints, data)
                 newest, _ = find_checkpoint(checkpoints, groups)
-                manifest = load_checkpoint(newest, config, groups, chunks, optimizer, device.torch)
+                manifest = load_checkpoint(newest, config, parts)
                 found = resume_changes(config, manifest, newest, CHANGEABLE)  # they hold from here on
                 config = going_on_from(config, manifest)
                 data = open_run_data(config, writer=is_writer)
@@ -245,7 +247,7 @@ def train(
         last = step == config.train.steps
         if config.train.evaluate_every_steps and (step % config.train.evaluate_every_steps == 0 or last):
             watchdog.at("evaluation", step)
-            held_out_loss = evaluate(config, groups, chunks, data.held_out, device.torch)
+            held_out_loss = evaluate(config, parts, data.held_out)
             journal.write("evaluation", step=step, held_out_loss=held_out_loss)
             views.evaluation(step, held_out_loss)
         leaving = stop.agreed(device.torch, save_failed=saves.failed) or ("--until" if step >= until else None)
@@ -253,11 +255,11 @@ def train(
             watchdog.at("checkpoint", step, saves.longest_seconds)
             saves.wait()
             saves.remove_older(config.checkpoint, spikes)  # here, where the others wait for as long as it takes
-            stop_when_different(compare_replicas(chunks, optimizer, groups), step, saves.saved_step, journal)
+            stop_when_different(compare_replicas(parts), step, saves.saved_step, journal)
             journal.sync()
             data.record_position(config, step)
             facts = {**data.position(), **spikes.position(), "origin": origin, "passed_over": passed_over}
-            saves.begin(step, config, chunks, optimizer, device.torch, facts)
+            saves.begin(step, config, parts, facts)
         saves.look()
         if leaving and not last:
             break

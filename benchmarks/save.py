@@ -32,6 +32,7 @@ from k2_megatron.train.checkpoint_save import CheckpointWriter
 from k2_megatron.train.checkpoint_state import model_state, optimizer_state, part_bytes, weight_fingerprint
 from k2_megatron.train.file_hash import AES_LANES, HASHES
 from k2_megatron.train.optimizer import build_optimizer, wrap_model
+from k2_megatron.train.parts import Parts
 
 KERNELS = dict.fromkeys(OPS, "torch")
 HIDDEN, FFN, HEADS, VOCABULARY = 1536, 4096, 12, 32032
@@ -111,6 +112,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         seed_everything(1, groups)
         chunks = wrap_model(config, build_model(config, KERNELS, groups.collection), groups.collection)
         optimizer = build_optimizer(config, chunks, KERNELS, groups.collection)
+        parts = Parts(groups, chunks, optimizer, device.torch)
         optimizer_state(optimizer, model_state(chunks), loading=True)  # makes the moments, as a first step would
         for moments in optimizer.chained_optimizers[0].optimizer.state.values():
             for moment in moments.values():  # one that nothing was written to would be a page of zeros
@@ -131,7 +133,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
             fingerprint = time.monotonic() - began
             clock.seconds = 0.0
             used = time.thread_time()
-            saver.save(turn, config, chunks, optimizer, device.torch, {})
+            saver.save(turn, config, parts, {})
             used = time.thread_time() - used
             held = process.memory_info().rss - resident
             saved = saver.wait()
@@ -156,7 +158,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         found, doubts = find_checkpoint(folder / "checkpoints", groups)
         verified = time.monotonic() - began
         assert found == saved.folder and not doubts
-        load_checkpoint(found, config, groups, chunks, optimizer, device.torch)
+        load_checkpoint(found, config, parts)
         loaded = time.monotonic() - began - verified
         print(json.dumps({"verify_seconds": round(verified, 2), "load_seconds": round(loaded, 2)}))
         disconnect()

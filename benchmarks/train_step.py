@@ -28,6 +28,7 @@ from k2_megatron.runtime.groups import build_groups, connect, disconnect
 from k2_megatron.runtime.launch import single_rank
 from k2_megatron.runtime.seeds import seed_everything
 from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
+from k2_megatron.train.parts import Parts
 from k2_megatron.train.step import train_step
 
 LEARNING_RATE, BETAS, EPSILON, WEIGHT_DECAY, CLIP = 3e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
@@ -86,9 +87,10 @@ def our_step(config: Config, device) -> Callable[[], float]:
     kernels = {op: choose_backend(op, config.model.kernels.backend(op), device.type).backend for op in OPS}
     chunks = wrap_model(config, build_model(config, kernels, groups.collection), groups.collection)
     optimizer = build_optimizer(config, chunks, kernels, groups.collection)
+    parts = Parts(groups, chunks, optimizer, device.torch)
     feed = RandomRows(config.train.global_batch, config.model.sequence_length, config.model.vocab_size)
     set_learning_rate(optimizer, LEARNING_RATE, WEIGHT_DECAY)
-    return lambda: train_step(config, groups, chunks, optimizer, feed, 0, device.torch).loss
+    return lambda: train_step(config, parts, feed, 0).loss
 
 
 def transformers_step(config: Config, device) -> Callable[[], float]:

@@ -10,10 +10,11 @@ from k2_megatron.kernels.dispatch import OPS, choose_backend
 from k2_megatron.model import build_model
 from k2_megatron.runtime.cpu_stand_in import cpu_stands_in_for_cuda
 from k2_megatron.runtime.devices import Device, find_device
-from k2_megatron.runtime.groups import Groups, build_groups, connect, disconnect
+from k2_megatron.runtime.groups import build_groups, connect, disconnect
 from k2_megatron.runtime.launch import read_environment, single_rank
 from k2_megatron.runtime.seeds import seed_everything
 from k2_megatron.train.optimizer import build_optimizer, wrap_model
+from k2_megatron.train.parts import Parts
 
 TORCH_KERNELS = dict.fromkeys(OPS, "torch")
 
@@ -23,10 +24,8 @@ class TrainingRank(NamedTuple):
 
     config: Config
     device: Device
-    groups: Groups
     kernels: Mapping[str, str]
-    chunks: list
-    optimizer: object
+    parts: Parts
 
 
 @contextmanager
@@ -46,5 +45,5 @@ def training_rank(
             kernels = {op: choose_backend(op, config.model.kernels.backend(op), device.type).backend for op in OPS}
         chunks = wrap_model(config, build_model(config, kernels, groups.collection), groups.collection)
         optimizer = build_optimizer(config, chunks, kernels, groups.collection)
-        yield TrainingRank(config, device, groups, kernels, chunks, optimizer)
+        yield TrainingRank(config, device, kernels, Parts(groups, chunks, optimizer, device.torch))
         disconnect()

@@ -71,17 +71,17 @@ def reruns_left(allowed: int, step: int, in_vain: tuple[int, int]) -> int:
 
 def settle(
     attempts: Attempts,
-    attempt: Callable[[Callable[[float, float, Apart | None], bool], bool], StepResult],
+    attempt: Callable[..., StepResult],
     chunks: Sequence,
     tell: Callable[[StepResult], None],
     begin_again: Callable[[], None],
 ) -> tuple[StepResult, float]:
     """(the last result of `attempt`, the seconds it took). Each one before it is told of while its gradients are still
-    there, then `begin_again` is called. `attempt` is given what accepts a result, and whether to compare replicas: a
-    step in doubt is computed again with weights that are equal everywhere."""
+    there, then `begin_again` is called. `attempt` is given what accepts a result (`accept`), and whether to `compare`
+    replicas: a step in doubt is computed again with weights that are equal everywhere."""
     generators = random_states()
     while True:
-        began, result = time.monotonic(), attempt(attempts.accept, bool(attempts.earlier))
+        began, result = time.monotonic(), attempt(accept=attempts.accept, compare=bool(attempts.earlier))
         seconds = time.monotonic() - began
         if attempts.are_over(result):
             return result, seconds

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as distributed
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from k2_megatron.config import Config
@@ -45,6 +44,7 @@ from k2_megatron.train.checkpoint_state import (
     unwrapped,
     weight_fingerprint,
 )
+from k2_megatron.train.parts import Parts
 
 
 def find_checkpoint(checkpoints: Path, groups: Groups, *, set_aside: bool = True) -> tuple[Path | None, list[str]]:
@@ -128,9 +128,7 @@ def _problems_of(folder: Path, groups: Groups) -> list[str]:
     return problems or (pickle_problems(folder) if groups.rank == 0 else [])
 
 
-def load_checkpoint(
-    folder: Path, config: Config, groups: Groups, chunks: Sequence, optimizer: MegatronOptimizer, device: torch.device
-) -> dict:
+def load_checkpoint(folder: Path, config: Config, parts: Parts) -> dict:
     """Load `folder`, found sound by `find_checkpoint`, into model and optimizer, in this layout; returns its manifest.
 
     CheckpointError, the same on every rank, when it does not fit this run or the weights do not arrive as saved.
@@ -143,36 +141,25 @@ def load_checkpoint(
         )
     updates = manifest.get("optimizer_step", manifest["step"])
     same_layout = manifest["layout"] == layout_name(config)
-    load_state(folder, manifest, config, groups, chunks, optimizer, device, updates=updates, generators=same_layout)
+    load_state(folder, manifest, config, parts, updates=updates, generators=same_layout)
     return manifest
 
 
-def load_state(
-    folder: Path,
-    manifest: dict,
-    config: Config,
-    groups: Groups,
-    chunks: Sequence,
-    optimizer: MegatronOptimizer,
-    device: torch.device,
-    *,
-    updates: int,
-    generators: bool,
-) -> None:
+def load_state(folder: Path, manifest: dict, config: Config, parts: Parts, *, updates: int, generators: bool) -> None:
     """Fill model, optimizer (which has made `updates` updates) and, of the same layout alone, the generators.
 
     CheckpointError when the weights do not arrive as saved.
     """
-    model = model_state(chunks)
-    tensors, local = optimizer_state(optimizer, model, loading=True)
-    state = {**model, "optimizer": tensors, **(random_state(groups, layout_name(config)) if generators else {})}
+    model = model_state(parts.chunks)
+    tensors, local = optimizer_state(parts.optimizer, model, loading=True)
+    state = {**model, "optimizer": tensors, **(random_state(parts.groups, layout_name(config)) if generators else {})}
     loaded = _read(state, folder)
-    for name, chunk in zip(model, chunks, strict=True):
+    for name, chunk in zip(model, parts.chunks, strict=True):
         unwrapped(chunk).load_state_dict(loaded[name])
-    restore_optimizer(optimizer, loaded.get("optimizer", {}), local, updates)  # a rank may hold nothing of it
+    restore_optimizer(parts.optimizer, loaded.get("optimizer", {}), local, updates)  # a rank may hold nothing of it
     if generators:
         restore_random_states(loaded["random"])
-    _check_fingerprint(folder, manifest["weights"], chunks, device)
+    _check_fingerprint(folder, manifest["weights"], parts.chunks, parts.device)
 
 
 def load_weights(folder: Path, chunks: Sequence, device: torch.device) -> None:

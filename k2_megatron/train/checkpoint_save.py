@@ -15,7 +15,7 @@ its beginning, for `checkpoint.retry_seconds`: the state is in memory, and a fil
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,7 +41,6 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
-from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from k2_megatron.config import Config
@@ -61,6 +60,7 @@ from k2_megatron.train.checkpoint_state import (
     random_state,
 )
 from k2_megatron.train.optimizer_boxes import STATE
+from k2_megatron.train.parts import Parts
 
 
 @dataclass(frozen=True)
@@ -184,15 +184,7 @@ class CheckpointWriter:
         self._pending: Future[SaveResult] | None = None
         self._ready = self._thread.submit(self._copies.reserve, part_bytes) if self._copies else None
 
-    def save(
-        self,
-        step: int,
-        config: Config,
-        chunks: Sequence,
-        optimizer: MegatronOptimizer,
-        device: torch.device,
-        facts: dict,
-    ) -> None:
+    def save(self, step: int, config: Config, parts: Parts, facts: dict) -> None:
         """Begin to save step `step`; `facts` go into the manifest (data position). `finished` or `wait` tell the end.
 
         CheckpointError, on every rank, when the save before this one or the beginning of this one failed on any rank:
@@ -203,10 +195,10 @@ class CheckpointWriter:
         if self._ready:  # memory that could not be had is asked for again by the copy, whose failure is told to all
             futures.wait([self._ready])
         plan = _Plan(self._groups.collection.dp_cp, copies=self._copies, agreement=self._agreement)
-        model = model_state(chunks)
-        tensors, _local = optimizer_state(optimizer, model, loading=False)
+        model = model_state(parts.chunks)
+        tensors, _local = optimizer_state(parts.optimizer, model, loading=False)
         state = {**model, "optimizer": tensors, **random_state(self._groups, layout_name(config))}
-        self._everywhere(step, lambda: plan.take(state, device))
+        self._everywhere(step, lambda: plan.take(state, parts.device))
         self._agreement = plan.agreement
         manifest = {
             "step": step,
@@ -214,7 +206,7 @@ class CheckpointWriter:
             "consumed_tokens": config.consumed_tokens_at(step),
             "layout": layout_name(config),
             "precision": config.train.precision,
-            "optimizer_step": max((group.get("step", 0) for group in optimizer.param_groups), default=0),
+            "optimizer_step": max((group.get("step", 0) for group in parts.optimizer.param_groups), default=0),
             "weights": plan.weights,
             "config": config.model_dump(exclude_none=True),
             **facts,

@@ -7,17 +7,17 @@ applied.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.distributed as distributed
 
 from k2_megatron.data.feed import Feed
-from k2_megatron.runtime.groups import Groups
 from k2_megatron.runtime.mistakes import StopNotFinite, StopRun
 from k2_megatron.train.attempts import SAME, Attempts, alike
 from k2_megatron.train.journal import Journal
 from k2_megatron.train.not_finite import in_words, where_not_finite
+from k2_megatron.train.parts import Parts
 from k2_megatron.train.replica_gradients import NAMED, gradient_sizes
 from k2_megatron.train.step import StepResult
 
@@ -29,8 +29,7 @@ class Doubts:
     step: int
     first_sample: int
     end_sample: int
-    chunks: Sequence
-    groups: Groups
+    parts: Parts
     feed: Feed
     journal: Journal
     say: Callable[[str], None]
@@ -78,7 +77,7 @@ class Doubts:
             self._stop(attempts, result, wrong)
 
     def _where_not_finite(self, result: StepResult) -> dict[str, dict]:
-        return where_not_finite(result, self.first_sample, self.chunks, self.groups, self.feed)
+        return where_not_finite(result, self.first_sample, self.parts, self.feed)
 
     def _came_again(self, one: StepResult, result: StepResult) -> None:
         equal = (one.sample_losses, one.grad_norm) == (result.sample_losses, result.grad_norm)
@@ -92,7 +91,7 @@ class Doubts:
         """Write where a computation differs from the last; the place in words."""
         pairs = enumerate(zip(one.sample_losses, result.sample_losses, strict=True), start=self.first_sample)
         samples: list[int] = [sample for sample, (before, now) in pairs if before != now][:NAMED]
-        ranks = one.apart.ranks if one.apart else _ranks_wrong(sizes, self.chunks, self.groups)
+        ranks = one.apart.ranks if one.apart else _ranks_wrong(sizes, self.parts)
         values = {"step": self.step, "loss": one.loss, "grad_norm": one.grad_norm}
         self.journal.write("incident", kind="computed wrongly", ranks=ranks, samples=samples, **values)
         return in_words(ranks, samples)
@@ -116,7 +115,7 @@ class Doubts:
         )
 
 
-def _ranks_wrong(before: dict[str, float], chunks: Sequence, groups: Groups) -> dict[str, list[str]]:
+def _ranks_wrong(before: dict[str, float], parts: Parts) -> dict[str, list[str]]:
     """{rank in words: its parameters whose gradients are not of the size that they were, the one that changed most
     first}, the same on every rank.
 
@@ -124,10 +123,10 @@ def _ranks_wrong(before: dict[str, float], chunks: Sequence, groups: Groups) -> 
     """
     changes = {
         name: abs(math.log(max(before[name], 1e-30)) - math.log(max(size, 1e-30)))
-        for name, size in gradient_sizes(chunks).items()
+        for name, size in gradient_sizes(parts.chunks).items()
         if not math.isclose(before[name], size, rel_tol=SAME)
     }
     mine = sorted(changes, key=lambda name: -changes[name])[:NAMED]
-    everywhere: list = [None] * groups.world_size
-    distributed.all_gather_object(everywhere, (groups.name, mine))
+    everywhere: list = [None] * parts.groups.world_size
+    distributed.all_gather_object(everywhere, (parts.groups.name, mine))
     return {name: parameters for name, parameters in everywhere if parameters}

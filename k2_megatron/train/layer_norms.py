@@ -16,9 +16,9 @@ import torch
 import torch.distributed as distributed
 
 from k2_megatron.kernels.gradient_norm import gradient_norm_squared
-from k2_megatron.runtime.groups import Groups
 from k2_megatron.train.checkpoint_state import unwrapped
 from k2_megatron.train.order_free import order_free_sums
+from k2_megatron.train.parts import Parts
 
 DIGITS = 5  # significant ones in the journal: far finer than the noise from step to step
 
@@ -58,13 +58,13 @@ def layer_norms(gradient_squares: Sequence[float], activation_squares: Sequence[
 class ActivationSquares:
     """Adds up the squares of what each layer of this rank hands on, between `begin` and `collect`."""
 
-    def __init__(self, groups: Groups, chunks: Sequence, layers: int, backend: str, device: torch.device) -> None:
-        self._layers, self._backend, self._device = layers, "torch" if backend == "apex" else backend, device
+    def __init__(self, parts: Parts, layers: int, backend: str) -> None:
+        self._layers, self._backend, self._device = layers, "torch" if backend == "apex" else backend, parts.device
         self._squares: list[list[torch.Tensor]] | None = None  # [] fp64 of each micro-batch, by layer
-        for chunk in chunks:
+        for chunk in parts.chunks:
             model = unwrapped(chunk)
             # Without sequence parallelism every tensor rank holds the same hidden states, and one of them counts.
-            if model.config.sequence_parallel or groups.tensor_rank == 0:
+            if model.config.sequence_parallel or parts.groups.tensor_rank == 0:
                 for layer in model.decoder.layers:
                     layer.register_forward_hook(partial(self._add, layer.layer_number - 1))
 

@@ -9,21 +9,19 @@ import torch.distributed as distributed
 from megatron.core.optimizer import MegatronOptimizer
 
 from k2_megatron.data.feed import Feed
-from k2_megatron.runtime.groups import Groups
 from k2_megatron.train.checkpoint_state import named_parameters
 from k2_megatron.train.journal import Journal, read_events
+from k2_megatron.train.parts import Parts
 from k2_megatron.train.replica_gradients import NAMED, gradient_of
 from k2_megatron.train.step import StepResult
 
 
-def where_not_finite(
-    result: StepResult, first_sample: int, chunks: Sequence, groups: Groups, feed: Feed
-) -> dict[str, dict]:
+def where_not_finite(result: StepResult, first_sample: int, parts: Parts, feed: Feed) -> dict[str, dict]:
     """What an incident tells of the place, the same on every rank; of a step that was made again, whose gradient it was
     before the sum over replicas."""
     apart = result.apart if result.apart and not result.apart.finite else None
     return {
-        "ranks": apart.ranks if apart else ranks_not_finite(chunks, groups),
+        "ranks": apart.ranks if apart else ranks_not_finite(parts),
         "samples_not_finite": samples_not_finite(first_sample, result.sample_losses, feed),
     }
 
@@ -36,14 +34,14 @@ def in_words(ranks: Mapping[str, Sequence[str]], samples: Iterable[int] = ()) ->
     return f"gradients of {'; '.join(named[:NAMED]) or 'none'}{more}; losses of samples: {losses}"
 
 
-def ranks_not_finite(chunks: Sequence, groups: Groups) -> dict[str, list[str]]:
+def ranks_not_finite(parts: Parts) -> dict[str, list[str]]:
     """{rank in words: its first parameters whose gradient is not finite}, the same on every rank.
 
     Gradients are summed over data-parallel ranks before, so ranks that hold the same parameters are named together.
     """
-    mine = [name for name, parameter in named_parameters(chunks) if not gradient_of(parameter).isfinite().all()]
-    everywhere: list = [None] * groups.world_size
-    distributed.all_gather_object(everywhere, (groups.name, mine[:NAMED]))
+    mine = [name for name, parameter in named_parameters(parts.chunks) if not gradient_of(parameter).isfinite().all()]
+    everywhere: list = [None] * parts.groups.world_size
+    distributed.all_gather_object(everywhere, (parts.groups.name, mine[:NAMED]))
     return {name: parameters for name, parameters in everywhere if parameters}
 
 

@@ -1,6 +1,6 @@
 """Ranks that hold the same hold the same bits: compared, so that a bit which flipped in one does not pass unseen.
 
-In:  the model, the optimizer and the groups of a rank. Out: None, or a `Difference`, the same on every rank.
+In:  what a rank trains with. Out: None, or a `Difference`, the same on every rank.
 
 Data-parallel replicas hold everything alike; tensor-parallel ranks the weights that they do not share out, the norms'.
 Each tensor is reduced to the wrapping int64 sum of its bits seen as integers: one read of it, and a flipped bit always
@@ -9,18 +9,17 @@ rank is wrong. A sharded optimizer has no replicas of its state, and each update
 anew: there a flip lives no longer than a step, and only comparing in that step finds it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as distributed
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from k2_megatron.runtime.groups import Groups
 from k2_megatron.runtime.mistakes import StopRun
 from k2_megatron.train.checkpoint_state import named_parameters
 from k2_megatron.train.journal import Journal
+from k2_megatron.train.parts import Parts
 
 NAMED = 4  # tensors named a rank
 _INTEGERS = {2: torch.int16, 4: torch.int32}  # by bytes an element
@@ -48,9 +47,9 @@ class Replicated:
     everywhere: bool
 
 
-def compare_replicas(chunks: Sequence, optimizer: MegatronOptimizer, groups: Groups) -> Difference | None:
+def compare_replicas(parts: Parts) -> Difference | None:
     """Compare weights, and main parameters and moments where they are not sharded, to the bit; None when all agree."""
-    collection, replicated = groups.collection, list(replicated_tensors(chunks, optimizer))
+    collection, replicated = parts.groups.collection, list(replicated_tensors(parts))
     if collection.tp_dp_cp.size() == 1:
         return None
     sums = torch.stack([_sum_of_bits(one.tensor) for one in replicated])
@@ -65,8 +64,8 @@ def compare_replicas(chunks: Sequence, optimizer: MegatronOptimizer, groups: Gro
     if not found.item():
         return None
     names = [one.name for one, differs in zip(replicated, wrong.tolist(), strict=True) if differs]
-    by_rank: list = [None] * groups.world_size
-    distributed.all_gather_object(by_rank, (groups.name, names[:NAMED], told_apart))
+    by_rank: list = [None] * parts.groups.world_size
+    distributed.all_gather_object(by_rank, (parts.groups.name, names[:NAMED], told_apart))
     return Difference(
         ranks={rank: tensors for rank, tensors, _ in by_rank if tensors},
         told_apart=all(told for _, _, told in by_rank),
@@ -109,16 +108,16 @@ def majority_of(sums: torch.Tensor) -> tuple[torch.Tensor, bool]:
     return majority, bool((2 * holders > len(sums)).all())
 
 
-def replicated_tensors(chunks: Sequence, optimizer: MegatronOptimizer) -> Iterator[Replicated]:
+def replicated_tensors(parts: Parts) -> Iterator[Replicated]:
     """All that other ranks hold as well, in the same order on each."""
     weights: dict[torch.Tensor, Replicated] = {}  # by main parameter
     told: set[torch.Tensor] = set()
-    for name, parameter in named_parameters(chunks):
+    for name, parameter in named_parameters(parts.chunks):
         weight = Replicated(name, parameter.detach(), not getattr(parameter, "tensor_model_parallel", False))
         weights[getattr(parameter, "main_param", parameter)] = weight
         told.add(parameter)
         yield weight
-    for part in optimizer.chained_optimizers:
+    for part in parts.optimizer.chained_optimizers:
         if part.is_stub_optimizer or isinstance(part, DistributedOptimizer):
             continue
         for group in part.optimizer.param_groups:

@@ -7,6 +7,7 @@ In:  the writer of checkpoints, which saves in the background; the journal. Out:
 import sys
 import time
 
+from k2_megatron.config import Config
 from k2_megatron.config.schema import Checkpoint
 from k2_megatron.runtime.mistakes import StopRun
 from k2_megatron.train.checkpoint_files import apply_retention
@@ -14,6 +15,7 @@ from k2_megatron.train.checkpoint_manifest import CheckpointError
 from k2_megatron.train.checkpoint_save import CheckpointWriter, SaveResult
 from k2_megatron.train.events import checkpoint_fields
 from k2_megatron.train.journal import Journal
+from k2_megatron.train.parts import Parts
 from k2_megatron.train.spikes.watch import SpikeWatch
 from k2_megatron.train.watchdog import Watchdog
 
@@ -32,10 +34,10 @@ class Saves:
         """Whether this rank knows that the save in flight has failed; `wait` tells all."""
         return self._writer.failed
 
-    def begin(self, step: int, *state) -> None:
-        """Begin to save `step`; `state` as CheckpointWriter.save takes it."""
+    def begin(self, step: int, config: Config, parts: Parts, facts: dict) -> None:
+        """Begin to save `step`; `facts` go into the manifest."""
         began = time.monotonic()
-        self._writer.save(step, *state)
+        self._writer.save(step, config, parts, facts)
         self._seconds = time.monotonic() - began
         self.kept_step = step
 

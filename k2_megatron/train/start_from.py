@@ -8,19 +8,17 @@ Adam's count of updates, which its bias correction needs, goes on too. Step, sam
 are the new run's own. The record and tokenizer that from-hf left beside an imported model come along, for the way back.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from megatron.core.optimizer import MegatronOptimizer
 
 from k2_megatron.config import Config
 from k2_megatron.config.changes import STORED_AS
 from k2_megatron.convert.record import carry_record, require_own_record
-from k2_megatron.runtime.groups import Groups
 from k2_megatron.train.checkpoint import as_rank_0_sees, load_state, shared_problems
 from k2_megatron.train.checkpoint_files import complete_checkpoints, latest_checkpoint
 from k2_megatron.train.checkpoint_manifest import CheckpointError, read_manifest
+from k2_megatron.train.parts import Parts
 
 KEY = "checkpoint.start_from"
 
@@ -64,21 +62,19 @@ def check_start(config: Config) -> None:
         source_of(config)
 
 
-def start_from_checkpoint(
-    config: Config, groups: Groups, chunks: Sequence, optimizer: MegatronOptimizer, device: torch.device
-) -> dict:
+def start_from_checkpoint(config: Config, parts: Parts) -> dict:
     """Fill model and optimizer; where they come from. CheckpointError, the same on every rank, when that is damaged."""
-    folder = as_rank_0_sees(groups, lambda: source_of(config)[0])
+    folder = as_rank_0_sees(parts.groups, lambda: source_of(config)[0])
     manifest = read_manifest(folder)
-    problems = shared_problems(folder, groups)
+    problems = shared_problems(folder, parts.groups)
     if problems:
         raise CheckpointError(f"{KEY}: {folder} is damaged ({'; '.join(problems)}); name another checkpoint")
     kept = config.checkpoint.start_optimizer == "kept"
     updates = manifest.get("optimizer_step", manifest["step"]) if kept else 0
-    load_state(folder, manifest, config, groups, chunks, optimizer, device, updates=updates, generators=False)
+    load_state(folder, manifest, config, parts, updates=updates, generators=False)
     if not kept:
-        _forget_moments(optimizer)
-    if groups.rank == 0:
+        _forget_moments(parts.optimizer)
+    if parts.groups.rank == 0:
         carry_record(folder, manifest, Path(config.run.folder))
     return {
         "checkpoint": str(folder.resolve()),

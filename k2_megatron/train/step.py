@@ -1,11 +1,11 @@
 """One training step, and one evaluation, through megatron-core's pipeline schedules.
 
-In:  model chunks, optimizer, a feed of token rows, and the step's numbers, which are all functions of the step.
+In:  what the rank trains with, a feed of token rows, and the step's numbers, which are all functions of the step.
 Out: a `StepResult` that is equal on every rank, but for the wait for rows.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,6 @@ import numpy
 import torch
 import torch.distributed as distributed
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
@@ -26,6 +25,7 @@ from k2_megatron.model.context_parallel import context_positions
 from k2_megatron.runtime.groups import Groups
 from k2_megatron.train.layer_norms import ActivationSquares, LayerNorms, layer_norms
 from k2_megatron.train.optimizer import gradient_squares, update
+from k2_megatron.train.parts import Parts
 from k2_megatron.train.phases import StepPhases
 from k2_megatron.train.replica_gradients import Apart, OwnGradients, find_apart
 from k2_megatron.train.replicas import Difference, compare_replicas
@@ -54,7 +54,7 @@ class StepResult:
 
 
 def micro_batches(
-    config: Config, groups: Groups, feed: Feed, first_sample: int, global_batch: int, device: torch.device
+    config: Config, parts: Parts, feed: Feed, first_sample: int, global_batch: int
 ) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]]:
     """This rank's (tokens [B, S / C], labels [B, S / C]) int64, one micro-batch at a time.
 
@@ -63,14 +63,14 @@ def micro_batches(
     positions of its context rank. Only the first stage reads tokens and only the last reads labels. The micro-batch
     that comes next, this step's or the next step's, is read in the background.
     """
-    size, length = config.train.micro_batch, config.model.sequence_length
-    held = context_positions(length, groups.context_rank, groups.context_size).to(device)
+    size, length, groups = config.train.micro_batch, config.model.sequence_length, parts.groups
+    held = context_positions(length, groups.context_rank, groups.context_size).to(parts.device)
     numbers = _numbers(config, groups, global_batch)
     for number, following in pairwise([*numbers, global_batch // size + numbers[0]]):
         if not (groups.is_first_stage or groups.is_last_stage):
             yield None, None
             continue
-        rows = torch.from_numpy(feed.tokens(first_sample + number * size, size).astype(numpy.int64)).to(device)
+        rows = torch.from_numpy(feed.tokens(first_sample + number * size, size).astype(numpy.int64)).to(parts.device)
         feed.prefetch(first_sample + following * size, size)
         yield rows[:, held], rows[:, held + 1]
 
@@ -104,18 +104,18 @@ def _forward(groups, scale, iterator, model):
 
 def _run_schedule(
     config: Config,
-    groups: Groups,
-    chunks: Sequence,
+    parts: Parts,
     feed: Feed,
     first_sample: int,
     global_batch: int,
-    device: torch.device,
+    *,
     forward_only: bool,
     own: OwnGradients | None = None,
 ) -> tuple[float, tuple[float, ...]]:
     """Forward (and backward) over one global batch; (the mean loss, that of each sample), equal on every rank."""
+    groups, chunks = parts.groups, parts.chunks
     count, leaves = global_batch // config.train.micro_batch, config.train.gradient_leaves
-    iterators = [micro_batches(config, groups, feed, first_sample, global_batch, device) for _ in chunks]
+    iterators = [micro_batches(config, parts, feed, first_sample, global_batch) for _ in chunks]
     schedule = get_forward_backward_func(
         groups.pipeline_size, config.parallel.virtual_pipeline if len(chunks) > 1 else None
     )
@@ -140,7 +140,7 @@ def _run_schedule(
     # Of the tensor ranks, which hold the same, one speaks.
     speaks = groups.is_last_stage and groups.tensor_rank == 0
     gather = _gathered_losses if leaves is None else _gathered_losses_in_order
-    return gather(config, groups, losses if speaks else [], global_batch, device)
+    return gather(config, parts, losses if speaks else [], global_batch)
 
 
 def _finalizer(config: Config) -> Callable[..., None]:
@@ -154,25 +154,26 @@ def _finalize_unscaled(model, _tokens, **keywords) -> None:
 
 
 def _gathered_losses(
-    config: Config, groups: Groups, losses: list[dict], global_batch: int, device: torch.device
+    config: Config, parts: Parts, losses: list[dict], global_batch: int
 ) -> tuple[float, tuple[float, ...]]:
     """(the mean loss, that of each sample). Each data rank's last stage holds its mean, in shares over its context
     ranks; without `losses` it is another rank."""
-    total = torch.zeros(1 + global_batch, dtype=torch.float64, device=device)
+    total = torch.zeros(1 + global_batch, dtype=torch.float64, device=parts.device)
     if losses:
-        total[0] = torch.stack([item["loss"] for item in losses]).double().mean() / groups.data_size
+        total[0] = torch.stack([item["loss"] for item in losses]).double().mean() / parts.groups.data_size
         own_MB = torch.stack([item["sample_losses_B"] for item in losses])
-        total[1:].view(-1, config.train.micro_batch)[_numbers(config, groups, global_batch)] = own_MB.double()
+        total[1:].view(-1, config.train.micro_batch)[_numbers(config, parts.groups, global_batch)] = own_MB.double()
     distributed.all_reduce(total)
     loss, *sample_losses = total.tolist()
     return loss, tuple(sample_losses)
 
 
 def _gathered_losses_in_order(
-    config: Config, groups: Groups, losses: list[dict], global_batch: int, device: torch.device
+    config: Config, parts: Parts, losses: list[dict], global_batch: int
 ) -> tuple[float, tuple[float, ...]]:
     """The same, so that no order of ranks matters: each number has one giver, and the mean is over the samples."""
-    shares = torch.zeros(groups.context_size, global_batch, dtype=torch.float64, device=device)
+    groups = parts.groups
+    shares = torch.zeros(groups.context_size, global_batch, dtype=torch.float64, device=parts.device)
     if losses:
         own_MB = torch.stack([item["sample_losses_B"] for item in losses])
         own = shares[groups.context_rank].view(-1, config.train.micro_batch)
@@ -185,12 +186,10 @@ def _gathered_losses_in_order(
 
 def train_step(
     config: Config,
-    groups: Groups,
-    chunks: Sequence,
-    optimizer: MegatronOptimizer,
+    parts: Parts,
     feed: Feed,
     step: int,
-    device: torch.device,
+    *,
     activations: ActivationSquares | None = None,
     phases: StepPhases | None = None,
     accept: Callable[[float, float, Apart | None], bool] | None = None,
@@ -203,9 +202,9 @@ def train_step(
 
     With `activations` the result tells of the layers; with `phases` it is measured what this rank spends the step on.
     """
-    for chunk in chunks:
+    for chunk in parts.chunks:
         chunk.zero_grad_buffer()
-    optimizer.zero_grad()
+    parts.optimizer.zero_grad()
     if activations:
         activations.begin()
     if phases:
@@ -213,27 +212,27 @@ def train_step(
     first_sample, global_batch = config.consumed_samples_at(step), config.global_batch_at(step)
     waited = feed.seconds_waited
     own = OwnGradients(_finalizer(config)) if compare else None
-    with phases.within(chunks[0].config) if phases else nullcontext():
+    with phases.within(parts.chunks[0].config) if phases else nullcontext():
         loss, sample_losses = _run_schedule(
-            config, groups, chunks, feed, first_sample, global_batch, device, forward_only=False, own=own
+            config, parts, feed, first_sample, global_batch, forward_only=False, own=own
         )
 
     order_free = config.train.gradient_leaves is not None
-    squares = gradient_squares(optimizer, config.model.layers, device, order_free)
-    apart = find_apart(own.sizes, groups, config.spikes.suspect_factor, squares) if own else None
+    squares = gradient_squares(parts.optimizer, config.model.layers, parts.device, order_free)
+    apart = find_apart(own.sizes, parts.groups, config.spikes.suspect_factor, squares) if own else None
     norm = squares.sum().sqrt()
     grad_norm = norm.item()
     every, difference = config.train.compare_replicas_every_steps, None
     if compare or (every and (step + 1) % every == 0):
-        difference = compare_replicas(chunks, optimizer, groups)
+        difference = compare_replicas(parts)
     updated = math.isfinite(loss) and math.isfinite(grad_norm) and difference is None
     if updated and accept:
         updated = accept(loss, grad_norm, apart)
     if updated:
-        with phases.updating(optimizer) if phases else nullcontext():
-            update(optimizer, norm, config.optimizer.clip_grad_norm)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # the update is queued, and the step's seconds are to hold it
+        with phases.updating(parts.optimizer) if phases else nullcontext():
+            update(parts.optimizer, norm, config.optimizer.clip_grad_norm)
+    if parts.device.type == "cuda":
+        torch.cuda.synchronize(parts.device)  # the update is queued, and the step's seconds are to hold it
     layers = None
     if activations:
         elements = global_batch * config.model.sequence_length * config.model.hidden_size
@@ -242,17 +241,17 @@ def train_step(
     return StepResult(loss, grad_norm, updated, waited, sample_losses, layers, difference, apart)
 
 
-def evaluate(config: Config, groups: Groups, chunks: Sequence, feed: Feed, device: torch.device) -> float:
+def evaluate(config: Config, parts: Parts, feed: Feed) -> float:
     """Mean loss in nats a token over the first `train.evaluate_batches` global batches of the held-out feed."""
-    for chunk in chunks:
+    for chunk in parts.chunks:
         chunk.eval()
     batch, batches = config.train.global_batch, config.train.evaluate_batches
     assert batches, "evaluation was asked for without evaluate_batches; the configuration should have refused that"
     losses = []
     with torch.no_grad():
         for index in range(batches):
-            loss, _ = _run_schedule(config, groups, chunks, feed, index * batch, batch, device, forward_only=True)
+            loss, _ = _run_schedule(config, parts, feed, index * batch, batch, forward_only=True)
             losses.append(loss)
-    for chunk in chunks:
+    for chunk in parts.chunks:
         chunk.train()
     return sum(losses) / len(losses)

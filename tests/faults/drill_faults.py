@@ -253,9 +253,9 @@ def gradient_too_large(call: int, rank: str) -> None:
         weight.register_hook(lambda gradient: gradient * (1e6 if len(calls) >= call else 1.0))
         return build(config, chunks, *rest)
 
-    def counted(*arguments):
+    def counted(*arguments, **more):
         calls.append(1)
-        return train_step(*arguments)
+        return train_step(*arguments, **more)
 
     pretrain_k2.train_step = counted
     if os.environ["RANK"] == rank:
@@ -270,11 +270,11 @@ def flip_a_bit(call: int, rank: str) -> None:
 
     run, calls = step._run_schedule, []
 
-    def run_and_flip(config, groups, chunks, *rest, **keywords):
-        result = run(config, groups, chunks, *rest, **keywords)
+    def run_and_flip(config, parts, *rest, **keywords):
+        result = run(config, parts, *rest, **keywords)
         calls.append(1)
         if len(calls) == call and os.environ["RANK"] == rank:
-            bits = unwrapped(chunks[0]).decoder.layers[1].mlp.linear_fc2.weight.data.view(-1).view(torch.int32)
+            bits = unwrapped(parts.chunks[0]).decoder.layers[1].mlp.linear_fc2.weight.data.view(-1).view(torch.int32)
             bits[5] ^= 1 << 21
         return result
 

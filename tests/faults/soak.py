@@ -91,10 +91,10 @@ def in_rank(
     tempfile.tempdir = str(scratch)
     train_step = pretrain_k2.train_step
 
-    def drawn_out(*arguments):
+    def drawn_out(config, parts, feed, step, **more):
         began = time.monotonic()
-        result = train_step(*arguments)
-        if arguments[5] < drawn_out_steps:
+        result = train_step(config, parts, feed, step, **more)
+        if step < drawn_out_steps:
             time.sleep(max(0.0, began + step_seconds - time.monotonic()))
         return result
 

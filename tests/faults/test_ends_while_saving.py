@@ -38,16 +38,16 @@ def _end_in_step_8(how: str, write_seconds: float) -> None:
         time.sleep(write_seconds)
         return write(*arguments)
 
-    def ends(config, groups, chunks, optimizer, feed, step, *more):
+    def ends(config, parts, feed, step, **more):
         if step == 7 and how == "stop":
             raise StopRun("all ranks stop")
-        if step == 7 and groups.rank == 1 and how == "error":
+        if step == 7 and parts.groups.rank == 1 and how == "error":
             raise RuntimeError("one rank fails")
-        if step == 7 and groups.rank == 0 and how == "interrupt":
+        if step == 7 and parts.groups.rank == 0 and how == "interrupt":
             mistakes.time.sleep = lambda _seconds: os.kill(os.getpid(), signal.SIGINT)  # impatient: once more
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
-        return train_step(config, groups, chunks, optimizer, feed, step, *more)
+        return train_step(config, parts, feed, step, **more)
 
     checkpoint_save._Plan.write, pretrain_k2.train_step = slowly, ends
 

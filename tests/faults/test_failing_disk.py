@@ -24,6 +24,7 @@ from k2_megatron.train.checkpoint_manifest import CheckpointError, step_of
 from k2_megatron.train.checkpoint_save import CheckpointWriter
 from k2_megatron.train.checkpoint_state import model_state, optimizer_state
 from k2_megatron.train.optimizer import build_optimizer, wrap_model
+from k2_megatron.train.parts import Parts
 
 SETTINGS = [
     *("model.layers=1", "model.hidden_size=16", "model.ffn_hidden_size=16", "model.heads=2", "model.kv_heads=2"),
@@ -44,12 +45,13 @@ def _save_on_failing_disks(config_path: Path, checkpoints: Path) -> tuple[int, l
         seed_everything(config.run.seed, groups)
         chunks = wrap_model(config, build_model(config, KERNELS, groups.collection), groups.collection)
         optimizer = build_optimizer(config, chunks, KERNELS, groups.collection)
+        parts = Parts(groups, chunks, optimizer, device.torch)
         optimizer_state(optimizer, model_state(chunks), loading=True)  # makes the moments, as a first step would
         savers = [CheckpointWriter(checkpoints, groups, asynchronous=background) for background in (False, True)]
 
         def save(step: int, saver: CheckpointWriter) -> str:
             try:
-                saver.save(step, config, chunks, optimizer, device.torch, {})
+                saver.save(step, config, parts, {})
                 saver.wait()
                 return "saved"
             except CheckpointError as error:

@@ -58,11 +58,11 @@ def _draw_in_every_step(restored: bool) -> None:
 
     train_step = pretrain_k2.train_step
 
-    def step(*arguments):
+    def step(*arguments, **more):
         with get_cuda_rng_tracker().fork():
             torch.rand(1)
         random.random(), numpy.random.rand(), torch.rand(1)
-        return train_step(*arguments)
+        return train_step(*arguments, **more)
 
     pretrain_k2.train_step = step
     if not restored:

@@ -29,10 +29,10 @@ def _flip_a_weight_bit_after_step_4() -> None:
 
     train_step = pretrain_k2.train_step
 
-    def and_flip(config, groups, chunks, *rest):
-        result = train_step(config, groups, chunks, *rest)
-        if rest[2] == 3:
-            weight = unwrapped(chunks[0]).decoder.layers[1].mlp.linear_fc2.weight
+    def and_flip(config, parts, feed, step, **more):
+        result = train_step(config, parts, feed, step, **more)
+        if step == 3:
+            weight = unwrapped(parts.chunks[0]).decoder.layers[1].mlp.linear_fc2.weight
             bits = weight.data.view(-1).view(torch.int32)
             bits[5] ^= 1 << 22  # the highest bit of the fraction
         return result
@@ -62,10 +62,10 @@ def _dies_in_step_8() -> None:
 
     train_step = pretrain_k2.train_step
 
-    def dies(*arguments):
-        if arguments[5] == 7:
+    def dies(config, parts, feed, step, **more):
+        if step == 7:
             os._exit(1)
-        return train_step(*arguments)
+        return train_step(config, parts, feed, step, **more)
 
     pretrain_k2.train_step = dies
 

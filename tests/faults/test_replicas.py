@@ -35,22 +35,22 @@ def flip_bit(tensor: torch.Tensor, element: int, bit: int) -> None:
 
 def _flip_and_compare(config_path: Path, settings: list[str]) -> list[tuple[str, str, str]]:
     """In each case flip a random bit of a random tensor on a random rank; (rank, tensor, what comparing said)."""
-    with training_rank(config_path, settings) as (config, device, groups, _, chunks, optimizer):
+    with training_rank(config_path, settings) as (config, _, _, parts):
         data = open_run_data(config)
-        set_learning_rate(optimizer, 1e-3, 0.1)
-        train_step(config, groups, chunks, optimizer, data.train, 0, device.torch)
-        tensors = [(one.name, one.tensor) for one in replicated_tensors(chunks, optimizer)]
-        chance, said = random.Random(5), [("none", "none", str(compare_replicas(chunks, optimizer, groups)))]
+        set_learning_rate(parts.optimizer, 1e-3, 0.1)
+        train_step(config, parts, data.train, 0)
+        tensors = [(one.name, one.tensor) for one in replicated_tensors(parts)]
+        chance, said = random.Random(5), [("none", "none", str(compare_replicas(parts)))]
         for _ in range(CASES):
-            victim, (name, tensor) = chance.randrange(groups.world_size), chance.choice(tensors)
+            victim, (name, tensor) = chance.randrange(parts.groups.world_size), chance.choice(tensors)
             element, bit = chance.randrange(tensor.numel()), chance.randrange(8 * tensor.element_size())
-            if groups.rank == victim:
+            if parts.groups.rank == victim:
                 flip_bit(tensor, element, bit)
-            difference = compare_replicas(chunks, optimizer, groups)
-            if groups.rank == victim:
+            difference = compare_replicas(parts)
+            if parts.groups.rank == victim:
                 flip_bit(tensor, element, bit)
             said.append((f"data {victim})", name, str(difference)))
-        said.append(("none", "none", str(compare_replicas(chunks, optimizer, groups))))
+        said.append(("none", "none", str(compare_replicas(parts))))
     return said
 
 
@@ -69,20 +69,20 @@ def test_every_flipped_bit_is_found_and_its_rank_and_tensor_named(small_config, 
 def _flip_norms_and_compare(config_path: Path, settings: list[str]) -> list[tuple[str, str, str]]:
     """Flip a bit of each weight and moment that tensor ranks hold alike, and of one that they share out, each time on
     another rank: (rank, tensor, what comparing said)."""
-    with training_rank(config_path, settings, TORCH_KERNELS) as (config, device, groups, _, chunks, optimizer):
+    with training_rank(config_path, settings, TORCH_KERNELS) as (config, _, _, parts):
         data = open_run_data(config)
-        set_learning_rate(optimizer, 1e-3, 0.1)
+        set_learning_rate(parts.optimizer, 1e-3, 0.1)
         for step in range(2):
-            train_step(config, groups, chunks, optimizer, data.train, step, device.torch)
-        said = [("none", "none", str(compare_replicas(chunks, optimizer, groups)))]
-        tensors = [(one.name, one.tensor) for one in replicated_tensors(chunks, optimizer)]
+            train_step(config, parts, data.train, step)
+        said = [("none", "none", str(compare_replicas(parts)))]
+        tensors = [(one.name, one.tensor) for one in replicated_tensors(parts)]
         alike = [(name, tensor) for name, tensor in tensors if name.endswith("norm.weight")]
         for number, (name, tensor) in enumerate([*alike, tensors[0]]):
-            victim = number % groups.world_size
-            if groups.rank == victim:
+            victim = number % parts.groups.world_size
+            if parts.groups.rank == victim:
                 flip_bit(tensor, number % tensor.numel(), number)
-            said.append((f"rank {victim} ", name, str(compare_replicas(chunks, optimizer, groups))))
-            if groups.rank == victim:
+            said.append((f"rank {victim} ", name, str(compare_replicas(parts))))
+            if parts.groups.rank == victim:
                 flip_bit(tensor, number % tensor.numel(), number)
     return said
 
@@ -126,21 +126,21 @@ IN_EACH_STEP = [
 def _flip_and_train(config_path: Path, settings: list[str]) -> list[tuple[str, str, bool, str]]:
     """In each step but the last flip a random bit of a random weight of a random rank, and take it back afterwards:
     (rank, weight, whether the step was applied, what comparing said)."""
-    with training_rank(config_path, settings, TORCH_KERNELS) as (config, device, groups, _, chunks, optimizer):
+    with training_rank(config_path, settings, TORCH_KERNELS) as (config, _, _, parts):
         data = open_run_data(config)
-        set_learning_rate(optimizer, 1e-3, 0.1)
-        weights = list(unwrapped(chunks[0]).named_parameters())
+        set_learning_rate(parts.optimizer, 1e-3, 0.1)
+        weights = list(unwrapped(parts.chunks[0]).named_parameters())
         chance, said = random.Random(7), []
         for _ in range(CASES):
-            victim, (name, weight) = chance.randrange(groups.world_size), chance.choice(weights)
+            victim, (name, weight) = chance.randrange(parts.groups.world_size), chance.choice(weights)
             place = chance.randrange(weight.numel()), chance.randrange(8 * weight.element_size())
-            if groups.rank == victim:
+            if parts.groups.rank == victim:
                 flip_bit(weight, *place)
-            result = train_step(config, groups, chunks, optimizer, data.train, 0, device.torch)
-            if groups.rank == victim:
+            result = train_step(config, parts, data.train, 0)
+            if parts.groups.rank == victim:
                 flip_bit(weight, *place)
             said.append((f"data {victim})", name, result.updated, str(result.difference)))
-        result = train_step(config, groups, chunks, optimizer, data.train, 0, device.torch)
+        result = train_step(config, parts, data.train, 0)
         said.append(("none", "none", result.updated, str(result.difference)))
     return said
 
@@ -184,11 +184,11 @@ def _flip_on_rank_1_in_step_3() -> None:
 
     run, calls = step._run_schedule, []
 
-    def run_and_flip(config, groups, chunks, *rest, **keywords):
-        loss = run(config, groups, chunks, *rest, **keywords)
+    def run_and_flip(config, parts, *rest, **keywords):
+        loss = run(config, parts, *rest, **keywords)
         calls.append(1)
         if len(calls) == 3 and os.environ["RANK"] == "1":
-            flip_bit(unwrapped(chunks[0]).decoder.layers[2].mlp.linear_fc1.weight, 77, 13)
+            flip_bit(unwrapped(parts.chunks[0]).decoder.layers[2].mlp.linear_fc1.weight, 77, 13)
         return loss
 
     step._run_schedule = run_and_flip

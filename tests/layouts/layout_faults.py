@@ -107,8 +107,9 @@ def copies_of_hidden_states_counted_twice() -> None:
     """Every tensor rank adds the hidden states that all of them hold."""
     right = layer_norms.ActivationSquares.__init__
 
-    def everywhere(self, groups, *rest):
-        right(self, dataclasses.replace(groups, tensor_rank=0), *rest)
+    def everywhere(self, parts, *rest):
+        first = dataclasses.replace(parts.groups, tensor_rank=0)
+        right(self, dataclasses.replace(parts, groups=first), *rest)
 
     layer_norms.ActivationSquares.__init__ = everywhere
 
@@ -117,13 +118,13 @@ def samples_in_the_order_of_the_ranks() -> None:
     """The losses of each data rank's samples stand together."""
     right = step._run_schedule
 
-    def by_rank(config, groups, *rest, **named):
-        loss, samples = right(config, groups, *rest, **named)
-        size, stride = config.train.micro_batch, config.train.micro_batch * groups.data_size
+    def by_rank(config, parts, *rest, **named):
+        loss, samples = right(config, parts, *rest, **named)
+        size, ranks = config.train.micro_batch, parts.groups.data_size
         ranked = [
             samples[start + offset]
-            for rank in range(groups.data_size)
-            for start in range(rank * size, len(samples), stride)
+            for rank in range(ranks)
+            for start in range(rank * size, len(samples), ranks * size)
             for offset in range(size)
         ]
         return loss, tuple(ranked)

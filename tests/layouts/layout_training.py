@@ -35,17 +35,17 @@ def train_layout(
     """Train the configured steps; save after the first, when each moment is still a multiple of the gradient."""
     if fault is not None:
         fault()
-    with training_rank(config_path, settings) as (config, device, groups, kernels, chunks, optimizer):
+    with training_rank(config_path, settings) as (config, _, kernels, parts):
         data = open_run_data(config)
-        initial_weights = weight_fingerprint(chunks, device.torch)
-        activations = ActivationSquares(groups, chunks, config.model.layers, kernels["adamw"], device.torch)
+        initial_weights = weight_fingerprint(parts.chunks, parts.device)
+        activations = ActivationSquares(parts, config.model.layers, kernels["adamw"])
         results = []
         for step in range(config.train.steps):
-            set_learning_rate(optimizer, learning_rate_at(config, step), config.optimizer.weight_decay)
-            results.append(train_step(config, groups, chunks, optimizer, data.train, step, device.torch, activations))
+            set_learning_rate(parts.optimizer, learning_rate_at(config, step), config.optimizer.weight_decay)
+            results.append(train_step(config, parts, data.train, step, activations=activations))
             if step == 0:
-                saver = CheckpointWriter(checkpoints, groups, asynchronous=False)
-                saver.save(1, config, chunks, optimizer, device.torch, data.position())
+                saver = CheckpointWriter(checkpoints, parts.groups, asynchronous=False)
+                saver.save(1, config, parts, data.position())
                 saver.wait()
         training = Training(
             initial_weights,
@@ -53,7 +53,7 @@ def train_layout(
             [result.grad_norm for result in results],
             [result.sample_losses for result in results],
             [result.layers for result in results],
-            weight_fingerprint(chunks, device.torch),
-            evaluate(config, groups, chunks, data.held_out, device.torch),
+            weight_fingerprint(parts.chunks, parts.device),
+            evaluate(config, parts, data.held_out),
         )
     return training

@@ -12,12 +12,12 @@ from megatron.core.dist_checkpointing.dict_utils import extract_matching_values,
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, is_main_replica
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from k2_megatron.config import load_config
+from k2_megatron.config import Config, load_config
 from k2_megatron.kernels.dispatch import OPS
 from k2_megatron.model import build_model
 from k2_megatron.model.initialize import hash_mix
 from k2_megatron.runtime.cpu_stand_in import cpu_stands_in_for_cuda
-from k2_megatron.runtime.devices import find_device
+from k2_megatron.runtime.devices import Device, find_device
 from k2_megatron.runtime.groups import build_groups, connect, disconnect
 from k2_megatron.runtime.launch import read_environment
 from k2_megatron.runtime.seeds import seed_everything
@@ -26,6 +26,7 @@ from k2_megatron.train.checkpoint_save import CheckpointWriter
 from k2_megatron.train.checkpoint_state import model_state, optimizer_state, weight_fingerprint
 from k2_megatron.train.optimizer import build_optimizer, wrap_model
 from k2_megatron.train.optimizer_boxes import built
+from k2_megatron.train.parts import Parts
 
 STEP = "step_00000003"
 GATHERED = {"dp4-sharded": "dp4-sharded-gathered"}  # what megatron-core saves itself under a layout
@@ -55,52 +56,53 @@ def save_and_load_all(
     with cpu_stands_in_for_cuda(device.type):
         connect(environment, device, 120.0)
         for name, settings in layouts.items():
-            with _built(config_path, settings, environment.world_size) as (config, groups, chunks, optimizer):
-                manifest = load_checkpoint(source, config, groups, chunks, optimizer, device.torch)
-                found["source", name] = state_fingerprints(chunks, optimizer)
+            with _built(config_path, settings, environment.world_size, device) as (config, parts):
+                manifest = load_checkpoint(source, config, parts)
+                found["source", name] = state_fingerprints(parts)
                 states = {name: optimizer_state}
                 if name in GATHERED:
                     states[GATHERED[name]] = gathered_state
                 for save, state in states.items():
-                    saver = CheckpointWriter(folder / save, groups, asynchronous=False)
+                    saver = CheckpointWriter(folder / save, parts.groups, asynchronous=False)
                     with mock.patch("k2_megatron.train.checkpoint_save.optimizer_state", state):
-                        saver.save(manifest["step"], config, chunks, optimizer, device.torch, {})
+                        saver.save(manifest["step"], config, parts, {})
                     saver.wait()
                     saves.append(save)
         for name, settings in layouts.items():
-            with _built(config_path, settings, environment.world_size) as (config, groups, chunks, optimizer):
+            with _built(config_path, settings, environment.world_size, device) as (config, parts):
                 for saved in saves:
-                    load_checkpoint(folder / saved / STEP, config, groups, chunks, optimizer, device.torch)
-                    found[saved, name] = state_fingerprints(chunks, optimizer)
+                    load_checkpoint(folder / saved / STEP, config, parts)
+                    found[saved, name] = state_fingerprints(parts)
         disconnect()
     return found
 
 
 @contextmanager
-def _built(config_path: Path, settings: list[str], world_size: int) -> Iterator[tuple]:
+def _built(config_path: Path, settings: list[str], world_size: int, device: Device) -> Iterator[tuple[Config, Parts]]:
     config = load_config(config_path, settings, world_size=world_size)
     groups = build_groups(config.parallel)
     seed_everything(config.run.seed, groups)
     kernels = dict.fromkeys(OPS, "torch")
     chunks = wrap_model(config, build_model(config, kernels, groups.collection), groups.collection)
-    yield config, groups, chunks, build_optimizer(config, chunks, kernels, groups.collection)
+    optimizer = build_optimizer(config, chunks, kernels, groups.collection)
+    yield config, Parts(groups, chunks, optimizer, device.torch)
     distributed.barrier()
     parallel_state.destroy_model_parallel()
 
 
-def state_fingerprints(chunks, optimizer) -> dict[str, int]:
+def state_fingerprints(parts: Parts) -> dict[str, int]:
     """The fingerprint of the weights, and of each kind of optimizer state, over all ranks; a distributed optimizer's
     as megatron-core gathers it."""
     kinds = ("exp_avg.", "exp_avg_sq.", "param.")
     totals = torch.zeros(len(kinds), dtype=torch.int64)
-    distributed_ = isinstance(optimizer.chained_optimizers[0], DistributedOptimizer)
+    distributed_ = isinstance(parts.optimizer.chained_optimizers[0], DistributedOptimizer)
     state = gathered_state if distributed_ else optimizer_state
-    tensors, _ = state(optimizer, model_state(chunks), loading=False)
+    tensors, _ = state(parts.optimizer, model_state(parts.chunks), loading=False)
     for value in nested_values(tensors):
         for shard in built(value):
             if isinstance(shard, ShardedTensor) and is_main_replica(shard.replica_id):
                 (kind,) = [kind for kind in kinds if shard.key.startswith(f"optimizer.state.{kind}")]
                 totals[kinds.index(kind)] += hash_mix(shard)
     distributed.all_reduce(totals)
-    weights = int(weight_fingerprint(chunks, torch.device("cpu")), 16)
+    weights = int(weight_fingerprint(parts.chunks, parts.device), 16)
     return {"weights": weights, **dict(zip(kinds, totals.tolist(), strict=True))}

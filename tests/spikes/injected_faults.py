@@ -105,10 +105,10 @@ def _before_step(act, steps: range) -> None:
 
     train_step = pretrain_k2.train_step
 
-    def with_fault(config, groups, chunks, optimizer, feed, step, *rest):
+    def with_fault(config, parts, feed, step, **more):
         if step + 1 == steps[0]:
-            act(chunks, optimizer)
-        return train_step(config, groups, chunks, optimizer, feed, step, *rest)
+            act(parts)
+        return train_step(config, parts, feed, step, **more)
 
     pretrain_k2.train_step = with_fault
 
@@ -116,10 +116,10 @@ def _before_step(act, steps: range) -> None:
 def flipped_weight_bit(steps: range) -> None:
     """The highest bit of the exponent of one weight of the third layer."""
 
-    def flip(chunks, _optimizer):
+    def flip(parts):
         from k2_megatron.train.checkpoint_state import unwrapped
 
-        weight = unwrapped(chunks[0]).decoder.layers[2].mlp.linear_fc2.weight
+        weight = unwrapped(parts.chunks[0]).decoder.layers[2].mlp.linear_fc2.weight
         bits = weight.data.view(-1).view(torch.int32)
         bits[5] ^= 1 << 30
 
@@ -129,11 +129,11 @@ def flipped_weight_bit(steps: range) -> None:
 def corrupted_moment(steps: range) -> None:
     """The first moments of one matrix of the second layer are far too large, and its updates with them."""
 
-    def corrupt(chunks, optimizer):
+    def corrupt(parts):
         from k2_megatron.train.checkpoint_state import unwrapped
 
-        weight = unwrapped(chunks[0]).decoder.layers[1].mlp.linear_fc1.weight
-        (part,) = optimizer.chained_optimizers
+        weight = unwrapped(parts.chunks[0]).decoder.layers[1].mlp.linear_fc1.weight
+        (part,) = parts.optimizer.chained_optimizers
         part.optimizer.state[weight]["exp_avg"].mul_(300.0)
 
     _before_step(corrupt, steps)

@@ -11,6 +11,7 @@ import k2_megatron.train.optimizer as optimizer_module
 import k2_megatron.train.step as step_module
 from k2_megatron.train.layer_norms import ActivationSquares, LayerNorms
 from k2_megatron.train.optimizer import build_optimizer, wrap_model
+from k2_megatron.train.parts import Parts
 from k2_megatron.train.run_data import open_run_data
 from k2_megatron.train.schedule import learning_rate_at
 from k2_megatron.train.step import train_step
@@ -34,13 +35,12 @@ def ours_and_plain(config_path: Path, settings: list[str], fault) -> tuple[Steps
         plain = _plain(llama_with_weights_of(model, config), open_run_data(config).train)
         chunks = wrap_model(config, [model], groups.collection)
         optimizer = build_optimizer(config, chunks, kernels, groups.collection)
-        activations = ActivationSquares(groups, chunks, config.model.layers, kernels["adamw"], torch.device("cpu"))
+        parts = Parts(groups, chunks, optimizer, torch.device("cpu"))
+        activations = ActivationSquares(parts, config.model.layers, kernels["adamw"])
         results = []
         for step in range(STEPS):
             optimizer_module.set_learning_rate(optimizer, learning_rate_at(config, step), config.optimizer.weight_decay)
-            results.append(
-                train_step(config, groups, chunks, optimizer, data.train, step, torch.device("cpu"), activations)
-            )
+            results.append(train_step(config, parts, data.train, step, activations=activations))
         ours = Steps(
             [result.loss for result in results],
             [result.grad_norm for result in results],

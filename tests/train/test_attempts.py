@@ -188,9 +188,9 @@ def _large_row(step: int) -> None:
     squares, train_step, steps = module.gradient_squares, module.train_step, []
     import pretrain_k2
 
-    def noted(*arguments):
-        steps.append(arguments[5] + 1)
-        return train_step(*arguments)
+    def noted(config, parts, feed, step, **more):
+        steps.append(step + 1)
+        return train_step(config, parts, feed, step, **more)
 
     pretrain_k2.train_step = noted
     module.gradient_squares = lambda *arguments: squares(*arguments) * (400.0 if steps[-1] == step else 1.0)
@@ -215,11 +215,11 @@ def _weight_is_lost() -> None:
 
     run_schedule, calls = step._run_schedule, []
 
-    def spoiled(config, groups, chunks, *arguments, **keywords):
+    def spoiled(config, parts, *arguments, **keywords):
         calls.append(1)
         if len(calls) == 3 and os.environ["RANK"] == "1":
-            dict(named_parameters(chunks))[WEIGHT].detach().view(-1)[7] = math.nan
-        return run_schedule(config, groups, chunks, *arguments, **keywords)
+            dict(named_parameters(parts.chunks))[WEIGHT].detach().view(-1)[7] = math.nan
+        return run_schedule(config, parts, *arguments, **keywords)
 
     step._run_schedule = spoiled
 

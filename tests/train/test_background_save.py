@@ -26,19 +26,19 @@ SHARED = ["parallel.distributed_optimizer=true", "model.layers=2"]
 
 def _change_at_once(config_path: Path, checkpoints: Path, copies: bool) -> tuple[str, str, str, float, float]:
     """Save, overwrite every weight while the save is in flight, and load what was saved."""
-    with training_rank(config_path, SETTINGS, TORCH_KERNELS) as (config, device, groups, _, chunks, optimizer):
-        asked = weight_fingerprint(chunks, device.torch)
-        saver = CheckpointWriter(checkpoints, groups, asynchronous=True)
+    with training_rank(config_path, SETTINGS, TORCH_KERNELS) as (config, _, _, parts):
+        asked = weight_fingerprint(parts.chunks, parts.device)
+        saver = CheckpointWriter(checkpoints, parts.groups, asynchronous=True)
         if not copies:
             _share_the_tensors(saver)
-        saver.save(2, config, chunks, optimizer, device.torch, {})
+        saver.save(2, config, parts, {})
         with torch.no_grad():
-            for parameter in chunks[0].parameters():
+            for parameter in parts.chunks[0].parameters():
                 parameter.fill_(3.0)
         saved = saver.wait()
         try:
-            load_weights(saved.folder, chunks, device.torch)
-            loaded = weight_fingerprint(chunks, device.torch)
+            load_weights(saved.folder, parts.chunks, parts.device)
+            loaded = weight_fingerprint(parts.chunks, parts.device)
         except CheckpointError as error:
             loaded = str(error)
         return asked, saved.weights, loaded, saved.stall_seconds, saved.seconds
@@ -103,18 +103,18 @@ def _save_and_change_everything(config_path: Path, folder: Path) -> list[tuple[i
     same state, though weights, main parameters, moments and generators change as soon as it is asked for."""
     different = []
     os.fsync = lambda _descriptor: None  # no power cut is tried here
-    with training_rank(config_path, TINY, TORCH_KERNELS) as (config, device, groups, _, chunks, optimizer):
-        optimizer_state(optimizer, model_state(chunks), loading=True)  # makes the moments, as a first step would
-        savers = [CheckpointWriter(folder / f"{mode}", groups, asynchronous=mode) for mode in (False, True)]
+    with training_rank(config_path, TINY, TORCH_KERNELS) as (config, _, _, parts):
+        optimizer_state(parts.optimizer, model_state(parts.chunks), loading=True)  # makes the moments
+        savers = [CheckpointWriter(folder / f"{mode}", parts.groups, asynchronous=mode) for mode in (False, True)]
         for turn in range(SNAPSHOTS):
             hashes = []
             for saver in savers:
-                saver.save(turn, config, chunks, optimizer, device.torch, {})
+                saver.save(turn, config, parts, {})
                 if saver is savers[1]:
-                    _change_everything(chunks, optimizer)
+                    _change_everything(parts)
                     if turn == 0:
                         with pytest.raises(AssertionError, match="a save is in flight"):
-                            saver.save(turn, config, chunks, optimizer, device.torch, {})
+                            saver.save(turn, config, parts, {})
                 saved = saver.wait().folder
                 hashes.append({path.name: hash_file(path) for path in saved.glob("*.distcp")})
                 shutil.rmtree(saved)
@@ -122,11 +122,11 @@ def _save_and_change_everything(config_path: Path, folder: Path) -> list[tuple[i
     return different
 
 
-def _change_everything(chunks, optimizer) -> None:
+def _change_everything(parts) -> None:
     with torch.no_grad():
-        for parameter in chunks[0].parameters():
+        for parameter in parts.chunks[0].parameters():
             parameter.normal_()  # draws from the generator, which is saved as well
-        for part in optimizer.chained_optimizers:
+        for part in parts.optimizer.chained_optimizers:
             for main, state in part.optimizer.state.items():
                 for tensor in (main, *state.values()):
                     tensor.normal_()
@@ -155,11 +155,11 @@ def _held_by_a_save(config_path: Path, checkpoints: Path) -> tuple[int, int]:
             return super().write(folder, group)
 
     checkpoint_save._Plan = Watched
-    with training_rank(config_path, SHARED, TORCH_KERNELS) as (config, device, groups, _, chunks, optimizer):
-        optimizer_state(optimizer, model_state(chunks), loading=True)  # makes the moments, as a first step would
-        saver = CheckpointWriter(checkpoints, groups, asynchronous=True)
+    with training_rank(config_path, SHARED, TORCH_KERNELS) as (config, _, _, parts):
+        optimizer_state(parts.optimizer, model_state(parts.chunks), loading=True)  # makes the moments
+        saver = CheckpointWriter(checkpoints, parts.groups, asynchronous=True)
         for step in (1, 2):
-            saver.save(step, config, chunks, optimizer, device.torch, {})
+            saver.save(step, config, parts, {})
             saver.wait()
     assert held[0] == held[1]
     storages, tensors = held[1]

@@ -24,6 +24,7 @@ from k2_megatron.train.checkpoint_state import weight_fingerprint
 from k2_megatron.train.journal import Journal
 from k2_megatron.train.not_finite import in_vain
 from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
+from k2_megatron.train.parts import Parts
 from k2_megatron.train.run_data import open_run_data
 from k2_megatron.train.step import StepResult, finalize_model_grads, train_step
 
@@ -44,6 +45,7 @@ def steps_around_a_bad_gradient(
         kernels = dict.fromkeys(OPS, "torch")
         chunks = wrap_model(config, build_model(config, kernels, groups.collection), groups.collection)
         optimizer = build_optimizer(config, chunks, kernels, groups.collection)
+        parts = Parts(groups, chunks, optimizer, device)
         weights, results = [weight_fingerprint(chunks, device)], []
         for step in range(3):
             set_learning_rate(optimizer, 1e-3, 0.1)
@@ -59,7 +61,7 @@ def steps_around_a_bad_gradient(
                     next(model[0].parameters()).main_grad.view(-1)[3] = after_the_sum
 
                 step_module.finalize_model_grads = finalize
-            results.append(train_step(config, groups, chunks, optimizer, data.train, min(step, 1), device))
+            results.append(train_step(config, parts, data.train, min(step, 1)))
             if spoiling is not None:
                 spoiling.remove()
             weights.append(weight_fingerprint(chunks, device))

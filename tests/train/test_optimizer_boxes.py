@@ -125,25 +125,25 @@ SETTINGS = [
 def _save_and_load(config_path: Path, folder: Path) -> tuple[int, dict[str, tuple[int, int]]]:
     """(bytes of this rank's part, {what was done: (bytes sent, bytes of storages made)})."""
     found = {}
-    with training_rank(config_path, SETTINGS, TORCH_KERNELS) as (config, device, groups, _, chunks, optimizer):
-        optimizer_state(optimizer, model_state(chunks), loading=True)  # makes the moments, as a first step would
+    with training_rank(config_path, SETTINGS, TORCH_KERNELS) as (config, _, _, parts):
+        optimizer_state(parts.optimizer, model_state(parts.chunks), loading=True)  # makes the moments
         ways = {
             "foreground": {"asynchronous": False},
             "background": {"asynchronous": True},
-            "memory taken before": {"asynchronous": True, "part_bytes": part_bytes(chunks, groups)},
+            "memory taken before": {"asynchronous": True, "part_bytes": part_bytes(parts.chunks, parts.groups)},
         }
         for step, (name, how) in enumerate(ways.items(), 1):
-            saver = CheckpointWriter(folder, groups, **how)
+            saver = CheckpointWriter(folder, parts.groups, **how)
             for again in ("", " again"):
                 with Traffic() as traffic:
-                    saver.save(step, config, chunks, optimizer, device.torch, {})
+                    saver.save(step, config, parts, {})
                 saved = saver.wait()
                 found[name + again] = traffic.sent, traffic.made
                 assert verify_files(saved.folder, read_manifest(saved.folder)) == []
         with Traffic() as traffic:
-            load_checkpoint(saved.folder, config, groups, chunks, optimizer, device.torch)
+            load_checkpoint(saved.folder, config, parts)
         found["load"] = traffic.sent, 0
-        return saved.bytes // groups.world_size, found
+        return saved.bytes // parts.groups.world_size, found
 
 
 @pytest.fixture(scope="module")

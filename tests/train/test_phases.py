@@ -200,9 +200,9 @@ def pauses(
     before(AdamW, "step", "optimizer")
     train_step, tokens, activation = step_module.train_step, Feed.tokens, K2SwiGLU.forward
 
-    def step(config, groups, chunks, optimizer, feed, number, *rest):
+    def step(config, parts, feed, number, **more):
         now[0] = number + 1
-        return train_step(config, groups, chunks, optimizer, feed, number, *rest)
+        return train_step(config, parts, feed, number, **more)
 
     def slow_tokens(self, first_sample, count):
         self.seconds_waited += pause("data")

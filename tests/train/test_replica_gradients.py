@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +23,7 @@ from k2_megatron.train.checkpoint_state import named_parameters
 from k2_megatron.train.doubts import Doubts
 from k2_megatron.train.not_finite import where_not_finite
 from k2_megatron.train.optimizer import build_optimizer, wrap_model
+from k2_megatron.train.parts import Parts
 from k2_megatron.train.replica_gradients import Apart, apart_among
 from k2_megatron.train.run_data import open_run_data
 from k2_megatron.train.spikes.ceiling import FEWEST, Ceiling
@@ -80,10 +80,11 @@ def apart_in_steps(config_path: Path, settings: list[str]) -> list[Apart | None]
         data, kernels = open_run_data(config), dict.fromkeys(OPS, "torch")
         chunks = wrap_model(config, build_model(config, kernels, groups.collection), groups.collection)
         optimizer = build_optimizer(config, chunks, kernels, groups.collection)
+        parts = Parts(groups, chunks, optimizer, device.torch)
         for names, compare in (("none", True), (WEIGHT, True), ("weight", True), (WEIGHT, False)):
             scaled = _scale(chunks, names, 1e6) if names != "none" and groups.rank == 3 else []
-            step = partial(train_step, config, groups, chunks, optimizer, data.train, 0, device.torch)
-            found.append(step(accept=lambda *_: False, compare=compare).apart)
+            result = train_step(config, parts, data.train, 0, accept=lambda *_: False, compare=compare)
+            found.append(result.apart)
             for hook in scaled:
                 hook.remove()
         disconnect()
@@ -116,9 +117,9 @@ def _large_on_rank_1_for_ever() -> None:
             weight.register_hook(lambda gradient: gradient * (1e6 if steps[-1] >= FEWEST + 1 else 1.0))
         return build(config, chunks, *rest)
 
-    def noted(*arguments):
-        steps.append(arguments[5])
-        return train_step(*arguments)
+    def noted(config, parts, feed, step, **more):
+        steps.append(step)
+        return train_step(config, parts, feed, step, **more)
 
     pretrain_k2.build_optimizer, pretrain_k2.train_step = build_with_fault, noted
 
@@ -146,10 +147,10 @@ def test_what_is_applied_or_not_finite_is_pinned_too():
     """The rank stands in the event and in the line, though no rank was asked after the sum."""
     apart = Apart({"rank 1": [WEIGHT]})
     lost = StepResult(math.nan, 1.0, False, 0.0, (1.0,), apart=replace(apart, finite=False))
-    assert where_not_finite(lost, 0, [], None, None) == {"ranks": apart.ranks, "samples_not_finite": {}}
+    assert where_not_finite(lost, 0, None, None) == {"ranks": apart.ranks, "samples_not_finite": {}}
     again = StepResult(2.0, 40.0, True, 0.0, (1.0,), apart=apart)
     attempts, told, said = Attempts(Ceiling(20.0, 10.0), 1, [replace(again, updated=False, apart=None)], [{}]), [], []
     journal = SimpleNamespace(write=lambda _event, **fields: told.append(fields))
-    Doubts(7, 0, 1, [], None, None, journal, said.append).settled(attempts, again)
+    Doubts(7, 0, 1, None, None, journal, said.append).settled(attempts, again)
     assert [(event["kind"], event["ranks"]) for event in told] == [("came again", apart.ranks)]
     assert f"applied (far larger than in other replicas: gradients of {WEIGHT} on rank 1" in said[0]
