@@ -20,15 +20,15 @@ from k2_megatron.model.transformer_config import transformer_config
 
 
 def build_model(
-    config: Config, kernels: Mapping[str, str], groups: ProcessGroupCollection, *, initialize: bool = True
+    config: Config, kernels: Mapping[str, str], collection: ProcessGroupCollection, *, initialize: bool = True
 ) -> list[torch.nn.Module]:
-    """The model chunks of the rank that `groups` belong to, in the configured precision, weights initialized.
+    """The model chunks of the rank that `collection` belongs to, in the configured precision, weights initialized.
 
     `initialize=False` leaves the weights undefined (fake tensors, or a checkpoint about to be loaded).
     """
     settings = transformer_config(config, kernels)
-    stages = groups.pp.size()
-    stage = groups.pp.rank()
+    stages = collection.pp.size()
+    stage = collection.pp.rank()
     chunks_per_stage = config.parallel.virtual_pipeline
     chunks: list[torch.nn.Module] = []
     for chunk in range(chunks_per_stage):
@@ -41,7 +41,7 @@ def build_model(
             "post_process": stage == stages - 1 and chunk == chunks_per_stage - 1,
             "share_embeddings_and_output_weights": False,
             "rotary_base": config.model.rope_base,
-            "pg_collection": groups,
+            "pg_collection": collection,
             "vp_stage": vp_stage,
         }
         if config.model.implementation == "transformer_engine":

@@ -31,7 +31,7 @@ from k2_megatron.train.order_free import largest_square, order_free_sums, square
 
 
 def wrap_model(
-    config: Config, chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollection
+    config: Config, chunks: Sequence[torch.nn.Module], collection: ProcessGroupCollection
 ) -> list[DistributedDataParallel]:
     """Put each chunk in Float16Module (bfloat16 alone) and DistributedDataParallel with fp32 gradient buffers, whose
     gradients are added up as a tree where the configuration asks for it."""
@@ -50,7 +50,7 @@ def wrap_model(
         if config.train.precision == "bfloat16":
             chunk = Float16Module(settings, chunk)
         # Later chunks of an interleaved stage get one bucket: their gradients are ready when the stage is done.
-        wrapped.append(wrapper(settings, buffers, chunk, disable_bucketing=index > 0, pg_collection=groups))
+        wrapped.append(wrapper(settings, buffers, chunk, disable_bucketing=index > 0, pg_collection=collection))
     return wrapped
 
 
@@ -58,7 +58,7 @@ def build_optimizer(
     config: Config,
     chunks: Sequence[DistributedDataParallel],
     kernels: Mapping[str, str],
-    groups: ProcessGroupCollection,
+    collection: ProcessGroupCollection,
 ) -> MegatronOptimizer:
     """AdamW over fp32 main parameters (copies of bf16 ones, or the fp32 ones themselves), decay on matrices alone."""
     optimizer = config.optimizer
@@ -76,7 +76,7 @@ def build_optimizer(
         use_distributed_optimizer=config.parallel.distributed_optimizer,
     )
     _fill_adam_slot(kernels["adamw"])
-    built = get_megatron_optimizer(settings, list(chunks), use_gloo_process_groups=False, pg_collection=groups)
+    built = get_megatron_optimizer(settings, list(chunks), use_gloo_process_groups=False, pg_collection=collection)
     for part in built.chained_optimizers:
         if isinstance(part, Float16OptimizerWithFloat16Params) and not part.is_stub_optimizer:
             _write_copies_with_the_update(part)
