@@ -23,7 +23,7 @@ from k2_megatron.config import Config, load_config
 from k2_megatron.config.changes import CHANGEABLE, keys_given
 from k2_megatron.config.flops import output_share
 from k2_megatron.data.ledger import Ledger
-from k2_megatron.kernels.dispatch import OPS, choose_backend
+from k2_megatron.kernels.dispatch import choose_backends
 from k2_megatron.model import build_model
 from k2_megatron.plan import plan_text
 from k2_megatron.plan.dry_run import dry_run_text
@@ -150,14 +150,13 @@ def train(
     if is_writer:
         write_config(config)
     views = Views(config, folder, enabled=is_writer)
-    choices = [choose_backend(op, config.model.kernels.backend(op), device.type) for op in OPS]
-    kernels = {choice.op: choice.backend for choice in choices}
+    kernels = choose_backends(config.model.kernels, device.type)
     chunks = wrap_model(config, build_model(config, kernels, groups.collection), groups.collection)
     optimizer = build_optimizer(config, chunks, kernels, groups.collection)
     parts = Parts(groups, chunks, optimizer, device.torch)
     activations = ActivationSquares(parts, config.model.layers, kernels["adamw"])
     if is_writer:
-        journal.write("start", **start_fields(config, environment.launcher, device, choices, data.fingerprint))
+        journal.write("start", **start_fields(config, environment.launcher, device, data.fingerprint))
 
     # Resume from it, whatever layout wrote it
     step, origin, passed_over = 0, None, 0  # passed_over: steps without an update since the last one

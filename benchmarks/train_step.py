@@ -20,7 +20,7 @@ import numpy
 import torch
 
 from k2_megatron.config import Config
-from k2_megatron.kernels.dispatch import OPS, choose_backend
+from k2_megatron.kernels.dispatch import choose_backends
 from k2_megatron.model import build_model
 from k2_megatron.runtime.cpu_stand_in import cpu_stands_in_for_cuda
 from k2_megatron.runtime.devices import find_device
@@ -84,7 +84,7 @@ def our_step(config: Config, device) -> Callable[[], float]:
     """A function that takes one step of ours and returns its loss."""
     groups = build_groups(config.parallel)
     seed_everything(config.run.seed, groups)
-    kernels = {op: choose_backend(op, config.model.kernels.backend(op), device.type).backend for op in OPS}
+    kernels = choose_backends(config.model.kernels, device.type)
     chunks = wrap_model(config, build_model(config, kernels, groups.collection), groups.collection)
     optimizer = build_optimizer(config, chunks, kernels, groups.collection)
     parts = Parts(groups, chunks, optimizer, device.torch)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from k2_megatron.config import Config, load_config
-from k2_megatron.kernels.dispatch import OPS, choose_backend
+from k2_megatron.kernels.dispatch import choose_backends
 from k2_megatron.model import build_model
 from k2_megatron.runtime.cpu_stand_in import cpu_stands_in_for_cuda
 from k2_megatron.runtime.devices import find_device
@@ -26,7 +26,7 @@ def one_rank(
         connect(single_rank(), find_device(0), 60.0)
         groups = build_groups(config.parallel)
         seed_everything(config.run.seed, groups)
-        kernels = {op: choose_backend(op, config.model.kernels.backend(op), "cpu").backend for op in OPS}
+        kernels = choose_backends(config.model.kernels, "cpu")
         (model,) = build_model(config, kernels, groups.collection)
         yield config, groups, kernels, model
         disconnect()

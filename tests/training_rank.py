@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from k2_megatron.config import Config, load_config
-from k2_megatron.kernels.dispatch import OPS, choose_backend
+from k2_megatron.kernels.dispatch import OPS, choose_backends
 from k2_megatron.model import build_model
 from k2_megatron.runtime.cpu_stand_in import cpu_stands_in_for_cuda
 from k2_megatron.runtime.devices import Device, find_device
@@ -42,7 +42,7 @@ def training_rank(
         groups = build_groups(config.parallel)
         seed_everything(config.run.seed, groups)
         if kernels is None:
-            kernels = {op: choose_backend(op, config.model.kernels.backend(op), device.type).backend for op in OPS}
+            kernels = choose_backends(config.model.kernels, device.type)
         chunks = wrap_model(config, build_model(config, kernels, groups.collection), groups.collection)
         optimizer = build_optimizer(config, chunks, kernels, groups.collection)
         yield TrainingRank(config, device, kernels, Parts(groups, chunks, optimizer, device.torch))

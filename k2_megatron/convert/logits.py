@@ -153,11 +153,12 @@ def our_logits(
 def _run_layers(rows: Callable, facts: ModelFacts, config, groups, tokens) -> "torch.Tensor":
     import torch
 
+    from k2_megatron.config.schema import Kernels
     from k2_megatron.convert.layer_parts import fill_as_they_run
-    from k2_megatron.kernels.dispatch import OPS, choose_backend
+    from k2_megatron.kernels.dispatch import choose_backends
     from k2_megatron.model import build_model
 
-    kernels = {op: choose_backend(op, "auto", "cpu").backend for op in OPS}
+    kernels = choose_backends(Kernels(), "cpu")
     model: Any = build_model(config, kernels, groups.collection, initialize=False)[0]
     model.eval()
     rotary = model.rotary_pos_emb(tokens.shape[1])

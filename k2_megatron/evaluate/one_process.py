@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from k2_megatron.config import Config
-from k2_megatron.config.schema import Parallel
-from k2_megatron.kernels.dispatch import OPS, choose_backend
+from k2_megatron.config.schema import Kernels, Parallel
+from k2_megatron.kernels.dispatch import choose_backends
 from k2_megatron.model import build_model
 from k2_megatron.runtime.cpu_stand_in import cpu_stands_in_for_cuda
 from k2_megatron.runtime.devices import find_device
@@ -39,7 +39,7 @@ def loaded_model(run_folder: Path) -> Iterator[tuple[Config, int, torch.nn.Modul
             trained = Config.model_validate(manifest["config"])
             config = trained.model_copy(update={"parallel": Parallel()})
             seed_everything(config.run.seed, groups)
-            kernels = {op: choose_backend(op, "auto", device.type).backend for op in OPS}
+            kernels = choose_backends(Kernels(), device.type)
             (model,) = build_model(config, kernels, groups.collection, initialize=False)
             load_weights(folder, [model], device.torch)
             model.eval()

@@ -12,8 +12,12 @@ import importlib.util
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:  # the kernels run where pydantic is not installed
+    from k2_megatron.config.schema import Kernels
 
 OPS = ("rms_norm", "rotary", "cross_entropy", "swiglu", "adamw")
 BACKENDS = ("cuda", "cpu", "torch", "apex", "transformer_engine")
@@ -113,3 +117,13 @@ def choose_backend(op: str, requested: str, device_type: str) -> Choice:
     if reason:
         raise ValueError(f'kernels: {op} asks for backend {requested!r}: {reason}. Use "auto" or "torch" for this op')
     return Choice(op, requested, "asked for")
+
+
+def choices(kernels: Kernels, device_type: str) -> list[Choice]:
+    """What `choose_backend` makes of a configuration's model.kernels, op by op."""
+    return [choose_backend(op, kernels.backend(op), device_type) for op in OPS]
+
+
+def choose_backends(kernels: Kernels, device_type: str) -> dict[str, str]:
+    """{op: backend}, as model and optimizer are built with."""
+    return {choice.op: choice.backend for choice in choices(kernels, device_type)}

@@ -52,10 +52,17 @@ def gradient_statistics(gradients: Sequence[torch.Tensor], *, backend: str) -> t
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
+def clip_factor(norm: torch.Tensor, maximum_norm: float) -> torch.Tensor:
+    """min(1, maximum_norm / (norm + 1e-6)) [] fp32 of a norm [], on its device."""
+    return torch.clamp(maximum_norm / (norm.double() + 1e-6), max=1.0).float()
+
+
 def clip_gradients_(
     gradients: Sequence[torch.Tensor], norm: torch.Tensor, maximum_norm: float, *, backend: str
 ) -> torch.Tensor:
     """Scales the gradients in place by min(1, maximum_norm / (norm + 1e-6)); returns that factor [] fp32.
+
+    Training does not call it: AdamW scales by `clip_factor` in the pass that updates (train/optimizer.py).
 
     norm [] is the global norm, a tensor on the gradients' device (so that nothing waits for it); a norm that is not
     finite gives a factor that is not finite, as in torch.nn.utils.clip_grad_norm_.
@@ -68,7 +75,7 @@ def clip_gradients_(
     require(norm.numel() == 1, "clip_gradients", "norm has shape {}; it must be one number", tuple(norm.shape))
     if backend == "torch" and not torch.compiler.is_compiling():
         require_no_overlap("clip_gradients", {"gradients": gradients}, {})
-    factor = torch.clamp(maximum_norm / (norm.reshape(()).double() + 1e-6), max=1.0).float()
+    factor = clip_factor(norm.reshape(()), maximum_norm)
     for tensors in _by_dtype(gradients).values():
         require_dtype("clip_gradients", "gradients", tensors[0], REFERENCE_FLOATS if backend == "torch" else FLOATS)
         if backend == "torch":

@@ -70,7 +70,7 @@ def publish(aside: Path, manifest: dict) -> Path:
         sync(aside / name)
     write_file(aside / MANIFEST, manifest_text(manifest))
     final = checkpoints / folder_name(step)
-    replaced = _set_aside(final, _REPLACED) if os.path.lexists(final) else None  # a step saved again
+    replaced = _hide(final, _REPLACED) if os.path.lexists(final) else None  # a step saved again
     try:
         os.rename(aside, final)
     except OSError:
@@ -84,7 +84,8 @@ def publish(aside: Path, manifest: dict) -> Path:
     return final
 
 
-def _set_aside(folder: Path, why: str) -> Path:
+def _hide(folder: Path, why: str) -> Path:
+    """Rename a folder so that no reader sees it; what it is called now."""
     hidden = folder.with_name(f".{folder.name}.{why}")
     _remove(hidden)
     os.rename(folder, hidden)
@@ -184,7 +185,7 @@ def apply_retention(
         step = step_of(folder)
         if folder == named or step in newest or step in pinned or (keep_every_steps and step % keep_every_steps == 0):
             continue
-        _remove(_set_aside(folder, "removed"))
+        _remove(_hide(folder, "removed"))
         removed.append(step)
     return removed
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from k2_megatron.config import Config
 from k2_megatron.config.changes import Change
 from k2_megatron.config.flops import flops_per_token
-from k2_megatron.kernels.dispatch import Choice
+from k2_megatron.kernels.dispatch import choices
 from k2_megatron.runtime.devices import Device, peak_bf16_flops
 from k2_megatron.train.checkpoint_save import SaveResult
 from k2_megatron.train.checkpoint_state import layout_name
@@ -22,13 +22,15 @@ from k2_megatron.train.step import StepResult
 MODEL_FLOPS = "6 per matrix parameter and token + causal attention (Narayanan et al. 2021, halved for causality)"
 
 
-def start_fields(config: Config, launcher: str, device: Device, choices: Sequence[Choice], data: str) -> dict:
+def start_fields(config: Config, launcher: str, device: Device, data: str) -> dict:
     """Of "start": the layout, the machine, which kernel runs each op and why, versions; `data` is its fingerprint."""
     return {
         "layout": layout_name(config),
         "launcher": launcher,
         "device": device.name,
-        "kernels": {choice.op: f"{choice.backend}: {choice.reason}" for choice in choices},
+        "kernels": {
+            choice.op: f"{choice.backend}: {choice.reason}" for choice in choices(config.model.kernels, device.type)
+        },
         "data": data,
         "model_flops": MODEL_FLOPS,
         **provenance(),

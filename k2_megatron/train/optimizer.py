@@ -23,7 +23,7 @@ from megatron.core.transformer.module import Float16Module
 
 from k2_megatron.config import Config
 from k2_megatron.kernels.adamw import AdamW
-from k2_megatron.kernels.gradient_norm import gradient_norm_squared
+from k2_megatron.kernels.gradient_norm import clip_factor, gradient_norm_squared
 from k2_megatron.model.transformer_config import DTYPES
 from k2_megatron.train.checkpoint_state import unwrapped
 from k2_megatron.train.gradient_tree import TreeSummedGradients
@@ -180,11 +180,8 @@ def _mark_places(optimizer: MegatronOptimizer, chunks: Sequence[DistributedDataP
 
 
 def update(optimizer: MegatronOptimizer, norm: torch.Tensor, clip_grad_norm: float | None) -> None:
-    """One AdamW update by the gradients whose `norm` is given, scaled down to `clip_grad_norm` in the same pass.
-
-    scale = min(1, clip / (norm + 1e-6)), as in Pascanu, Mikolov & Bengio 2013, algorithm 1.
-    """
-    scale = torch.clamp(clip_grad_norm / (norm + 1e-6), max=1.0).float() if clip_grad_norm else None
+    """One AdamW update by the gradients whose `norm` is given, scaled down to `clip_grad_norm` in the same pass."""
+    scale = clip_factor(norm, clip_grad_norm) if clip_grad_norm else None
     for part in optimizer.chained_optimizers:
         if not part.is_stub_optimizer:
             part.optimizer.gradient_scale = scale
