@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from k2_megatron.runtime.mistakes import LOST_PEER, MISTAKE, NOT_FINITE, STOPPED
+from k2_megatron.runtime.mistakes import HUNG, LOST_PEER, MISTAKE, NOT_FINITE, STOPPED
 
 TERMINATE_GRACE_SECONDS = 10.0
 _POLL_SECONDS = 0.1
-EXPLAINED = (MISTAKE, STOPPED, NOT_FINITE, 4)  # 4: a hang (train/watchdog.py); the rank itself has told of each of them
+EXPLAINED = (MISTAKE, STOPPED, HUNG, NOT_FINITE)  # the rank itself has told of each of them
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 

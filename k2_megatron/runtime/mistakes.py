@@ -20,6 +20,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _OURS = (f"{_PACKAGE}{os.sep}", f"{_PACKAGE.parent / 'tools'}{os.sep}", str(_PACKAGE.parent / "pretrain_k2.py"))
 MISTAKE = 2  # exit codes; 1 is Python's own for an uncaught exception
 STOPPED = 3
+HUNG = 4  # the watchdog ended the rank (train/watchdog.py)
 NOT_FINITE = 5
 INTERRUPTED = 130  # as a shell has it for SIGINT
 LOST_PEER = 1  # as an uncaught exception: start again to resume

@@ -29,9 +29,9 @@ from types import FrameType
 
 from k2_megatron.config.schema import Watchdog as Settings
 from k2_megatron.runtime.durable import write_file
+from k2_megatron.runtime.mistakes import HUNG
 from k2_megatron.train.journal import Journal
 
-HUNG = 4  # exit code
 HEARTBEATS = "heartbeats"  # the folder in the run folder
 STEP = "step"
 RECENT_STEPS = 50

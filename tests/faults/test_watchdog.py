@@ -18,8 +18,9 @@ from torch.distributed import TCPStore
 
 from k2_megatron.config import load_config
 from k2_megatron.config.schema import Watchdog as Settings
+from k2_megatron.runtime.mistakes import HUNG
 from k2_megatron.train import watchdog
-from k2_megatron.train.watchdog import HUNG, pause_limit_seconds, ranks_behind, step_limit_seconds
+from k2_megatron.train.watchdog import pause_limit_seconds, ranks_behind, step_limit_seconds
 
 LIMITS = ["watchdog.minimum_seconds=6.0"]
 
