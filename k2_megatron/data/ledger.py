@@ -35,19 +35,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from k2_megatron.data.schedule import DEFER, SKIP
-from k2_megatron.runtime.durable import make_folder, sync
+from k2_megatron.runtime.durable import Refusal, make_folder, sync
 
 CHAIN_START = ""  # the chain of no samples
 FILE_NAME = "ledger.jsonl"
 
 
-class LedgerNotWritten(ValueError):
-    """The disk did not take a line: it is not in the ledger, and may be appended again. `brief` is what to say when it
-    is not given up."""
-
-    def __init__(self, message: str, brief: str) -> None:
-        super().__init__(message)
-        self.brief = brief
+class LedgerNotWritten(Refusal):
+    """The disk did not take a line: it is not in the ledger, and may be appended again."""
 
 
 class Samples(Protocol):

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -63,14 +64,24 @@ def make_folder(folder: Path) -> None:
         sync(made.parent)
 
 
-def persist(action: Callable[[], T], seconds: float, refusal: type[Exception], tell: Callable[[Any, float], None]) -> T:
-    """What `action` returns; while it raises `refusal` it is tried again, for `seconds` in all. `tell` is given each
-    error and the pause before the next try."""
+class Refusal(ValueError):
+    """What a disk did not take, and may take when it is tried again; `brief` is what to say when it is not given up."""
+
+    def __init__(self, message: str, brief: str) -> None:
+        super().__init__(message)
+        self.brief = brief
+
+
+def persist(action: Callable[[], T], seconds: float, refusal: type[ValueError], *, say: bool = True) -> T:
+    """What `action` returns; while it raises `refusal` it is tried again, for `seconds` in all. Each try is told of,
+    unless another rank does (`say` False)."""
     for pause in pauses(seconds):
         try:
             return action()
         except refusal as error:
-            tell(error, pause)
+            if say:
+                brief = error.brief if isinstance(error, Refusal) else error
+                print(f"{brief}; trying again in {pause:.0f} s", file=sys.stderr, flush=True)
             time.sleep(pause)
     return action()
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from k2_megatron.config import Config
 from k2_megatron.runtime.devices import device_for_threads
-from k2_megatron.runtime.durable import persist
+from k2_megatron.runtime.durable import Refusal, persist
 from k2_megatron.runtime.groups import Groups
 from k2_megatron.train import aes_lanes
 from k2_megatron.train.checkpoint_copies import HostCopies
@@ -75,12 +76,8 @@ class SaveResult:
     weights: str
 
 
-class SaveError(CheckpointError):
-    """A save that failed, on some rank; `brief` is what to say when it is not given up."""
-
-    def __init__(self, message: str, brief: str) -> None:
-        super().__init__(message)
-        self.brief = brief
+class SaveError(Refusal, CheckpointError):
+    """A save that failed, on some rank."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +245,8 @@ class CheckpointWriter:
 
     def _write(self, plan: _Plan, manifest: dict, began: float, stall_seconds: float | None) -> SaveResult:
         step = manifest["step"]
-        persist(lambda: self._write_once(plan, manifest), self._retry_seconds, SaveError, self._tell)  # on all alike
+        write = partial(self._write_once, plan, manifest)
+        persist(write, self._retry_seconds, SaveError, say=self._rank == 0)  # on all alike
         seconds = time.monotonic() - began
         return SaveResult(
             step=step,
@@ -258,10 +256,6 @@ class CheckpointWriter:
             bytes=sum(file["bytes"] for file in manifest["files"].values()),
             weights=manifest["weights"],
         )
-
-    def _tell(self, error: SaveError, pause: float) -> None:
-        if self._rank == 0:
-            print(f"{error.brief}; trying again in {pause:.0f} s", file=sys.stderr, flush=True)
 
     def _write_once(self, plan: _Plan, manifest: dict) -> None:
         step = manifest["step"]

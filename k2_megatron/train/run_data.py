@@ -1,7 +1,6 @@
 """The data of one run: the rows it trains on, the rows it is evaluated on, its ledger, and its position."""
 
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -45,7 +44,7 @@ class RunData:
         more = {"parts": parts} if len(parts) > 1 else {}
         lines.append(partial(self.ledger.record_position, parts[-1][2], self.chain, step=step, **more))
         for line in lines:
-            persist(line, config.checkpoint.retry_seconds, LedgerNotWritten, _tell)
+            persist(line, config.checkpoint.retry_seconds, LedgerNotWritten)
 
     def _untold_change(self, config: Config) -> list[dict[str, int]]:
         """The batch and length in which this life of the run goes on, where the ledger's last change tells of others or
@@ -116,10 +115,6 @@ def chain_parts(config: Config, step: int) -> list[tuple[int, int, int]]:
             first = found.pop()[1]
         found.append((stage.sequence_length, first, end))
     return found
-
-
-def _tell(error: LedgerNotWritten, pause: float) -> None:
-    print(f"{error.brief}; trying again in {pause:.0f} s", file=sys.stderr, flush=True)
 
 
 def open_run_data(config: Config, *, writer: bool = False) -> RunData:

@@ -7,7 +7,7 @@ first goes on from the good checkpoint over the same data, meets the spike again
 import contextlib
 import os
 import shutil
-import sys
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as distributed
@@ -35,7 +35,7 @@ def decide_together(config: Config, finding: Finding, checkpoints: Path, data: R
     if distributed.get_rank() == 0:
         try:
             folders = persist(
-                lambda: complete_checkpoints(checkpoints), config.checkpoint.retry_seconds, CheckpointError, _tell
+                partial(complete_checkpoints, checkpoints), config.checkpoint.retry_seconds, CheckpointError
             )
             decisions = [decide(config.spikes, finding, [*map(step_of, folders)], len(own_amendments(data)))]
         except CheckpointError as error:
@@ -44,10 +44,6 @@ def decide_together(config: Config, finding: Finding, checkpoints: Path, data: R
     decision = decisions[0]
     assert decision is not None, "rank 0 decides and every rank hears it"
     return decision
-
-
-def _tell(error: CheckpointError, pause: float) -> None:
-    print(f"{error}; trying again in {pause:.0f} s", file=sys.stderr, flush=True)
 
 
 def go_back(config: Config, finding: Finding, decision: Decision, checkpoints: Path, data: RunData) -> dict:
