@@ -32,7 +32,7 @@ from k2_megatron.runtime.durable import write_file
 from k2_megatron.train.checkpoint_files import complete_checkpoints
 from k2_megatron.train.checkpoint_manifest import is_imported, read_manifest, step_of
 from k2_megatron.train.checkpoint_state import layout_name
-from k2_megatron.train.journal import JOURNAL, read_events, read_steps
+from k2_megatron.train.journal import JOURNAL, read_events, read_steps, standing_events
 from k2_megatron.train.run_folder import CONFIG
 
 EQUAL, DIFFERENT, NOT_POSSIBLE = 0, 1, 2
@@ -156,13 +156,9 @@ def split(keys: Iterable[str]) -> Iterator[tuple[str, str, str]]:
 def resumes_of(journal: Path) -> dict[int, list[dict]]:
     """{step: the changes that a resume from there, or a rollback to there, told of}, of the lives that made the steps
     which stand."""
-    resumes: dict[int, list[dict]] = {}
-    for event in read_events(journal):
-        if event["event"] in ("resume", "rollback"):
-            resumes = {step: changes for step, changes in resumes.items() if step <= event["step"]}
-        if "changes" in event:  # a rollback by hand tells of none: the resume after it does
-            resumes[event["step"]] = event["changes"]
-    return resumes
+    standing = standing_events(journal, "resume", "rollback")
+    # A rollback by hand tells of none: the resume after it does.
+    return {event["step"]: event["changes"] for event in standing if "changes" in event}
 
 
 def train(launch: list[str], folder: Path, end: int, config: Config) -> None:
@@ -213,13 +209,7 @@ def computed_by(start: dict, any_data_size: bool) -> str:
 def saved_weights(journal: Path) -> dict[int, str]:
     """{step: the last fingerprint told of a checkpoint of it}, of the branch that stands: one that a rollback left was
     trained on other rows, and the steps after a resume are made, and saved, anew."""
-    weights: dict[int, str] = {}
-    for event in read_events(journal):
-        if event["event"] in ("resume", "rollback"):
-            weights = {step: told for step, told in weights.items() if step <= event["step"]}
-        elif event["event"] == "checkpoint":
-            weights[event["step"]] = event["weights"]
-    return weights
+    return {event["step"]: event["weights"] for event in standing_events(journal, "checkpoint")}
 
 
 def prepare(run: Path, start: Path | None, folder: Path, config: Config) -> None:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import BinaryIO
@@ -122,12 +122,21 @@ def _events(lines: Iterable[str]) -> Iterator[dict]:
 
 def read_steps(path: Path) -> dict[int, dict]:
     """{step: its last "step" event}, ascending: what the run's weights actually went through."""
-    steps: dict[int, dict] = {}
+    # Not by a resume: what it undid stands until it is made anew, and a run that dies before that still tells of it.
+    return {event["step"]: event for event in standing_events(path, "step", undone_by=("rollback",))}
+
+
+def standing_events(path: Path, *kinds: str, undone_by: Sequence[str] = ("resume", "rollback")) -> list[dict]:
+    """The events of `kinds`, all of which have a step, that still stand: those of later steps than a resume or rollback
+    goes on from do not, nor does what was told of a step, or a later one, before it is told again."""
+    standing: list[dict] = []
     for event in read_events(path):
-        if event["event"] == "step":
-            while steps and next(reversed(steps)) >= event["step"]:
-                steps.popitem()
-            steps[event["step"]] = event
-        elif event["event"] == "rollback":
-            steps = {step: told for step, told in steps.items() if step <= event["step"]}
-    return steps
+        kind = event["event"]
+        if kind in undone_by:
+            standing = [told for told in standing if told["step"] <= event["step"]]
+        elif kind == "step":
+            while standing and standing[-1]["step"] >= event["step"]:
+                standing.pop()
+        if kind in kinds:
+            standing.append(event)
+    return standing

@@ -7,7 +7,7 @@ import subprocess
 
 from rank_processes import REPOSITORY
 
-from k2_megatron.train.journal import Journal, read_events, read_steps
+from k2_megatron.train.journal import Journal, read_events, read_steps, standing_events
 
 
 def test_every_event_is_a_line_with_its_time(tmp_path):
@@ -67,6 +67,24 @@ def test_steps_that_a_rollback_undid_are_forgotten(tmp_path):
     with path.open("a") as file:
         file.write('{"event": "rollback", "from_step": 4, "step": 2}\n')
     assert list(read_steps(path)) == [1, 2], "although no step was made since"
+
+
+def test_what_a_resume_or_a_rollback_undid_stands_no_more(tmp_path):
+    """A step that a resume undid does, until it is made anew."""
+    path = tmp_path / "journal.jsonl"
+
+    def tell(*told: tuple[str, int]) -> None:
+        with path.open("a") as file:
+            file.write("".join(json.dumps({"event": event, "step": step}) + "\n" for event, step in told))
+
+    def standing(*kinds: str) -> list[int]:
+        return [event["step"] for event in standing_events(path, *kinds)]
+
+    tell(("step", 5), ("checkpoint", 4), ("step", 6), ("checkpoint", 6), ("resume", 4), ("resume", 4))
+    assert (standing("checkpoint"), standing("resume")) == ([4], [4, 4])
+    assert list(read_steps(path)) == [5, 6]
+    tell(("step", 5), ("checkpoint", 5), ("rollback", 3))
+    assert (standing("checkpoint"), standing("resume", "rollback"), list(read_steps(path))) == ([], [3], [])
 
 
 def test_full_disk_does_not_end_the_run(tmp_path, capsys):
