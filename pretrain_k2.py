@@ -54,7 +54,7 @@ from k2_megatron.train.layer_norms import ActivationSquares
 from k2_megatron.train.not_finite import computed_in_vain, count_as_update
 from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
 from k2_megatron.train.parts import Parts
-from k2_megatron.train.phases import StepPhases, StragglerReports
+from k2_megatron.train.phases import StepPhases
 from k2_megatron.train.position import going_on_from, taken_before
 from k2_megatron.train.replicas import compare_replicas, stop_when_different
 from k2_megatron.train.run_data import open_run_data
@@ -71,6 +71,7 @@ from k2_megatron.train.spikes.rollback import decide_together, go_back
 from k2_megatron.train.spikes.watch import SpikeWatch
 from k2_megatron.train.start_from import check_start, start_from_checkpoint, start_plan, start_report
 from k2_megatron.train.step import evaluate, train_step
+from k2_megatron.train.stragglers import StragglerReports
 from k2_megatron.train.summary import resume_changes, resume_report, stopped_text, summary_text
 from k2_megatron.train.views import Views
 from k2_megatron.train.watchdog import STEP, Watchdog, collective_timeout_seconds
