@@ -20,7 +20,6 @@ Backend = Literal["auto", "cuda", "cpu", "torch", "apex", "transformer_engine"]
 OurBackend = Literal["auto", "cuda", "cpu", "torch"]
 ApexBackend = Literal["auto", "cuda", "cpu", "torch", "apex"]
 TransformerEngineBackend = Literal["auto", "cuda", "cpu", "torch", "transformer_engine"]
-NormBackend = Literal["auto", "cuda", "cpu", "torch", "apex", "transformer_engine"]
 
 
 class Section(BaseModel):
@@ -43,7 +42,7 @@ class Kernels(Section):
 
     default: Backend = "auto"
     """Backend of every op that has no entry of its own; "auto" takes the fastest that this machine can run."""
-    rms_norm: NormBackend | None = None
+    rms_norm: Backend | None = None
     """Backend of RMSNorm, alone and fused with the residual addition."""
     rotary: TransformerEngineBackend | None = None
     """Backend of the rotary position embedding."""
@@ -241,7 +240,7 @@ class Checkpoint(Section):
     """Checkpoints at multiples of this are kept whatever their age; a multiple of the distance between two."""
     asynchronous: bool = False
     """Write in the background while training goes on; the host memory for the copy is held from the start."""
-    retry_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 120.0
+    retry_seconds: CountFloat = 120.0
     """How long what the disk refuses of a save is tried again (a file server that restarts, a disk on which somebody
     makes room), before the run ends and is left to go on from the checkpoint before."""
     start_from: PathText | None = None

@@ -144,11 +144,6 @@ class Config(BaseModel):
     # Checkpoints
 
     @property
-    def steps_per_chunk(self) -> int:
-        """Steps between two checkpoints, which K2 calls a chunk."""
-        return self.checkpoint.every_steps
-
-    @property
     def checkpoints(self) -> int:
         """Checkpoints that the whole run writes, the one after the last step included."""
         return -(-self.train.steps // self.checkpoint.every_steps)
@@ -170,8 +165,3 @@ class Config(BaseModel):
         up to rounding, whatever the layout, the kernels, the paths and what is saved or shown. 16 hex digits."""
         shaping = {key: value for key, value in self.flat().items() if key not in HARMLESS}
         return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
-
-    def differences(self, other: "Config") -> dict[str, tuple[Any, Any]]:
-        """Dotted keys whose values differ, each with (ours, other's)."""
-        theirs = other.flat()
-        return {key: (value, theirs[key]) for key, value in self.flat().items() if value != theirs[key]}

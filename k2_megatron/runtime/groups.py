@@ -35,7 +35,6 @@ class Groups:
     context_rank: int
     data_rank: int
     pipeline_rank: int
-    tensor_size: int
     context_size: int
     data_size: int
     pipeline_size: int
@@ -128,7 +127,6 @@ def build_groups(parallel: Parallel, timeout_seconds: float | None = None) -> Gr
         context_rank=parallel_state.get_context_parallel_rank(),
         data_rank=parallel_state.get_data_parallel_rank(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        tensor_size=parallel.tensor,
         context_size=parallel.context,
         data_size=parallel_state.get_data_parallel_world_size(),
         pipeline_size=parallel.pipeline,
