@@ -10,10 +10,9 @@ Started again it resumes from the newest checkpoint, in the same layout or anoth
 """
 
 import argparse
-import contextlib
 import faulthandler
 import sys
-from dataclasses import asdict
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -25,29 +24,19 @@ from k2_megatron.config.flops import output_share
 from k2_megatron.data.ledger import Ledger
 from k2_megatron.kernels.dispatch import choose_backends
 from k2_megatron.model import build_model
-from k2_megatron.plan import plan_text
-from k2_megatron.plan.dry_run import dry_run_text
 from k2_megatron.runtime.arguments import step_number
 from k2_megatron.runtime.cpu_stand_in import cpu_stands_in_for_cuda
 from k2_megatron.runtime.devices import Device, find_device
 from k2_megatron.runtime.groups import build_groups, connect, disconnect
-from k2_megatron.runtime.launch import (
-    RankEnvironment,
-    read_environment,
-    run_local_ranks,
-    single_rank,
-)
+from k2_megatron.runtime.launch import RankEnvironment, read_environment, run_local_ranks, single_rank
 from k2_megatron.runtime.mistakes import leave, run_program
 from k2_megatron.runtime.seeds import require_determinism, seed_everything
 from k2_megatron.runtime.signals import StopSignals, end_at_once
-from k2_megatron.train.agreement import code_and_configuration, require_agreement, rows_and_ledger
-from k2_megatron.train.attempts import Attempts, reruns_left, settle
+from k2_megatron.train.agreement import code_and_configuration, open_agreed_data, require_agreement
 from k2_megatron.train.checkpoint import find_checkpoint, load_checkpoint
 from k2_megatron.train.checkpoint_files import remove_unfinished
 from k2_megatron.train.checkpoint_manifest import read_manifest
-from k2_megatron.train.checkpoint_save import CheckpointWriter
-from k2_megatron.train.checkpoint_state import part_bytes
-from k2_megatron.train.doubts import Doubts
+from k2_megatron.train.doubts import Doubts, Place
 from k2_megatron.train.events import change_fields, resume_fields, start_fields, step_fields
 from k2_megatron.train.journal import Journal
 from k2_megatron.train.layer_norms import ActivationSquares
@@ -85,6 +74,9 @@ def main(arguments: list[str]) -> int:
     config = load_config(options.config, options.set, world_size=environment.world_size if environment else None)
     given = keys_given(options.set)
     if options.plan or options.dry_run:
+        from k2_megatron.plan import plan_text
+        from k2_megatron.plan.dry_run import dry_run_text
+
         print(plan_text(with_past(config)) if options.plan else dry_run_text(config))
         if config.checkpoint.start_from:
             print(f"\n{start_plan(config)}")
@@ -98,17 +90,12 @@ def main(arguments: list[str]) -> int:
         environment = single_rank()
     device = find_device(environment.local_rank)
     until = config.train.steps if options.until is None else options.until
-    with cpu_stands_in_for_cuda(device.type), contextlib.ExitStack() as ending:
-        return train(config, environment, device, until, given, ending)
+    with cpu_stands_in_for_cuda(device.type), ExitStack() as on_exit:
+        return train(config, environment, device, until, given, on_exit)
 
 
 def train(
-    config: Config,
-    environment: RankEnvironment,
-    device: Device,
-    until: int,
-    given: set[str],
-    ending: contextlib.ExitStack,
+    config: Config, environment: RankEnvironment, device: Device, until: int, given: set[str], on_exit: ExitStack
 ) -> int:
     # The world, the folder, and what events are written to
     faulthandler.enable()  # a crash inside a library shows where
@@ -130,24 +117,23 @@ def train(
         remove_unfinished(checkpoints)
     distributed.barrier()
     journal = Journal(folder, writer=is_writer)
-    in_vain = computed_in_vain(journal)
+    not_finite_before = computed_in_vain(journal)
     spikes = SpikeWatch(config.spikes, folder, writer=is_writer)
     watchdog = Watchdog(
         config.watchdog, folder, groups.rank, groups.world_size, lambda step: config.global_batch_at(step)
     )
 
     # The newest sound checkpoint, and what this configuration means to a run that has come so far
-    newest, doubts = find_checkpoint(checkpoints, groups)
+    newest, damage = find_checkpoint(checkpoints, groups)
     if newest is None:
         refuse_lost_checkpoints(folder)
     else:
         manifest = read_manifest(newest)
-        found = resume_changes(config, manifest, newest, given | taken_before(config, Ledger(folder)))
+        changes = resume_changes(config, manifest, newest, given | taken_before(config, Ledger(folder)))
         config = going_on_from(config, manifest)
 
     # Data, model, optimizer
-    data = open_run_data(config, writer=is_writer)
-    require_agreement(rows_and_ledger(data))
+    data = open_agreed_data(config, writer=is_writer)
     if is_writer:
         write_config(config)
     views = Views(config, folder, enabled=is_writer)
@@ -166,17 +152,16 @@ def train(
         journal.write("start_from", **origin)
         views.say(start_report(config, origin))
     if newest is not None:
-        manifest = load_checkpoint(newest, config, parts)
+        load_checkpoint(newest, manifest, config, parts)
         data.resume_at(manifest)
         spikes.resume_at(manifest)
         step, origin, passed_over = manifest["step"], manifest.get("origin"), manifest.get("passed_over", 0)
-        journal.write("resume", **resume_fields(config, manifest, newest, doubts, found))
-        views.say(resume_report(config, manifest, newest, [*not_saved, *doubts], found))
-    how = {"asynchronous": config.checkpoint.asynchronous, "retry_seconds": config.checkpoint.retry_seconds}
-    writer = CheckpointWriter(checkpoints, groups, part_bytes=part_bytes(chunks, groups), **how)
-    saves = Saves(writer, journal, step)
-    ending.push(lambda _kind, error, _trace: saves.let_end(watchdog, error))
-    reports = StragglerReports(groups, output_share(config.model, config.parallel.pipeline))
+        journal.write("resume", **resume_fields(config, manifest, newest, damage, changes))
+        views.say(resume_report(config, manifest, newest, [*not_saved, *damage], changes))
+    saves = Saves(checkpoints, config.checkpoint, parts, journal, step)
+    on_exit.push(lambda _kind, error, _trace: saves.let_end(watchdog, error))
+    doubts = Doubts(config.spikes, not_finite_before, parts, journal, views.say)
+    reports = StragglerReports(groups, output_share(config.model, config.parallel.pipeline), journal, views.say)
     leaving = "--until"
 
     # The loop: one step, what is told of it, then the rare events
@@ -189,59 +174,49 @@ def train(
         measured = activations if (step + 1) % config.log.layers_every_steps == 0 else None
         every = config.log.phases_every_steps
         phases = StepPhases(device.torch) if every and (step + 1) % every == 0 else None
-        first_sample, consumed = config.consumed_samples_at(step), config.consumed_samples_at(step + 1)
+        place = Place(step + 1, config.consumed_samples_at(step), config.consumed_samples_at(step + 1), data.train)
         attempt = partial(train_step, config, parts, data.train, step, activations=measured, phases=phases)
-        attempts = Attempts(spikes.ceiling(), reruns_left(config.spikes.not_finite_reruns, step + 1, in_vain))
-        tell = Doubts(step + 1, first_sample, consumed, parts, data.train, journal, views.say)
-        begin_again = partial(watchdog.at, STEP, step)
-        result, seconds = settle(attempts, attempt, chunks, tell.made_again, begin_again)
+        settled = doubts.settle(place, attempt, spikes.ceiling(), begin_again=partial(watchdog.at, STEP, step))
+        result = settled.result
         step += 1
-        event = step_fields(config, step, result, seconds, device)
+        event = step_fields(config, step, result, settled.seconds, device)
         stop_when_different(result.difference, step, saves.saved_step, journal)
-        tell.settled(attempts, result)
+        doubts.tell(settled)
         if result.updated:
             passed_over = 0
             journal.write("step", **event, ledger=data.ledger.mark())
             views.step(event)
         else:
             passed_over += 1
-            too_many = passed_over > config.spikes.not_finite_steps
-            tell.passed_over(attempts, result, event, end=too_many)
+            doubts.passed_over(settled, event, end=passed_over > config.spikes.not_finite_steps)
             count_as_update(optimizer)
         if phases:
-            own = {**phases.collect(result.data_seconds), "checkpoint": saves.take_seconds()}
-            every_rank, slow = reports.gather(own)
-            journal.write("phases", step=step, slow=slow and asdict(slow), seconds=every_rank)
-            if slow:
-                views.say(f"step {step}: {slow.words}")
-        data.consumed(first_sample, consumed)
+            reports.tell(step, {**phases.collect(result.data_seconds), "checkpoint": saves.take_seconds()})
+        data.consumed(place.first_sample, place.end_sample)
         spike = spikes.observe(event, result.sample_losses) if result.updated else None
         if spike:
             watchdog.at("spike", step)  # the others wait for rank 0's dossier in stop.agreed, before the next step
             if spike.kind == "malignant":  # what is decided on is what stays: no save, and no retention, comes between
                 saves.wait()
             decision = decide_together(config, spike, checkpoints, data)
-            dossier = spikes.write_dossier(spike, data.train, decision.reason)
-            journal.write("spike", dossier=dossier and dossier.name, decision=decision.kind, **asdict(spike))
-            views.say(f"step {step}: {decision.reason} ({decision.kind})")
+            spikes.tell(spike, decision, data.train, journal, views.say)
             if decision.kind != "watch":
                 watchdog.at("rollback", step)
                 amended = go_back(config, spike, decision, checkpoints, data)
                 newest, _ = find_checkpoint(checkpoints, groups)
-                manifest = load_checkpoint(newest, config, parts)
-                found = resume_changes(config, manifest, newest, CHANGEABLE)  # they hold from here on
+                manifest = read_manifest(newest)
+                changes = resume_changes(config, manifest, newest, CHANGEABLE)  # they hold from here on
                 config = going_on_from(config, manifest)
-                data = open_run_data(config, writer=is_writer)
-                require_agreement(rows_and_ledger(data))
+                data = open_agreed_data(config, writer=is_writer)
+                load_checkpoint(newest, manifest, config, parts)
                 data.resume_at(manifest)
                 spikes.resume_at(manifest)
                 if is_writer:
                     write_config(config)
-                went_back = {"step": manifest["step"], "amendment": amended, "ledger": data.ledger.mark()}
-                journal.write("rollback", from_step=step, **went_back, **change_fields(config, manifest["step"], found))
-                step = manifest["step"]
+                back = {"from_step": step, "step": manifest["step"], "amendment": amended, "ledger": data.ledger.mark()}
+                step, passed_over = manifest["step"], manifest.get("passed_over", 0)  # an earlier version saved none
+                journal.write("rollback", **back, **change_fields(config, step, changes))
                 saves.go_back(step)
-                passed_over = manifest.get("passed_over", 0)  # one that an earlier version saved has none
                 continue
 
         last = step == config.train.steps
@@ -254,7 +229,7 @@ def train(
         if step % config.checkpoint.every_steps == 0 or last or leaving:
             watchdog.at("checkpoint", step, saves.longest_seconds)
             saves.wait()
-            saves.remove_older(config.checkpoint, spikes)  # here, where the others wait for as long as it takes
+            saves.remove_older(spikes)  # here, where the others wait for as long as it takes
             stop_when_different(compare_replicas(parts), step, saves.saved_step, journal)
             journal.sync()
             data.record_position(config, step)
@@ -267,7 +242,7 @@ def train(
     # Leave
     watchdog.at("end", step)
     saves.wait()
-    saves.remove_older(config.checkpoint, spikes)
+    saves.remove_older(spikes)
     finished = step == config.train.steps
     journal.write("stop", step=step, saved_step=saves.saved_step, reason="finished" if finished else leaving)
     if is_writer:

@@ -28,6 +28,7 @@ from k2_megatron.runtime.launch import single_rank
 from k2_megatron.runtime.seeds import seed_everything
 from k2_megatron.train import checkpoint_hashing
 from k2_megatron.train.checkpoint import find_checkpoint, load_checkpoint
+from k2_megatron.train.checkpoint_manifest import read_manifest
 from k2_megatron.train.checkpoint_save import CheckpointWriter
 from k2_megatron.train.checkpoint_state import model_state, optimizer_state, part_bytes, weight_fingerprint
 from k2_megatron.train.file_hash import AES_LANES, HASHES
@@ -158,7 +159,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         found, doubts = find_checkpoint(folder / "checkpoints", groups)
         verified = time.monotonic() - began
         assert found == saved.folder and not doubts
-        load_checkpoint(found, config, parts)
+        load_checkpoint(found, read_manifest(found), config, parts)
         loaded = time.monotonic() - began - verified
         print(json.dumps({"verify_seconds": round(verified, 2), "load_seconds": round(loaded, 2)}))
         disconnect()

@@ -14,7 +14,7 @@ import torch.distributed as distributed
 
 import k2_megatron
 from k2_megatron.config import Config
-from k2_megatron.train.run_data import RunData
+from k2_megatron.train.run_data import RunData, open_run_data
 
 NAMED = 4  # ranks, of those that hold one value
 _PACKAGE = Path(k2_megatron.__file__).parent
@@ -32,6 +32,13 @@ def code_and_configuration(config: Config) -> dict[str, str]:
         "version of numpy": numpy.__version__,
         "configuration": hashlib.sha256(config.to_toml().encode()).hexdigest()[:16],
     }
+
+
+def open_agreed_data(config: Config, *, writer: bool) -> RunData:
+    """The data of the run, which every rank has found the same."""
+    data = open_run_data(config, writer=writer)
+    require_agreement(rows_and_ledger(data))
+    return data
 
 
 def rows_and_ledger(data: RunData) -> dict[str, object]:

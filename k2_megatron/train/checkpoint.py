@@ -128,12 +128,11 @@ def _problems_of(folder: Path, groups: Groups) -> list[str]:
     return problems or (pickle_problems(folder) if groups.rank == 0 else [])
 
 
-def load_checkpoint(folder: Path, config: Config, parts: Parts) -> dict:
-    """Load `folder`, found sound by `find_checkpoint`, into model and optimizer, in this layout; returns its manifest.
+def load_checkpoint(folder: Path, manifest: dict, config: Config, parts: Parts) -> None:
+    """Load `folder`, found sound by `find_checkpoint`, into model and optimizer, in this layout.
 
     CheckpointError, the same on every rank, when it does not fit this run or the weights do not arrive as saved.
     """
-    manifest = read_manifest(folder)
     if manifest["precision"] != config.train.precision:
         raise CheckpointError(
             f"{folder} was trained in {manifest['precision']}, this configuration asks for {config.train.precision}; "
@@ -142,7 +141,6 @@ def load_checkpoint(folder: Path, config: Config, parts: Parts) -> dict:
     updates = manifest.get("optimizer_step", manifest["step"])
     same_layout = manifest["layout"] == layout_name(config)
     load_state(folder, manifest, config, parts, updates=updates, generators=same_layout)
-    return manifest
 
 
 def load_state(folder: Path, manifest: dict, config: Config, parts: Parts, *, updates: int, generators: bool) -> None:

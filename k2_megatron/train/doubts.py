@@ -1,66 +1,71 @@
 """What the journal and the console are told of a step that was computed again, or was not applied; and when a run ends
 by it.
 
-In:  the step's place (its samples, the model's gradients, the ranks) and the results of its computations. Out:
-incidents, the same on every rank; StopRun or StopNotFinite, which name step, ranks and samples, where no result may be
-applied.
+In:  how to attempt a step, and its place: its number and its samples. Out: what came of it; incidents, the same on
+every rank; StopRun or StopNotFinite, which name step, ranks and samples, where no result may be applied.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch.distributed as distributed
 
+from k2_megatron.config.schema import Spikes
 from k2_megatron.data.feed import Feed
 from k2_megatron.runtime.mistakes import StopNotFinite, StopRun
-from k2_megatron.train.attempts import SAME, Attempts, alike
+from k2_megatron.train.attempts import SAME, Attempts, alike, reruns_left, settle
 from k2_megatron.train.journal import Journal
 from k2_megatron.train.not_finite import in_words, where_not_finite
 from k2_megatron.train.parts import Parts
 from k2_megatron.train.replica_gradients import NAMED, gradient_sizes
+from k2_megatron.train.spikes.ceiling import Ceiling
 from k2_megatron.train.step import StepResult
 
 
 @dataclass(frozen=True)
-class Doubts:
-    """Those of one step, the `step`th, counted from one, which reads samples first_sample ... end_sample - 1."""
+class Place:
+    """The `step`th step, counted from one, which reads samples first_sample ... end_sample - 1 of `feed`."""
 
     step: int
     first_sample: int
     end_sample: int
-    parts: Parts
     feed: Feed
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What came of a step: the last result, the seconds that it took, and the attempts."""
+
+    place: Place
+    attempts: Attempts
+    result: StepResult
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Doubts:
+    """Those of a run; `in_vain` is what `computed_in_vain` found."""
+
+    settings: Spikes
+    in_vain: tuple[int, int]
+    parts: Parts
     journal: Journal
     say: Callable[[str], None]
 
-    def made_again(self, result: StepResult) -> None:
-        """Tell of a computation that another one follows, while its gradients are still there."""
-        values = {"step": self.step, "loss": result.loss, "grad_norm": result.grad_norm}
-        if result.finite:
-            self.journal.write("incident", kind="in doubt", made_again=True, **values)
-            why = f"in doubt: loss {result.loss:.6g}, gradient norm {result.grad_norm:.6g}"
-        else:
-            told = self._where_not_finite(result)
-            self.journal.write("incident", kind="not finite", made_again=True, **values, **told)
-            why = f"not finite: {in_words(told['ranks'], told['samples_not_finite'])}"
-        self.say(f"step {self.step}: {why}; the step is made again")
+    def settle(
+        self, place: Place, attempt: Callable[..., StepResult], ceiling: Ceiling, begin_again: Callable[[], None]
+    ) -> Settled:
+        """Attempt a step (attempts.settle) as often as it takes."""
+        attempts = Attempts(ceiling, reruns_left(self.settings.not_finite_reruns, place.step, self.in_vain))
+        tell = partial(self._made_again, place)
+        return Settled(place, attempts, *settle(attempts, attempt, self.parts.chunks, tell, begin_again))
 
-    def passed_over(self, attempts: Attempts, result: StepResult, event: dict, *, end: bool) -> None:
-        """Tell of the last computation, which was not finite and not applied; `event` is what the step would have
-        written. StopNotFinite where the run is to `end` by it."""
-        told = self._where_not_finite(result)
-        self.journal.write("incident", kind="not finite", made_again=False, **event, **told)
-        if end:
-            raise StopNotFinite(
-                f"step {self.step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, "
-                f"{attempts.earlier_not_finite + 1} times; {in_words(told['ranks'], told['samples_not_finite'])}. The "
-                f"update was not applied; its batch is samples {self.first_sample} to {self.end_sample - 1}"
-            )
-
-    def settled(self, attempts: Attempts, result: StepResult) -> None:
-        """Tell what came of computations that were finite and in doubt, `result` being the last. StopRun when that is
-        as well; one that is not finite is for `passed_over`."""
+    def tell(self, settled: Settled) -> None:
+        """Tell what came of computations that were finite and in doubt. StopRun when the last is as well; one that is
+        not finite is for `passed_over`."""
+        attempts, result = settled.attempts, settled.result
         if not result.finite:
             return
         wrong = []
@@ -68,49 +73,78 @@ class Doubts:
             if not one.finite:
                 continue
             if not alike(one, result.loss, result.grad_norm):
-                wrong.append(self._computed_wrongly(one, sizes, result))
+                wrong.append(self._computed_wrongly(settled, one, sizes))
             elif result.updated:
-                self._came_again(one, result)
+                self._came_again(settled, one)
         if wrong and result.updated:
-            self.say(f"step {self.step} was computed wrongly, made again and taken: {wrong[0]}")
+            self.say(f"step {settled.place.step} was computed wrongly, made again and taken: {wrong[0]}")
         elif not result.updated:
-            self._stop(attempts, result, wrong)
+            self._stop(settled, wrong)
 
-    def _where_not_finite(self, result: StepResult) -> dict[str, dict]:
-        return where_not_finite(result, self.first_sample, self.parts, self.feed)
+    def passed_over(self, settled: Settled, event: dict, *, end: bool) -> None:
+        """Tell of the last computation, which was not finite and not applied; `event` is what the step would have
+        written. StopNotFinite where the run is to `end` by it."""
+        place, result = settled.place, settled.result
+        told = self._where_not_finite(place, result)
+        self.journal.write("incident", kind="not finite", made_again=False, **event, **told)
+        if end:
+            raise StopNotFinite(
+                f"step {place.step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, "
+                f"{settled.attempts.earlier_not_finite + 1} times; "
+                f"{in_words(told['ranks'], told['samples_not_finite'])}. The update was not applied; its batch is "
+                f"samples {place.first_sample} to {place.end_sample - 1}"
+            )
 
-    def _came_again(self, one: StepResult, result: StepResult) -> None:
+    def _made_again(self, place: Place, result: StepResult) -> None:
+        """Tell of a computation that another one follows, while its gradients are still there."""
+        values = {"step": place.step, "loss": result.loss, "grad_norm": result.grad_norm}
+        if result.finite:
+            self.journal.write("incident", kind="in doubt", made_again=True, **values)
+            why = f"in doubt: loss {result.loss:.6g}, gradient norm {result.grad_norm:.6g}"
+        else:
+            told = self._where_not_finite(place, result)
+            self.journal.write("incident", kind="not finite", made_again=True, **values, **told)
+            why = f"not finite: {in_words(told['ranks'], told['samples_not_finite'])}"
+        self.say(f"step {place.step}: {why}; the step is made again")
+
+    def _where_not_finite(self, place: Place, result: StepResult) -> dict[str, dict]:
+        return where_not_finite(result, place.first_sample, self.parts, place.feed)
+
+    def _came_again(self, settled: Settled, one: StepResult) -> None:
+        step, result = settled.place.step, settled.result
         equal = (one.sample_losses, one.grad_norm) == (result.sample_losses, result.grad_norm)
         ranks = result.apart.ranks if result.apart else {}
-        values = {"step": self.step, "loss": one.loss, "grad_norm": one.grad_norm}
+        values = {"step": step, "loss": one.loss, "grad_norm": one.grad_norm}
         self.journal.write("incident", kind="came again", equal_to_the_bit=equal, ranks=ranks, **values)
         whose = f" (far larger than in other replicas: {in_words(ranks)})" if ranks else ""
-        self.say(f"step {self.step}: came to the same again, so the data or the weights do it; applied{whose}")
+        self.say(f"step {step}: came to the same again, so the data or the weights do it; applied{whose}")
 
-    def _computed_wrongly(self, one: StepResult, sizes: dict[str, float], result: StepResult) -> str:
+    def _computed_wrongly(self, settled: Settled, one: StepResult, sizes: dict[str, float]) -> str:
         """Write where a computation differs from the last; the place in words."""
-        pairs = enumerate(zip(one.sample_losses, result.sample_losses, strict=True), start=self.first_sample)
+        place, losses = settled.place, settled.result.sample_losses
+        pairs = enumerate(zip(one.sample_losses, losses, strict=True), start=place.first_sample)
         samples: list[int] = [sample for sample, (before, now) in pairs if before != now][:NAMED]
         ranks = one.apart.ranks if one.apart else _ranks_wrong(sizes, self.parts)
-        values = {"step": self.step, "loss": one.loss, "grad_norm": one.grad_norm}
+        values = {"step": place.step, "loss": one.loss, "grad_norm": one.grad_norm}
         self.journal.write("incident", kind="computed wrongly", ranks=ranks, samples=samples, **values)
         return in_words(ranks, samples)
 
-    def _stop(self, attempts: Attempts, result: StepResult, wrong: list[str]) -> None:
+    def _stop(self, settled: Settled, wrong: list[str]) -> None:
         """StopRun: nothing of the step was applied, and why."""
+        step, attempts, result = settled.place.step, settled.attempts, settled.result
         why, remedy = "no two alike", ""
         if result.apart and attempts.is_a_ranks(result.loss, result.apart):
             values = {"loss": result.loss, "grad_norm": result.grad_norm, "ranks": result.apart.ranks}
-            self.journal.write("incident", kind="one replica alone", step=self.step, **values)
+            self.journal.write("incident", kind="one replica alone", step=step, **values)
             wrong = [in_words(result.apart.ranks), *wrong]
             why = "for one layer on one rank alone, unlike its replicas"
-            until = f"until step {self.step} is saved"
+            until = f"until step {step} is saved"
             remedy = f"; if it ends so on other hosts too, take it by spikes.suspect_factor=1e30 {until}"
         norms = ", ".join(f"{one.grad_norm:.6g}" for one in (*attempts.earlier, result))
-        place = "; ".join(wrong) or "the journal names the ranks"
+        where = "; ".join(wrong) or "the journal names the ranks"
         raise StopRun(
-            f"step {self.step}: {len(attempts.earlier) + 1} computations from the same weights and rows are all far "
-            f"from the usual, {why} (gradient norms {norms}): {place}. Nothing "
+            f"step {step}: {len(attempts.earlier) + 1} computations from the same weights and rows are all far "
+            f"from the usual, {why} (gradient norms {norms}): {where}. Nothing "
             f"of it was applied. Exclude the host of the rank that is named, and start again{remedy}"
         )
 

@@ -1,11 +1,12 @@
 """The saves of one run: how far it is saved, what the journal is told of each, and which older ones may go.
 
-In:  the writer of checkpoints, which saves in the background; the journal. Out: two steps that the loop goes by:
+In:  the folder of checkpoints, how the run saves, the journal. Out: two steps that the loop goes by:
 `saved_step`, which is published (all ranks know of it after `wait`), and `kept_step`, the same or still being written.
 """
 
 import sys
 import time
+from pathlib import Path
 
 from k2_megatron.config import Config
 from k2_megatron.config.schema import Checkpoint
@@ -13,6 +14,7 @@ from k2_megatron.runtime.mistakes import StopRun
 from k2_megatron.train.checkpoint_files import apply_retention
 from k2_megatron.train.checkpoint_manifest import CheckpointError
 from k2_megatron.train.checkpoint_save import CheckpointWriter, SaveResult
+from k2_megatron.train.checkpoint_state import part_bytes
 from k2_megatron.train.events import checkpoint_fields
 from k2_megatron.train.journal import Journal
 from k2_megatron.train.parts import Parts
@@ -21,10 +23,17 @@ from k2_megatron.train.watchdog import Watchdog
 
 
 class Saves:
-    """Begins at `step`, that of the checkpoint that the run goes on from, or 0."""
+    """Begins at `step`, that of the checkpoint that the run goes on from, or 0; made on every rank alike."""
 
-    def __init__(self, writer: CheckpointWriter, journal: Journal, step: int) -> None:
-        self._writer, self._journal = writer, journal
+    def __init__(self, checkpoints: Path, settings: Checkpoint, parts: Parts, journal: Journal, step: int) -> None:
+        self._settings, self._journal = settings, journal
+        self._writer = CheckpointWriter(
+            checkpoints,
+            parts.groups,
+            asynchronous=settings.asynchronous,
+            retry_seconds=settings.retry_seconds,
+            part_bytes=part_bytes(parts.chunks, parts.groups),
+        )
         self.saved_step = self.kept_step = step
         self._seconds = 0.0
         self.longest_seconds = 0.0  # of the published ones, from the beginning to the end
@@ -58,12 +67,12 @@ class Saves:
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
-    def remove_older(self, keep: Checkpoint, spikes: SpikeWatch) -> None:
+    def remove_older(self, spikes: SpikeWatch) -> None:
         """Let older checkpoints go. To be called where no rank is in a step: removing a large one may outlast its
         limit. One that cannot be removed does not end a run."""
         if not self._journal.is_writer:
             return
-        checkpoints = self._writer.checkpoints
+        checkpoints, keep = self._writer.checkpoints, self._settings
         try:
             apply_retention(checkpoints, keep.keep_last, keep.keep_every_steps, spikes.pinned(checkpoints))
         except (CheckpointError, OSError) as error:

@@ -11,14 +11,15 @@ reports, while the others take what they took. So a stage is found that is slow 
 """
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from statistics import median
 
 import numpy as np
 import torch.distributed as distributed
 
 from k2_megatron.runtime.groups import Groups
+from k2_megatron.train.journal import Journal
 
 REPORTS_KEPT, FEWEST_REPORTS = 16, 4  # of each rank, to be compared with; before that it is not compared with itself
 SLOW_RATIO = 1.5  # times the median of the others; clocks of equal machines differ by some per cent
@@ -48,11 +49,18 @@ class StragglerReports:
     """The reports of a run, the same on every rank. `output_share`: the output layer's work, in the work of a stage's
     layers."""
 
-    def __init__(self, groups: Groups, output_share: float) -> None:
-        self._groups, self._output_share = groups, output_share
+    def __init__(self, groups: Groups, output_share: float, journal: Journal, say: Callable[[str], None]) -> None:
+        self._groups, self._output_share, self._journal, self._say = groups, output_share, journal, say
         self._earlier: deque[Sequence[Mapping[str, float]]] = deque(maxlen=REPORTS_KEPT)
 
-    def gather(self, seconds: Mapping[str, float]) -> tuple[dict[str, list[float]], Straggler | None]:
+    def tell(self, step: int, seconds: Mapping[str, float]) -> None:
+        """Tell journal and console how long each rank took for its work in `step`, this one `seconds` by phase."""
+        every_rank, slow = self._gather(seconds)
+        self._journal.write("phases", step=step, slow=slow and asdict(slow), seconds=every_rank)
+        if slow:
+            self._say(f"step {step}: {slow.words}")
+
+    def _gather(self, seconds: Mapping[str, float]) -> tuple[dict[str, list[float]], Straggler | None]:
         """({phase: seconds of each rank}, the straggler)."""
         everywhere: list = [None] * self._groups.world_size
         own = (dict(seconds), self._groups.pipeline_rank, self._groups.name)

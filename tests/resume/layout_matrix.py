@@ -22,6 +22,7 @@ from k2_megatron.runtime.groups import build_groups, connect, disconnect
 from k2_megatron.runtime.launch import read_environment
 from k2_megatron.runtime.seeds import seed_everything
 from k2_megatron.train.checkpoint import load_checkpoint
+from k2_megatron.train.checkpoint_manifest import read_manifest
 from k2_megatron.train.checkpoint_save import CheckpointWriter
 from k2_megatron.train.checkpoint_state import model_state, optimizer_state, weight_fingerprint
 from k2_megatron.train.optimizer import build_optimizer, wrap_model
@@ -57,7 +58,8 @@ def save_and_load_all(
         connect(environment, device, 120.0)
         for name, settings in layouts.items():
             with _built(config_path, settings, environment.world_size, device) as (config, parts):
-                manifest = load_checkpoint(source, config, parts)
+                manifest = read_manifest(source)
+                load_checkpoint(source, manifest, config, parts)
                 found["source", name] = state_fingerprints(parts)
                 states = {name: optimizer_state}
                 if name in GATHERED:
@@ -71,7 +73,8 @@ def save_and_load_all(
         for name, settings in layouts.items():
             with _built(config_path, settings, environment.world_size, device) as (config, parts):
                 for saved in saves:
-                    load_checkpoint(folder / saved / STEP, config, parts)
+                    checkpoint = folder / saved / STEP
+                    load_checkpoint(checkpoint, read_manifest(checkpoint), config, parts)
                     found[saved, name] = state_fingerprints(parts)
         disconnect()
     return found

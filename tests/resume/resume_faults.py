@@ -33,8 +33,8 @@ def next_sample_is_the_first() -> None:
     """The data begins anew."""
     right = step.micro_batches
 
-    def from_start(config, groups, feed, first_sample, *rest):
-        return right(config, groups, feed, first_sample - config.consumed_samples_at(3), *rest)
+    def from_start(config, parts, feed, first_sample, *rest):
+        return right(config, parts, feed, first_sample - config.consumed_samples_at(3), *rest)
 
     step.micro_batches = from_start
 

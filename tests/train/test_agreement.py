@@ -21,14 +21,14 @@ def _differs_on_rank_1(what: str) -> None:
     if what == "code":
         agreement._PACKAGE = agreement._PACKAGE / "data"
     elif what == "data":
-        opened = pretrain_k2.open_run_data
+        opened = agreement.open_run_data
 
         def other(config, *, writer=False):
             data = opened(config, writer=writer)
             data.fingerprint = "0123abcd"
             return data
 
-        pretrain_k2.open_run_data = other
+        agreement.open_run_data = other
     else:
         read = pretrain_k2.load_config
         pretrain_k2.load_config = lambda path, given, **how: read(path, [*given, what], **how)

@@ -141,7 +141,7 @@ def _save_and_load(config_path: Path, folder: Path) -> tuple[int, dict[str, tupl
                 found[name + again] = traffic.sent, traffic.made
                 assert verify_files(saved.folder, read_manifest(saved.folder)) == []
         with Traffic() as traffic:
-            load_checkpoint(saved.folder, config, parts)
+            load_checkpoint(saved.folder, read_manifest(saved.folder), config, parts)
         found["load"] = traffic.sent, 0
         return saved.bytes // parts.groups.world_size, found
 

@@ -11,6 +11,7 @@ from run_results import events_of, steps_of
 from small_run import overrides
 
 from k2_megatron.config import load_config
+from k2_megatron.config.schema import Spikes
 from k2_megatron.kernels.dispatch import OPS
 from k2_megatron.model import build_model
 from k2_megatron.runtime.cpu_stand_in import cpu_stands_in_for_cuda
@@ -20,7 +21,7 @@ from k2_megatron.runtime.launch import read_environment
 from k2_megatron.runtime.seeds import seed_everything
 from k2_megatron.train.attempts import Attempts
 from k2_megatron.train.checkpoint_state import named_parameters
-from k2_megatron.train.doubts import Doubts
+from k2_megatron.train.doubts import Doubts, Place, Settled
 from k2_megatron.train.not_finite import where_not_finite
 from k2_megatron.train.optimizer import build_optimizer, wrap_model
 from k2_megatron.train.parts import Parts
@@ -151,6 +152,7 @@ def test_what_is_applied_or_not_finite_is_pinned_too():
     again = StepResult(2.0, 40.0, True, 0.0, (1.0,), apart=apart)
     attempts, told, said = Attempts(Ceiling(20.0, 10.0), 1, [replace(again, updated=False, apart=None)], [{}]), [], []
     journal = SimpleNamespace(write=lambda _event, **fields: told.append(fields))
-    Doubts(7, 0, 1, None, None, journal, said.append).settled(attempts, again)
+    doubts = Doubts(Spikes(), (0, 0), None, journal, said.append)
+    doubts.tell(Settled(Place(7, 0, 1, None), attempts, again, 1.0))
     assert [(event["kind"], event["ranks"]) for event in told] == [("came again", apart.ranks)]
     assert f"applied (far larger than in other replicas: gradients of {WEIGHT} on rank 1" in said[0]

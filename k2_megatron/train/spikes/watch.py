@@ -8,7 +8,7 @@ it with their losses and documents, and which signals recovered when.
 import json
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,9 +17,11 @@ from k2_megatron.data.feed import Feed
 from k2_megatron.runtime.durable import write_file
 from k2_megatron.train.checkpoint_files import complete_checkpoints
 from k2_megatron.train.checkpoint_manifest import step_of
+from k2_megatron.train.journal import Journal
 from k2_megatron.train.spikes.ceiling import Ceiling, ceiling
 from k2_megatron.train.spikes.detector import Finding, State, batch_of, observe, restore
 from k2_megatron.train.spikes.layer_signals import signals
+from k2_megatron.train.spikes.policy import Decision
 
 DOSSIERS = "dossiers"
 # A checkpoint from before a malignant spike that nothing was done about is kept for this many times benign_steps, for a
@@ -90,6 +92,14 @@ class SpikeWatch:
         saved = [step_of(folder) for folder in complete_checkpoints(checkpoints)]
         before = [[step for step in saved if step < onset] for onset in onsets]
         return {max(steps) for steps in before if steps}
+
+    def tell(
+        self, finding: Finding, decision: Decision, feed: Feed, journal: Journal, say: Callable[[str], None]
+    ) -> None:
+        """Tell of a spike and of what is done about it: a dossier, the journal, the console."""
+        dossier = self.write_dossier(finding, feed, decision.reason)
+        journal.write("spike", dossier=dossier and dossier.name, decision=decision.kind, **asdict(finding))
+        say(f"step {finding.step}: {decision.reason} ({decision.kind})")
 
     def write_dossier(self, finding: Finding, feed: Feed, decision: str) -> Path | None:
         """Write what is known of the spike, with what was written when it was called: a restart has forgotten those
