@@ -158,8 +158,8 @@ def train(
         step, origin, passed_over = manifest["step"], manifest.get("origin"), manifest.get("passed_over", 0)
         journal.write("resume", **resume_fields(config, manifest, newest, damage, changes))
         views.say(resume_report(config, manifest, newest, [*not_saved, *damage], changes))
-    saves = Saves(checkpoints, config.checkpoint, parts, journal, step)
-    on_exit.push(lambda _kind, error, _trace: saves.let_end(watchdog, error))
+    saves = Saves(checkpoints, config.checkpoint, parts, journal, watchdog, step)
+    on_exit.push(lambda _kind, error, _trace: saves.let_end(error))
     doubts = Doubts(config.spikes, not_finite_before, parts, journal, views.say)
     reports = StragglerReports(groups, output_share(config.model, config.parallel.pipeline), journal, views.say)
     leaving = "--until"
@@ -227,7 +227,7 @@ def train(
             views.evaluation(step, held_out_loss)
         leaving = stop.agreed(device.torch, save_failed=saves.failed) or ("--until" if step >= until else None)
         if step % config.checkpoint.every_steps == 0 or last or leaving:
-            watchdog.at("checkpoint", step, saves.longest_seconds)
+            watchdog.at("checkpoint", step)
             saves.wait()
             saves.remove_older(spikes)  # here, where the others wait for as long as it takes
             stop_when_different(compare_replicas(parts), step, saves.saved_step, journal)

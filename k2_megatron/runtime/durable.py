@@ -72,9 +72,17 @@ class Refusal(ValueError):
         self.brief = brief
 
 
-def persist(action: Callable[[], T], seconds: float, refusal: type[ValueError], *, say: bool = True) -> T:
-    """What `action` returns; while it raises `refusal` it is tried again, for `seconds` in all. Each try is told of,
-    unless another rank does (`say` False)."""
+def persist(
+    action: Callable[[], T],
+    seconds: float,
+    refusal: type[ValueError],
+    *,
+    say: bool = True,
+    again: Callable[[], None] = lambda: None,
+) -> T:
+    """What `action` returns; while it raises `refusal` it is tried again, after pauses of `seconds` in all: ranks that
+    do so together try as often, whatever their clocks say. Each try is told of, unless another rank does (`say`
+    False); `again` is called before it."""
     for pause in pauses(seconds):
         try:
             return action()
@@ -83,6 +91,7 @@ def persist(action: Callable[[], T], seconds: float, refusal: type[ValueError], 
                 brief = error.brief if isinstance(error, Refusal) else error
                 print(f"{brief}; trying again in {pause:.0f} s", file=sys.stderr, flush=True)
             time.sleep(pause)
+            again()
     return action()
 
 

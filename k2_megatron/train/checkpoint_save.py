@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,6 +63,7 @@ from k2_megatron.train.checkpoint_state import (
 )
 from k2_megatron.train.optimizer_boxes import STATE
 from k2_megatron.train.parts import Parts
+from k2_megatron.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,7 @@ class CheckpointWriter:
         asynchronous: bool,
         retry_seconds: float = 0.0,
         part_bytes: int = 0,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self.checkpoints = checkpoints
         self._rank = groups.rank
@@ -176,6 +179,7 @@ class CheckpointWriter:
         self._group = distributed.new_group(backend="gloo", timeout=groups.timeout)
         self._copies = HostCopies() if asynchronous else None
         self._retry_seconds = retry_seconds
+        self._watchdog = watchdog
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=device_for_threads())
         self._agreement: _Agreement | None = None
         self._pending: Future[SaveResult] | None = None
@@ -210,7 +214,7 @@ class CheckpointWriter:
         }
         if self._copies:
             stall_seconds = time.monotonic() - began
-            self._pending = self._thread.submit(self._write, plan, manifest, began, stall_seconds)
+            self._pending = self._thread.submit(self._write_beside, plan, manifest, began, stall_seconds)
         else:
             self._pending = Future()
             try:
@@ -243,10 +247,19 @@ class CheckpointWriter:
             distributed.barrier(group=self._group)
             raise
 
+    def _write_beside(self, plan: _Plan, manifest: dict, began: float, stall_seconds: float) -> SaveResult:
+        watch = self._watchdog.beside("save in the background", manifest["step"]) if self._watchdog else nullcontext()
+        with watch:
+            return self._write(plan, manifest, began, stall_seconds)
+
+    def _tried_again(self) -> None:
+        if self._watchdog:
+            self._watchdog.tried_again()
+
     def _write(self, plan: _Plan, manifest: dict, began: float, stall_seconds: float | None) -> SaveResult:
         step = manifest["step"]
         write = partial(self._write_once, plan, manifest)
-        persist(write, self._retry_seconds, SaveError, say=self._rank == 0)  # on all alike
+        persist(write, self._retry_seconds, SaveError, say=self._rank == 0, again=self._tried_again)  # on all alike
         seconds = time.monotonic() - began
         return SaveResult(
             step=step,

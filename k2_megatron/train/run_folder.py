@@ -18,9 +18,9 @@ from k2_megatron.data.ledger import Ledger
 from k2_megatron.runtime.durable import make_folder, write_file
 from k2_megatron.train.checkpoint_files import candidate_checkpoints
 from k2_megatron.train.checkpoint_manifest import CheckpointError, is_imported, read_manifest
+from k2_megatron.train.heartbeats import HEARTBEATS, read_heartbeats
 from k2_megatron.train.journal import JOURNAL, read_events
 from k2_megatron.train.position import going_on_from
-from k2_megatron.train.watchdog import HEARTBEATS, read_heartbeats
 
 CONFIG = "config.toml"
 # A node that died holds its lock until the file server's lease ends (NFS: about 90 s), and Slurm requeues at once.

@@ -25,18 +25,26 @@ from k2_megatron.train.watchdog import Watchdog
 class Saves:
     """Begins at `step`, that of the checkpoint that the run goes on from, or 0; made on every rank alike."""
 
-    def __init__(self, checkpoints: Path, settings: Checkpoint, parts: Parts, journal: Journal, step: int) -> None:
-        self._settings, self._journal = settings, journal
+    def __init__(
+        self,
+        checkpoints: Path,
+        settings: Checkpoint,
+        parts: Parts,
+        journal: Journal,
+        watchdog: Watchdog,
+        step: int,
+    ) -> None:
+        self._settings, self._journal, self._watchdog = settings, journal, watchdog
         self._writer = CheckpointWriter(
             checkpoints,
             parts.groups,
             asynchronous=settings.asynchronous,
             retry_seconds=settings.retry_seconds,
             part_bytes=part_bytes(parts.chunks, parts.groups),
+            watchdog=watchdog,
         )
         self.saved_step = self.kept_step = step
         self._seconds = 0.0
-        self.longest_seconds = 0.0  # of the published ones, from the beginning to the end
 
     @property
     def failed(self) -> bool:
@@ -56,7 +64,9 @@ class Saves:
 
     def wait(self) -> None:
         """Wait for the save in flight, if there is one, and tell of it. CheckpointError, on all ranks, if it failed."""
-        self._tell(self._writer.wait())
+        with self._watchdog.waiting():
+            saved = self._writer.wait()
+        self._tell(saved)
 
     def go_back(self, step: int) -> None:
         """The run goes on from the checkpoint of `step`, which is an earlier one."""
@@ -78,12 +88,12 @@ class Saves:
         except (CheckpointError, OSError) as error:
             print(f"older checkpoints stay until the next save: {error}", file=sys.stderr, flush=True)
 
-    def let_end(self, watchdog: Watchdog, error: BaseException | None) -> None:
+    def let_end(self, error: BaseException | None) -> None:
         """The run ends, by `error` if there is one. Where all ranks stop together the save in flight is waited for:
         what it holds was sound. Another error is one rank's, and a save needs them all."""
         if error is None:
             return
-        watchdog.leaving()
+        self._watchdog.leaving()
         if isinstance(error, StopRun):
             try:
                 self.wait()
@@ -96,4 +106,3 @@ class Saves:
         if saved is not None:
             self._journal.write("checkpoint", **checkpoint_fields(saved))
             self.saved_step = saved.step
-            self.longest_seconds = max(self.longest_seconds, saved.seconds)

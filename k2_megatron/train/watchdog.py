@@ -13,7 +13,6 @@ by its launcher (run_local_ranks, srun).
 import contextlib
 import faulthandler
 import json
-import linecache
 import math
 import os
 import platform
@@ -21,47 +20,46 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from types import FrameType
 
 from k2_megatron.config.schema import Watchdog as Settings
 from k2_megatron.runtime.durable import write_file
 from k2_megatron.runtime.mistakes import HUNG
+from k2_megatron.train.heartbeats import (
+    HEARTBEATS,
+    Place,
+    last_collective,
+    place_of,
+    rank_file,
+    ranks_behind,
+    read_heartbeats,
+)
 from k2_megatron.train.journal import Journal
 
-HEARTBEATS = "heartbeats"  # the folder in the run folder
 STEP = "step"
+WAITING = "waiting for the background"
 RECENT_STEPS = 50
 FEWEST_STEPS = 3  # before that, the first step with its compilations decides too much
+LIKE = {"end": "checkpoint"}  # a pause that comes once, and the one that it is measured by: both remove checkpoints
 REPORT_SECONDS = 2.5  # at most, until the other ranks have said where they are
-GRACE_SECONDS = 5.0  # between the report and the end, for the other ranks to make theirs
+GRACE_SECONDS = 5.0  # between the report and the end, for the other ranks to make theirs; what clocks may differ by
 # If even this thread cannot run (a library holds the interpreter's lock), the interpreter's own timer ends the rank.
 BACKSTOP_SECONDS = 20.0
-_OURS = str(Path(__file__).resolve().parents[2]) + os.sep
-# In the text of a line: it waits for other ranks, or for a device whose queue holds a collective
-_WAITING = (".wait()", ".item()", ".tolist()", ".cpu()", "synchronize(")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What the rank does: a phase of the loop, after `step` finished steps, since a time of the monotonic clock; how
-    long it may last."""
+    """What a thread of the rank does: a phase of the loop, or what goes on beside it, after `step` finished steps,
+    since a time of the monotonic clock; how long it may last."""
 
     phase: str
     step: int
     since: float
     limit: float
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a thread is, in words, and whether it waits for other ranks or for the device there."""
-
-    text: str
-    waits: bool
+    thread: int
 
 
 def step_limit_seconds(settings: Settings, recent: Sequence[float], samples: int = 1) -> float:
@@ -98,32 +96,56 @@ class Watchdog:
     ) -> None:
         self._settings, self._folder, self._rank, self._samples_at = settings, folder, rank, samples_at
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)  # seconds a sample
-        self._longest: dict[str, float] = {}  # seconds of each phase but the steps
-        self._progress = Progress("start", 0, time.monotonic(), settings.pause_seconds)
+        self._longest: dict[str | None, float] = {}  # seconds of each phase but the steps
+        self._main_thread = threading.main_thread().ident or 0
+        self._progress = self._begun("start", 0, settings.pause_seconds)
+        self._beside: Progress | None = None
         self._heartbeats = folder / HEARTBEATS
         self._heartbeats.mkdir(parents=True, exist_ok=True)
         self._world_size = world_size
-        self._main_thread = threading.main_thread().ident
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def at(self, phase: str, step: int, usual_seconds: float = 0.0) -> None:
-        """The rank begins `phase` after `step` finished steps; the one that ends is one more to measure by. A pause may
-        begin with waiting for what goes on beside the steps: that usually takes `usual_seconds`."""
-        now, ended = time.monotonic(), self._progress
-        seconds = now - ended.since
-        if ended.phase == STEP:
-            self._recent.append(seconds / self._samples_at(ended.step))
-        else:
-            self._longest[ended.phase] = max(seconds, self._longest.get(ended.phase, 0.0))
+    def at(self, phase: str, step: int) -> None:
+        """The rank begins `phase` after `step` finished steps; the one that ends is one more to measure by."""
+        self._measure(self._progress)
         if phase == STEP:
             limit = step_limit_seconds(self._settings, self._recent, self._samples_at(step))
         else:
-            earlier = self._longest.get(phase)
-            limit = pause_limit_seconds(self._settings, None if earlier is None else max(earlier, usual_seconds))
-        self._progress = Progress(phase, step, now, limit)
-        faulthandler.dump_traceback_later(limit + GRACE_SECONDS + BACKSTOP_SECONDS, exit=True, file=sys.stderr)
+            limit = pause_limit_seconds(
+                self._settings, self._longest.get(phase, self._longest.get(LIKE.get(phase, "")))
+            )
+        self._watch_from_now(self._begun(phase, step, limit))
+
+    @contextlib.contextmanager
+    def beside(self, phase: str, step: int) -> Iterator[None]:
+        """Within it this thread does `phase` of step `step` beside the loop's: it has the limit of a pause."""
+        limit = pause_limit_seconds(self._settings, self._longest.get(phase))
+        self._beside = self._begun(phase, step, limit, threading.get_ident())
+        try:
+            yield
+        finally:
+            self._measure(self._beside)
+            self._beside = None
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within it the loop waits for what goes on beside it, whose own limit holds; the time of the phase begins anew
+        after it."""
+        phase = self._progress
+        self._watch_from_now(self._begun(WAITING, phase.step, math.inf))
+        try:
+            yield
+        finally:
+            self._watch_from_now(replace(phase, since=time.monotonic()))
+
+    def tried_again(self) -> None:
+        """What this thread does has failed, on all ranks alike, and begins anew: so does its time."""
+        if self._beside is not None and self._beside.thread == threading.get_ident():
+            self._beside = replace(self._beside, since=time.monotonic())
+        else:
+            self._watch_from_now(replace(self._progress, since=time.monotonic()))
 
     def leaving(self) -> None:
         """The rank does what is left to do before it ends, wherever it was; that is no step."""
@@ -134,7 +156,25 @@ class Watchdog:
         self._stopped.set()
         faulthandler.cancel_dump_traceback_later()
         self._thread.join()
-        (self._heartbeats / _file_name(self._rank, "json")).unlink(missing_ok=True)
+        (self._heartbeats / rank_file(self._rank, "json")).unlink(missing_ok=True)
+
+    def _begun(self, phase: str, step: int, limit: float, thread: int | None = None) -> Progress:
+        return Progress(phase, step, time.monotonic(), limit, thread or self._main_thread)
+
+    def _measure(self, ended: Progress) -> None:
+        seconds = time.monotonic() - ended.since
+        if ended.phase == STEP:
+            self._recent.append(seconds / self._samples_at(ended.step))
+        else:
+            self._longest[ended.phase] = max(seconds, self._longest.get(ended.phase, 0.0))
+
+    def _watch_from_now(self, progress: Progress) -> None:
+        self._progress = progress
+        if progress.limit < math.inf:
+            seconds = progress.limit + GRACE_SECONDS + BACKSTOP_SECONDS
+            faulthandler.dump_traceback_later(seconds, exit=True, file=sys.stderr)
+        else:
+            faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
         interval = min(1.0, self._settings.heartbeat_seconds, self._settings.minimum_seconds / 4)
@@ -144,18 +184,24 @@ class Watchdog:
             if now >= last_heartbeat + self._heartbeat_seconds(progress):
                 self._write_heartbeat(progress, now)
                 last_heartbeat = now
-            limit = progress.limit
-            if now - progress.since > limit and progress is self._progress:
-                frame = sys._current_frames().get(self._main_thread or 0)
-                self._write_heartbeat(progress, now, place_of(frame))
-                try:
-                    self._report(progress, now - progress.since, limit, last_collective(frame))
-                except Exception as error:  # such as a disk that is gone: the end must come whatever the report does
-                    _say(f"rank {self._rank}: hung in {progress.phase}, and could not tell all of it: {error}")
-                if self._stopped.wait(GRACE_SECONDS) or progress is not self._progress:
-                    _say(f"rank {self._rank}: it went on after all, and so does the run")
-                    continue
-                os._exit(HUNG)  # the main thread waits inside a library and cannot be asked to leave
+            for watched in (progress, self._beside):
+                if watched is not None and now - watched.since > watched.limit and self._goes_on(watched):
+                    self._end_unless_it_goes_on(watched, now)
+
+    def _goes_on(self, progress: Progress) -> bool:
+        return progress is self._progress or progress is self._beside
+
+    def _end_unless_it_goes_on(self, hung: Progress, now: float) -> None:
+        frame = sys._current_frames().get(hung.thread)
+        self._write_heartbeat(hung, now, place_of(frame))
+        try:
+            self._report(hung, now - hung.since, last_collective(frame))
+        except Exception as error:  # such as a disk that is gone: the end must come whatever the report does
+            _say(f"rank {self._rank}: hung in {hung.phase}, and could not tell all of it: {error}")
+        if self._stopped.wait(GRACE_SECONDS) or not self._goes_on(hung):
+            _say(f"rank {self._rank}: it went on after all, and so does the run")
+        else:
+            os._exit(HUNG)  # the thread waits inside a library and cannot be asked to leave
 
     def _heartbeat_seconds(self, progress: Progress) -> float:
         """Between two heartbeats: several within a limit, or a rank could not be told from one that is silent."""
@@ -174,35 +220,35 @@ class Watchdog:
             **({"place": place.text, "waits": place.waits} if place else {}),
         }
         try:
-            write_file(self._heartbeats / _file_name(self._rank, "json"), json.dumps(beat))
+            write_file(self._heartbeats / rank_file(self._rank, "json"), json.dumps(beat))
         except OSError as error:  # a full disk must not look like a hang
             _say(f"rank {self._rank}: heartbeat cannot be written: {error}")
 
-    def _report(self, progress: Progress, seconds: float, limit: float, collective: str | None) -> None:
+    def _report(self, progress: Progress, seconds: float, collective: str | None) -> None:
         """Stacks into a file; from the lowest rank alive, the incident into the journal and onto stderr."""
         facts = {
             "phase": progress.phase,
             "step": progress.step,
             "seconds": round(seconds, 1),
-            "limit_seconds": round(limit, 1),
+            "limit_seconds": round(progress.limit, 1),
             "last_collective": collective,
         }
         incident = self._folder / "incidents" / f"step_{progress.step:08d}"
         try:
             incident.mkdir(parents=True, exist_ok=True)
-            with (incident / _file_name(self._rank, "txt")).open("w") as file:
+            with (incident / rank_file(self._rank, "txt")).open("w") as file:
                 file.write(f"rank {self._rank} on {platform.node()}, process {os.getpid()}: {json.dumps(facts)}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError:
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
         beats = self._beats_of_all()
-        behind = ranks_behind(beats, self._world_size, time.time())
+        behind = ranks_behind(beats, self._world_size, time.time(), GRACE_SECONDS)
         if self._rank == min([beat["rank"] for beat in beats if beat["rank"] not in behind] or [self._rank]):
             named = ", ".join(f"rank {rank} ({why})" for rank, why in behind.items()) or "none: all wait for each other"
             _say(
                 f"no progress for {seconds:.0f} s in {progress.phase} after step {progress.step} (limit "
-                f"{limit:.0f} s); last collective {facts['last_collective']}. Behind: {named}. "
+                f"{progress.limit:.0f} s); last collective {facts['last_collective']}. Behind: {named}. "
                 f"Stacks of every rank: {incident}"
             )
             places = {beat["rank"]: beat["place"] for beat in beats if "place" in beat}
@@ -224,74 +270,3 @@ class Watchdog:
 def _say(text: str) -> None:
     with contextlib.suppress(OSError):  # a terminal or log that is gone
         print(text, file=sys.stderr, flush=True)
-
-
-def place_of(frame: FrameType | None) -> Place | None:
-    """The place of a thread's innermost frame: the collective it is in, or the line, and ours that called it."""
-    if frame is None:
-        return None
-    collective = last_collective(frame)
-    if collective:
-        return Place(f"waits in {collective}", True)
-    ours: FrameType | None = frame
-    while ours is not None and not ours.f_code.co_filename.startswith(_OURS):
-        ours = ours.f_back
-    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-    waits = any(word in line for word in _WAITING)
-    text = f"{'waits' if waits else 'is'} at {_line_of(frame)}"
-    return Place(text if ours in (None, frame) else f"{text}, called from {_line_of(ours)}", waits)
-
-
-def _line_of(frame: FrameType) -> str:
-    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
-
-
-def last_collective(frame: FrameType | None) -> str | None:
-    """The call of torch.distributed that a thread's stack is in, as "all_reduce at k2_megatron/train/step.py:120"."""
-    found = None
-    while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if module.startswith("torch.distributed.distributed_c10d") and frame.f_code.co_name != "wrapper":
-            caller = frame.f_back
-            while caller is not None and caller.f_globals.get("__name__", "").startswith(("torch.", "contextlib")):
-                caller = caller.f_back
-            where = f" at {caller.f_code.co_filename}:{caller.f_lineno}" if caller else ""
-            found = f"{frame.f_code.co_name}{where}"
-        frame = frame.f_back
-    return found
-
-
-def read_heartbeats(folder: Path) -> list[dict]:
-    """The heartbeats of all ranks, by rank; one being rewritten is passed over."""
-    beats = []
-    for path in sorted(folder.glob("rank_*.json")):
-        try:
-            beats.append(json.loads(path.read_text()))
-        except (OSError, ValueError):
-            continue
-    return beats
-
-
-def ranks_behind(beats: Sequence[dict], world_size: int, now: float) -> dict[int, str]:
-    """{rank: why} of the ranks that others wait for: those that give no sign, those at an earlier step, and those that
-    do not wait themselves while others do."""
-    furthest = max((beat["step"] for beat in beats), default=0)
-    behind = dict.fromkeys(set(range(world_size)) - {beat["rank"] for beat in beats}, "gave no sign since the start")
-    for beat in beats:
-        if "place" not in beat and now - beat["time"] > 3 * beat["every_seconds"] + GRACE_SECONDS:
-            behind[beat["rank"]] = _silence(beat, now)  # clocks of hosts may differ by less
-        elif beat["step"] < furthest:
-            behind[beat["rank"]] = f"at step {beat['step']} of {furthest}, in {beat['phase']}"
-    if behind or not any(beat.get("waits") for beat in beats):
-        return behind
-    at_work = {beat["rank"]: beat["place"] for beat in beats if "waits" in beat and not beat["waits"]}
-    # All that say where they are wait: for those that do not say it, stopped in a pause, where heartbeats are rarer
-    return at_work or {beat["rank"]: _silence(beat, now) for beat in beats if "place" not in beat}
-
-
-def _silence(beat: dict, now: float) -> str:
-    return f"silent for {now - beat['time']:.0f} s on {beat['host']}, last in {beat['phase']}"
-
-
-def _file_name(rank: int, suffix: str) -> str:
-    return f"rank_{rank:05d}.{suffix}"

@@ -1,6 +1,8 @@
 """A rank that hangs, in computing, reading or saving, is named with its place while the others wait; patience is given
 where it is due. The watchdog's clock is moved on by hand: no test waits for a limit, or depends on the machine."""
 
+import contextlib
+import errno
 import functools
 import importlib
 import os
@@ -15,6 +17,7 @@ from run_results import events_of
 
 HOURS = 10_000.0  # seconds past every limit of the watchdog
 MINUTES = 400.0  # past what follows from an evaluation or a save of a few seconds, not past the limit of the first
+BACKGROUND = "save in the background"
 SETTINGS = [
     *("parallel.data=2", "train.steps=8", "checkpoint.every_steps=6", "watchdog.heartbeat_seconds=0.5"),
     *("train.evaluate_every_steps=4", "train.evaluate_batches=1"),
@@ -56,12 +59,30 @@ def _replace(place: str, call: int, what) -> None:
     setattr(owner, name, called)
 
 
-def _hang_on_one_rank(place: str, call: int, rank: str, seconds: float, sign: Path) -> None:
+def _waits_beside() -> threading.Event:
+    """Set while the loop waits for a save in the background."""
+    from k2_megatron.train.watchdog import Watchdog
+
+    waiting, there = Watchdog.waiting, threading.Event()
+
+    @contextlib.contextmanager
+    def told(self):
+        with waiting(self):
+            there.set()
+            yield
+            there.clear()
+
+    Watchdog.waiting = told
+    return there
+
+
+def _hang_on_one_rank(place: str, call: int, rank: str, seconds: float, asynchronous: bool, sign: Path) -> None:
     """The rank loops for ever in that call; when the other has come to wait for it, so many seconds pass for both."""
     from k2_megatron.train import watchdog
+    from k2_megatron.train.heartbeats import place_of
 
     watchdog.GRACE_SECONDS = 1.5
-    clock, main = _clock(), threading.main_thread().ident
+    clock, main, waits_beside = _clock(), threading.main_thread().ident, _waits_beside()
 
     def hang_for_ever() -> None:
         sign.touch()
@@ -69,14 +90,15 @@ def _hang_on_one_rank(place: str, call: int, rank: str, seconds: float, sign: Pa
             time.sleep(0.05)
 
     def waits() -> bool:
-        place = watchdog.place_of(sys._current_frames()[main])
+        place = place_of(sys._current_frames()[main])
         return place is not None and place.waits
 
     def let_time_pass() -> None:
         quiet = 0
         while quiet < 5:
             time.sleep(0.1)
-            quiet = quiet + 1 if sign.exists() and (os.environ["RANK"] == rank or waits()) else 0
+            there = waits_beside.is_set() if asynchronous else os.environ["RANK"] == rank or waits()
+            quiet = quiet + 1 if sign.exists() and there else 0
         clock.ahead = seconds
 
     threading.Thread(target=let_time_pass, daemon=True).start()
@@ -91,15 +113,17 @@ def _hang_on_one_rank(place: str, call: int, rank: str, seconds: float, sign: Pa
         ("k2_megatron.data.feed:Feed._read", 5, "0", HOURS, "step"),
         ("k2_megatron.train.checkpoint_save:_Plan.write", 1, "1", HOURS, "checkpoint"),
         ("k2_megatron.train.checkpoint_save:_Plan.write", 2, "0", MINUTES, "checkpoint"),
+        ("k2_megatron.train.checkpoint_save:_Plan.write", 2, "1", MINUTES, BACKGROUND),
         ("pretrain_k2:evaluate", 2, "1", MINUTES, "evaluation"),
     ],
-    ids=["forward pass", "data loader", "saving", "saving again", "evaluation again"],
+    ids=["forward pass", "data loader", "saving", "saving again", "saving beside the steps", "evaluation again"],
 )
 def test_hung_rank_is_named_with_its_place(small_config, tmp_path, place, call, rank, seconds, phase):
-    folder = tmp_path / "run"
-    fault = functools.partial(_hang_on_one_rank, place, call, rank, seconds, tmp_path / "hangs")
+    folder, asynchronous = tmp_path / "run", phase == BACKGROUND
+    fault = functools.partial(_hang_on_one_rank, place, call, rank, seconds, asynchronous, tmp_path / "hangs")
     began = time.monotonic()
-    outcomes = pretrain(2, small_config, [*SETTINGS, f"run.folder={folder}"], tmp_path / "output", fault)
+    settings = [*SETTINGS, f"checkpoint.asynchronous={str(asynchronous).lower()}", f"run.folder={folder}"]
+    outcomes = pretrain(2, small_config, settings, tmp_path / "output", fault)
     print(f"{place}: {time.monotonic() - began:.1f} s in all")
     codes = {outcome.exit_code for outcome in outcomes}
     # The first ends by itself; the other too, or it loses its connection (1), or is killed as by its launcher (-9).
@@ -139,3 +163,47 @@ def test_a_quarter_of_an_hour_is_a_hang_in_a_step_alone_and_forgiven_when_it_end
     assert outcome.exit_code == 0, outcome.stderr
     assert [(event["phase"], event["step"]) for event in events_of(folder, "incident")] == [("step", 6)]
     assert "it went on after all" in outcome.stderr
+
+
+def _first_save_takes_a_quarter_of_an_hour() -> None:
+    """In the background; the quarter passes when the loop waits for it, at the next save."""
+    clock, waits_beside = _clock(), _waits_beside()
+
+    def last() -> None:
+        assert waits_beside.wait(60)
+        clock.ahead += 1000.0
+        time.sleep(1.2)
+
+    _replace("k2_megatron.train.checkpoint_save:_Plan.write", 1, last)
+
+
+def test_save_that_waits_for_the_first_one_is_no_hang(small_config, tmp_path):
+    """The step that the first save in the background took says nothing of how long the save takes."""
+    settings = [*SETTINGS, "parallel.data=1", "checkpoint.asynchronous=true", f"run.folder={tmp_path / 'run'}"]
+    (outcome,) = pretrain(1, small_config, settings, tmp_path / "output", _first_save_takes_a_quarter_of_an_hour)
+    assert outcome.exit_code == 0, outcome.stderr
+    assert not events_of(tmp_path / "run", "incident")
+    assert [event["step"] for event in events_of(tmp_path / "run", "checkpoint")] == [6, 8]
+
+
+def _disk_fills_at_the_end_of_each_try() -> None:
+    """Of the second save, which is tried twice, each for longer than half of the watchdog's limit."""
+    clock = _clock()
+
+    def fill() -> None:
+        clock.ahead += 200.0
+        time.sleep(1.2)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for call in (2, 3):
+        _replace("k2_megatron.train.checkpoint_save:_Plan.write", call, fill)
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_disk_that_is_full_at_the_end_of_long_tries_is_no_hang(small_config, tmp_path, asynchronous):
+    settings = [*SETTINGS, "parallel.data=1", f"checkpoint.asynchronous={asynchronous}", "checkpoint.retry_seconds=1"]
+    settings.append(f"run.folder={tmp_path / 'run'}")
+    (outcome,) = pretrain(1, small_config, settings, tmp_path / "output", _disk_fills_at_the_end_of_each_try)
+    assert outcome.exit_code == 2, outcome.stderr
+    assert "trying again in 1 s" in outcome.stderr and "step 8 could not be saved" in outcome.stderr
+    assert not events_of(tmp_path / "run", "incident")

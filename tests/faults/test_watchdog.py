@@ -1,6 +1,7 @@
 """A rank that stops moving ends the whole run, within half a minute, with its name and every stack on disk."""
 
 import errno
+import math
 import os
 import random
 import signal
@@ -20,7 +21,8 @@ from k2_megatron.config import load_config
 from k2_megatron.config.schema import Watchdog as Settings
 from k2_megatron.runtime.mistakes import HUNG
 from k2_megatron.train import watchdog
-from k2_megatron.train.watchdog import pause_limit_seconds, ranks_behind, step_limit_seconds
+from k2_megatron.train.heartbeats import ranks_behind
+from k2_megatron.train.watchdog import pause_limit_seconds, step_limit_seconds
 
 LIMITS = ["watchdog.minimum_seconds=6.0"]
 
@@ -36,24 +38,51 @@ def test_limit_follows_the_recent_steps():
 
 
 def test_limit_of_a_pause_follows_the_longest_of_its_kind(tmp_path, monkeypatch):
-    """Also that of a save, which waits for the one before it, written in the background."""
+    """What is waited for in it, or tried again, is not counted; the end, which comes once, is measured by the saves."""
     settings = Settings(step_factor=10.0, pause_minimum_seconds=200.0, pause_seconds=1800.0)
     assert pause_limit_seconds(settings, None) == 1800.0
     assert pause_limit_seconds(settings, 0.5) == 205.0
     assert pause_limit_seconds(settings, 500.0) == 1800.0
     now = [0.0]
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
-    guard = watchdog.Watchdog(Settings(heartbeat_seconds=3600.0), tmp_path, 0, 1)
+    monkeypatch.setattr(watchdog.Watchdog, "_watch", lambda self: None)  # the limits are looked at here
+    guard = watchdog.Watchdog(Settings(), tmp_path, 0, 1)
 
-    def limit_of(phase: str, seconds: float, *usual_seconds: float) -> float:
-        guard.at(phase, 1, *usual_seconds)
+    def limit_of(phase: str, seconds: float, *, waited: float = 0.0, failed: float = 0.0) -> float:
+        guard.at(phase, 1)
+        limit = guard._progress.limit
+        with guard.waiting():
+            assert guard._progress.limit == math.inf
+            now[0] += waited
+        assert (guard._progress.limit, guard._progress.since) == (limit, now[0])
+        now[0] += failed
+        guard.tried_again()
         now[0] += seconds
-        return guard._progress.limit
+        return limit
 
-    assert [limit_of("evaluation", 40.0), limit_of("checkpoint", 2.0, 0.0)] == [3600.0, 3600.0]
-    assert [limit_of("evaluation", 20.0), limit_of("checkpoint", 1.0, 0.0)] == [420.0, 306.0]
-    assert [limit_of("evaluation", 10.0), limit_of("checkpoint", 90.0, 50.0)] == [420.0, 450.0]
-    assert [limit_of("evaluation", 10.0), limit_of("checkpoint", 1.0, 50.0)] == [420.0, 570.0]
+    assert [limit_of("evaluation", 40.0), limit_of("checkpoint", 2.0, waited=500.0)] == [3600.0, 3600.0]
+    assert [limit_of("evaluation", 20.0), limit_of("checkpoint", 1.0, failed=500.0)] == [420.0, 306.0]
+    assert [limit_of("evaluation", 10.0), limit_of("checkpoint", 20.0)] == [420.0, 306.0]
+    assert limit_of("end", 1.0) == 360.0
+    guard.stop()
+
+
+def test_what_goes_on_beside_the_steps_has_a_limit_of_its_own(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(watchdog.Watchdog, "_watch", lambda self: None)
+    guard = watchdog.Watchdog(Settings(), tmp_path, 0, 1)
+    limits = []
+    for seconds in (50.0, 10.0, 10.0):
+        with guard.beside("save in the background", 1):
+            guard.at("step", 1)
+            now[0] += 700.0  # a try that failed
+            guard.tried_again()
+            assert guard._beside.since == now[0] and guard._progress.since == now[0] - 700.0
+            limits.append(guard._beside.limit)
+            now[0] += seconds
+        assert guard._beside is None
+    assert limits == [3600.0, 450.0, 450.0]
     guard.stop()
 
 
@@ -106,19 +135,19 @@ def test_ranks_behind_are_named_with_the_reason():
         {"rank": 1, "host": "a", "phase": "step", "step": 6, "time": 100.0, "every_seconds": 10.0},
         {"rank": 2, "host": "b", "phase": "step", "step": 7, "time": 50.0, "every_seconds": 10.0},
     ]
-    assert ranks_behind(beats, 4, 100.5) == {
+    assert ranks_behind(beats, 4, 100.5, 5.0) == {
         1: "at step 6 of 7, in step",
         2: "silent for 50 s on b, last in step",
         3: "gave no sign since the start",
     }
-    assert ranks_behind(beats[:1], 1, 101.0) == {}
+    assert ranks_behind(beats[:1], 1, 101.0, 5.0) == {}
     # One that has just said where it is lives, though its host's clock is an hour behind.
     beats[2]["time"] = -3500.0
     told = [beat | {"place": "waits in all_reduce", "waits": True} for beat in beats]
-    assert ranks_behind(told[::2], 3, 100.5) == {1: "gave no sign since the start"}
-    assert ranks_behind([told[0], beats[1] | {"step": 7}], 2, 100.5) == {1: "silent for 0 s on a, last in step"}
+    assert ranks_behind(told[::2], 3, 100.5, 5.0) == {1: "gave no sign since the start"}
+    assert ranks_behind([told[0], beats[1] | {"step": 7}], 2, 100.5, 5.0) == {1: "silent for 0 s on a, last in step"}
     told[1] |= {"step": 7, "place": "is at feed.py:9 in read", "waits": False}
-    assert ranks_behind(told, 3, 100.5) == {1: "is at feed.py:9 in read"}
+    assert ranks_behind(told, 3, 100.5, 5.0) == {1: "is at feed.py:9 in read"}
 
 
 def _places_while_rank_0_works_alone(folder: Path) -> None:
@@ -129,9 +158,9 @@ def _places_while_rank_0_works_alone(folder: Path) -> None:
 
     rank, at = os.environ["RANK"], watchdog.Watchdog.at
 
-    def noted(self, phase: str, step: int, *usual_seconds: float) -> None:
+    def noted(self, phase: str, step: int) -> None:
         (folder / f"phase_{rank}").write_text(phase)
-        at(self, phase, step, *usual_seconds)
+        at(self, phase, step)
 
     def slowly(name: str, right):
         def then(*arguments):
