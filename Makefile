@@ -36,8 +36,11 @@ pretrain: $(VENV)/installed $(DATA)/train
 	$(BIN)/python pretrain_k2.py examples/toy/toy.toml $(SETTINGS)
 	$(BIN)/python tools/continue_text.py $(RUN) --prompt "My fellow citizens, the state of the Union is"
 
+# Two processes: half of a test's time is waiting, for ranks, the disk or Slurm. A file stays whole, for what it shares.
+TESTS_AT_ONCE ?= 2
+
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile
 
 # Kill a small run fifty times, wound it thirty times in other ways; ends with a table of what was lost (nothing).
 drill: $(VENV)/installed-dev
