@@ -42,8 +42,9 @@ def replicas_read_the_same_samples() -> None:
     """Every data-parallel rank reads what rank 0 reads."""
     right = step.micro_batches
 
-    def same(config, groups, *rest):
-        return right(config, dataclasses.replace(groups, data_rank=0), *rest)
+    def same(config, parts, *rest):
+        first = dataclasses.replace(parts.groups, data_rank=0)
+        return right(config, dataclasses.replace(parts, groups=first), *rest)
 
     step.micro_batches = same
 
@@ -62,8 +63,8 @@ def one_micro_batch_left_out() -> None:
     """The last micro-batch of each rank repeats the one before it."""
     right = step.micro_batches
 
-    def repeated(config, groups, feed, first_sample, global_batch, device):
-        batches = list(right(config, groups, feed, first_sample, global_batch, device))
+    def repeated(*arguments):
+        batches = list(right(*arguments))
         return iter([*batches[:-1], batches[-2]])
 
     step.micro_batches = repeated
