@@ -11,8 +11,11 @@ Gimelshein 2018 (arXiv 1805.02867).
 In:   logits [S, B, V/tp] fp32, bf16 or fp16, this rank's columns; labels [S, B] int64 global ids.   Out: loss [S, B]
 fp32. One pass over the shard gives 3 numbers a token (4 with smoothing); ONE all-gather of them; every rank merges
 them in rank order, so all ranks hold the same bits. In eager mode the backward of the compiled backends writes the
-gradient into the logits' own storage: a bf16 logit costs 2 bytes forward and 4 backward, and no buffer besides. In
-compiled graphs it goes to new memory. A world of one communicates nothing.
+gradient into the logits' own storage: a bf16 logit costs 2 bytes forward and 4 backward, and no buffer besides; who
+else reads the logits in the backward is told by autograd. It goes to new memory in compiled graphs, and where
+saved-tensor hooks (checkpoint with use_reentrant=False, offloading) are on in the forward: they hide such a reader. One
+under hooks of its own, around another op on the same logits, stays hidden: those hooks must span both ops. A world of
+one communicates nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from k2_megatron.kernels.checks import (
     FLOATS,
     REFERENCE_FLOATS,
     is_leafs_memory,
+    may_overwrite,
     require,
     require_backend,
     require_backend_device,
@@ -65,8 +69,8 @@ def vocab_parallel_cross_entropy(
     ignore_index: int = -100,
     backend: str,
 ) -> torch.Tensor:
-    """loss [S, B] fp32 (any leading shape serves). With backend "cpu" or "cuda" the logits are spent by the backward,
-    which therefore runs once; a second one is refused. A label that is neither ignore_index nor in [0, V): ValueError
+    """loss [S, B] fp32 (any leading shape serves). With backend "cpu" or "cuda" a backward that overwrites the logits
+    (see above) spends them, and a second one is refused. A label that is neither ignore_index nor in [0, V): ValueError
     on a CPU; on a GPU, where looking would wait for the device, a NaN loss and gradient (so does "torch" in compiled
     graphs). Every rank's shard has the same number of columns (pad the last): the widths travel with the statistics,
     and unequal ones are a ValueError on every rank, on a GPU in the first loss of each group and width and NaN after
@@ -85,15 +89,15 @@ def vocab_parallel_cross_entropy(
     if backend == "transformer_engine":
         return peers.cross_entropy(logits, labels, group, settings)
     require_backend_device(OP, backend, logits)
+    overwrite = backend != "torch" and torch.is_grad_enabled() and may_overwrite()
     if backend != "torch":
         check_rows(_flat(logits), labels.view(-1))
-        overwritten = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if overwritten and is_leafs_memory(logits):
+        if overwrite and is_leafs_memory(logits):
             raise ValueError(
                 f"{OP}: logits are a leaf that requires a gradient, which would overwrite them, or a view of one; pass "
                 "a projection's output, or use backend 'torch'"
             )
-    return _VocabParallelCrossEntropy.apply(logits, labels, group, settings, STEPS[backend])
+    return _VocabParallelCrossEntropy.apply(logits, labels, group, settings, STEPS[backend], overwrite)
 
 
 def cross_entropy_reference(logits, labels, label_smoothing=0.0, z_loss=0.0, ignore_index=-100):
@@ -142,9 +146,7 @@ def _check_widths_once(everyone, group, columns):
 
 
 def spend(ctx):
-    """Marks the logits as overwritten; compiled graphs run a backward once by construction."""
-    if torch.compiler.is_compiling():
-        return
+    """Marks the logits as overwritten."""
     if getattr(ctx, "spent", False):
         raise RuntimeError(
             f"{OP}: the logits were overwritten by the gradient in an earlier backward of this loss; run one backward "
@@ -165,22 +167,23 @@ def _flat(logits):
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, group, settings, steps):
+    def forward(ctx, logits, labels, group, settings, steps, overwrite):
         rows, flat_labels = _flat(logits) if steps is CompiledSteps else logits.flatten(0, -2), labels.view(-1)
         statistics = gather_statistics(steps.statistics(rows, flat_labels, settings), group, rows.shape[1])
         loss, lse = steps.loss(statistics, flat_labels, settings)
         ctx.save_for_backward(logits, flat_labels, lse)
-        ctx.settings, ctx.steps = settings, steps
+        ctx.settings, ctx.steps, ctx.overwrite = settings, steps, overwrite
         return loss.view(labels.shape)
 
     @staticmethod
     def backward(ctx, grad_loss):
         refuse_second_derivative(OP)
-        if ctx.steps is CompiledSteps:
+        overwrite = ctx.overwrite and not torch.compiler.is_compiling()
+        if overwrite:
             spend(ctx)
         logits, labels, lse = ctx.saved_tensors
         logits = logits.detach()
         # reshape keeps the zero strides of an expanded gradient (that of a sum or a mean); else it copies T values.
         rows = _flat(logits) if ctx.steps is CompiledSteps else logits.flatten(0, -2)
-        gradient = ctx.steps.gradient(rows, labels, lse, grad_loss.reshape(-1), ctx.settings)
-        return gradient.view(logits.shape), None, None, None, None
+        gradient = ctx.steps.gradient(rows, labels, lse, grad_loss.reshape(-1), ctx.settings, overwrite)
+        return gradient.view(logits.shape), None, None, None, None, None

@@ -4,7 +4,7 @@ ops.
     statistics: logits [T, V] of a shard, labels [T]  -> [planes * T + 1]: max, sum of exp(z - max), the label's logit
                 if it is this shard's (else 0), with label smoothing the sum of the logits; last the number V
     loss:       statistics of all shards [ranks, planes * T + 1] -> loss [T], lse [T], merged in rank order
-    gradient:   logits, lse, grad_loss [T] -> gradient [T, V]; the compiled one overwrites the logits in eager mode
+    gradient:   logits, lse, grad_loss [T] -> gradient [T, V]; the compiled one overwrites the logits where it may
 
 Rows may start at any multiple of the element size: K2's shard is 4004 columns wide. A label outside the vocabulary
 that is not ignore_index reads nothing and gives NaN, in the loss and in the gradient. Shards of unequal widths give a
@@ -49,7 +49,7 @@ def planes_for(label_smoothing: float) -> int:
 
 
 class ReferenceSteps:
-    """The equations in torch; fp32 arithmetic (fp64 for fp64 logits). The gradient is a new tensor."""
+    """The equations in torch; fp32 arithmetic (fp64 for fp64 logits). The gradient is a new tensor, always."""
 
     @staticmethod
     def statistics(logits, labels, settings):
@@ -80,7 +80,7 @@ class ReferenceSteps:
         return torch.where(labels == settings.ignore_index, 0, torch.where(known, loss, torch.nan)), lse
 
     @staticmethod
-    def gradient(logits, labels, lse, grad_loss, settings):
+    def gradient(logits, labels, lse, grad_loss, settings, overwrite):
         smoothing = settings.label_smoothing
         gradient = (logits.to(lse.dtype) - lse[:, None]).exp() * (1 + 2 * settings.z_loss * lse[:, None])
         columns = torch.arange(logits.shape[1], device=logits.device) + settings.vocabulary_start
@@ -93,8 +93,9 @@ class ReferenceSteps:
 
 
 class CompiledSteps:
-    """The same by csrc/; the gradient is the logits' storage, in compiled graphs a new tensor: there a view of a
-    parameter cannot be told from a computed tensor, and inductor would copy what is overwritten first."""
+    """The same by csrc/; the gradient is the logits' storage with `overwrite`, else a new tensor. In compiled graphs
+    always: there a view of a parameter cannot be told from a computed tensor, and inductor would copy what is
+    overwritten first."""
 
     @staticmethod
     def statistics(logits, labels, settings):
@@ -112,15 +113,15 @@ class CompiledSteps:
         )
 
     @staticmethod
-    def gradient(logits, labels, lse, grad_loss, settings):
+    def gradient(logits, labels, lse, grad_loss, settings, overwrite):
         arguments = (
             logits, labels, lse, grad_loss, settings.vocabulary_start, settings.vocabulary_size,
             settings.label_smoothing, settings.z_loss, settings.ignore_index,
         )  # fmt: skip
-        if torch.compiler.is_compiling():
-            return NEW_GRADIENT(*arguments)
-        GRADIENT(*arguments)
-        return logits
+        if overwrite and not torch.compiler.is_compiling():
+            GRADIENT(*arguments)
+            return logits
+        return NEW_GRADIENT(*arguments)
 
 
 def check_labels(labels, vocabulary_size, ignore_index):

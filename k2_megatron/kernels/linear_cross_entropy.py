@@ -132,7 +132,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + ctx.chunk_tokens)
             if logits is None:
                 logits = hidden[chunk] @ weight.t()
-            grad_logits = ctx.steps.gradient(logits, labels[chunk], lse[chunk], grad_loss[chunk], ctx.settings)
+            # No one else has these logits: whatever hooks are on, they may be overwritten.
+            grad_logits = ctx.steps.gradient(logits, labels[chunk], lse[chunk], grad_loss[chunk], ctx.settings, True)
             torch.mm(grad_logits, weight, out=grad_hidden[chunk])
             if is_one_chunk:  # the GEMM's fp32 sums are all: it rounds them itself, and a CPU has no mixed GEMM
                 grad_weight = grad_logits.t() @ hidden

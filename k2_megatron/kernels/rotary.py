@@ -13,7 +13,9 @@ where q and k are views: marking the write as an in-place change would make auto
 A checkpoint that is given such views as arguments would find them rotated when it recomputes, and rotate them again:
 q and k are to be computed inside of it. On tensors that are not views the write is marked, and autograd reports whoever
 saved them. The Function returns its inputs, which autograd turns into views of them with the Function's gradient.
-Compiled graphs, and the backward, whose incoming gradients may have other readers, rotate into new memory.
+The results lie in new memory in compiled graphs; in the backward, whose incoming gradients may have other readers; and
+where saved-tensor hooks are on (checkpoint with use_reentrant=False, offloading), which would hide from autograd who
+saved q and k. A reader under hooks of its own, off again by now, stays hidden: the hooks must span both ops.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from k2_megatron.kernels.checks import (
     FLOATS,
     REFERENCE_FLOATS,
     is_leafs_memory,
+    may_overwrite,
     require,
     require_backend,
     require_backend_device,
@@ -78,7 +81,7 @@ def rotary(
     if backend == "transformer_engine":
         return peers.rotary(q, k, cos, sin, positions, interleaved)
     require_backend_device(OP, backend, q)
-    if torch.compiler.is_compiling():
+    if not may_overwrite():
         return ROTATED(q, k, cos, sin, positions, interleaved, False)
     check_computed(q=q, k=k)
     return _Rotary.apply(q, k, cos, sin, positions, interleaved)
@@ -143,7 +146,7 @@ def _check(q, k, cos, sin, positions):
 
 
 def require_dense_heads(name, x):
-    dense = x.shape[3] <= 1 or x.stride(3) == 1
+    dense = x.shape[3] <= 1 or x.stride(3) == 1 or x.numel() == 0
     require(dense, OP, "{} has strides {}; the last must be 1", name, tuple(x.stride()))
 
 

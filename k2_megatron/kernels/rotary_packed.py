@@ -6,7 +6,8 @@ memory and then concatenated by the split; here they are rotated straight into t
 In:   qkv [S, B, G, (n + 2) * D]: in each of G groups n query heads, a key head and a value head (megatron-core's
       get_query_key_value_tensors with split_qkv=False returns it); tables and positions as in rotary.py.
 Out:  q [S, B, G * n, D], k [S, B, G, D], v [S, B, G, D]: views of qkv; where n > 1 q is a copy, as in megatron-core.
-The promise is rotary.py's: qkv is freshly computed, and nothing needs its values before the rotation.
+The promise is rotary.py's: qkv is freshly computed, and nothing needs its values before the rotation. Where
+saved-tensor hooks are on, which would hide that something does, a copy of it is rotated, and the views are the copy's.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import torch
 
 from k2_megatron.kernels.checks import (
+    may_overwrite,
     require,
     require_backend,
     require_backend_device,
@@ -49,6 +51,8 @@ def rotary_packed(
         return *rotary(q, k, cos, sin, positions=positions, interleaved=interleaved, backend=backend), v
     require_backend_device(OP, backend, qkv)
     require_contiguous(OP, "qkv", qkv)
+    if not may_overwrite():
+        qkv = qkv.clone()  # a copy, not rotary()'s new q and k: beside those the view v would keep all of qkv
     check_computed(qkv=qkv)
     return _RotaryPacked.apply(qkv, cos, sin, head_dim, positions, interleaved)
 

@@ -83,6 +83,7 @@ class Block(torch.nn.Module):
         q, k = rotary(q, k, *self.tables, backend=self.backend)
         packed = self.qkv(v.reshape(x.shape)).view(sequence, batch, self.heads, 3 * DIM)
         other_q, other_k, other_v = rotary_packed(packed, *self.tables, DIM, backend=self.backend)
+        k = k.contiguous()  # torch's sigmoid rounds otherwise where elements lie apart, as in the slices of qkv
         mixed = (q * k.sigmoid() + other_q * other_k.sigmoid() + other_v).reshape(x.shape)
         y, h = add_rms_norm(mixed, x, self.norm, 1e-5, backend=self.backend)
         return h + swiglu(self.mlp(y), backend=self.backend)
