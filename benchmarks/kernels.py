@@ -5,12 +5,13 @@
 
 All candidates of a workload and a plain copy take turns in every round, so that a machine whose speed drifts favours
 none; the fastest round counts, since other processes only ever add time (the JSON holds the medians too). Every launch
-takes the next of the sets of inputs, which together exceed the last-level cache, and its results are kept until as many
-others have followed: what one candidate has read or written, the next one would find in the cache. Who begins changes
-from round to round. On a GPU a round is a queue of launches behind a device-side wait, timed by events: the host's time
-is not in it; a round whose wait was too short to enqueue them is taken again behind a longer one. There a copy of as
-many bytes as the workload's takes its turn too: "of equal" is against its time. On a CPU glibc is told to keep freed
-memory, for everyone: else the page faults of fresh results would be what is timed.
+takes the next of the sets of inputs, each with gradients of its outputs for the backward, which together exceed the
+last-level cache, and its results are kept until as many others have followed: what one candidate has read or written,
+the next one would find in the cache. Who begins changes from round to round. On a GPU a round is a queue of launches
+behind a device-side wait, timed by events: the host's time is not in it; a round whose wait was too short to enqueue
+them is taken again behind a longer one. There a copy of as many bytes as the workload's takes its turn too: "of equal"
+is against its time. On a CPU glibc is told to keep freed memory, for everyone: else the page faults of fresh results
+would be what is timed.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.kernel_workloads import Workload, cpu_workloads, cuda_workloads
-from k2_megatron.kernels.dispatch import OPS, choose_backend
+from k2_megatron.kernels.dispatch import OPS, obstacle
 
 ROTATION_BYTES = {
     "cpu": 640 << 20,
@@ -68,15 +69,16 @@ def rounds_of(workload: Workload, device: str, quick: bool) -> int:
 
 
 class Rotation:
-    """The sets of inputs in turn, and the latest results, held so that their memory is not written again at once."""
+    """The sets of inputs in turn, each with its gradients of the outputs, and the latest results, held so that their
+    memory is not written again at once."""
 
-    def __init__(self, sets: list):
+    def __init__(self, sets: list, gradients: list):
         self.first = sets[0]
-        self.sets = itertools.cycle(sets)
+        self.sets = itertools.cycle(zip(sets, gradients, strict=True))
         self.results: deque = deque(maxlen=len(sets))
 
     def launch(self, run: Callable[..., Any]) -> None:
-        """run(*inputs), of the next set."""
+        """run(inputs, gradients), of the next set."""
         results = run(*next(self.sets))
         # Detached: a graph would hold what a candidate saves for its backward.
         self.results.append([result.detach() for result in as_tuple(results) if isinstance(result, torch.Tensor)])
@@ -110,15 +112,28 @@ def milliseconds(device: str, run: Callable[[], object]) -> float:
 
 def passes(workload: Workload, rotation: Rotation, candidate: Callable) -> dict[str, Callable[[], object]]:
     """One launch of the forward, and of forward and backward together."""
-    runs: dict[str, Callable[[], object]] = {"forward": lambda: rotation.launch(candidate)}
+
+    def forward(inputs, gradients):
+        return candidate(*inputs)
+
+    def both(inputs, gradients):
+        return torch.autograd.grad(as_tuple(candidate(*inputs)), workload.wanted(inputs), gradients)
+
+    runs: dict[str, Callable[[], object]] = {"forward": lambda: rotation.launch(forward)}
     if workload.wanted(rotation.first):
-        gradients = [torch.randn_like(output) for output in as_tuple(candidate(*rotation.first))]
-
-        def both(*inputs):
-            return torch.autograd.grad(as_tuple(candidate(*inputs)), workload.wanted(inputs), gradients)
-
         runs["forward + backward"] = lambda: rotation.launch(both)
     return runs
+
+
+def rotation_of(workload: Workload, device: str) -> Rotation:
+    """Sets that together exceed the caches: their outputs' gradients too, or the backward would find those there."""
+    each = max(workload.forward_bytes // 2, 1 << 24)
+    sets = [workload.inputs() for _ in range(min(12, max(2, ROTATION_BYTES[device] // each)))]
+    gradients: list[list[torch.Tensor]] = [[] for _ in sets]
+    if workload.wanted(sets[0]):
+        outputs = as_tuple(workload.candidates["ours"](*sets[0]))
+        gradients = [[torch.randn_like(output) for output in outputs] for _ in sets]
+    return Rotation(sets, gradients)
 
 
 def equal_copies(source: torch.Tensor, target: torch.Tensor, moved_bytes: int) -> Callable[[], object]:
@@ -150,8 +165,7 @@ def able(workload: Workload, rotation: Rotation, name: str, candidate: Callable)
 
 def measure(workload: Workload, device: str, rounds: int, with_compile: bool) -> dict[str, dict[str, list[float]]]:
     """Milliseconds of each round, by pass and candidate; "copy" among them."""
-    each = max(workload.forward_bytes // 2, 1 << 24)
-    rotation = Rotation([workload.inputs() for _ in range(min(12, max(2, ROTATION_BYTES[device] // each)))])
+    rotation = rotation_of(workload, device)
     candidates = dict(workload.candidates)
     if with_compile and workload.compiled:
         torch._dynamo.reset()
@@ -271,7 +285,8 @@ def main() -> None:
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for op in OPS:
-        choose_backend(op, device, device)  # raises, with the remedy, where the extension is not built
+        if reason := obstacle(op, device, device):
+            sys.exit(f"benchmarks.kernels: nothing of ours to measure for {op}: {reason}")
     if device == "cpu":
         keep_freed_memory()
     workloads = (cuda_workloads if device == "cuda" else cpu_workloads)(arguments.quick)

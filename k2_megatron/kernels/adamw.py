@@ -71,6 +71,17 @@ class AdamW(torch.optim.Optimizer):
         self.model_copies: dict[torch.Tensor, torch.Tensor] = {}
         self.gradient_scale: torch.Tensor | None = None  # for callers through whom step's argument does not pass
 
+    def __getstate__(self):
+        """For copy.deepcopy and torch.save; torch's own holds the groups and the state alone. In one dict with the
+        parameters, so that model_copies come back keyed by the copied ones."""
+        own = {name: getattr(self, name) for name in ("backend", "model_copies", "gradient_scale")}
+        return super().__getstate__() | own
+
+    def load_state_dict(self, state_dict):
+        """Of this class, or of torch.optim.AdamW, whose `step` is in each parameter's state: ValueError where those of
+        a group differ."""
+        super().load_state_dict(_with_steps_in_groups(state_dict))
+
     @torch.no_grad()
     def step(self, closure=None, *, gradient_scale: torch.Tensor | None = None):
         """One update. gradient_scale [1] fp32 on the parameters' device multiplies every gradient (clipping, loss
@@ -121,6 +132,22 @@ class AdamW(torch.optim.Optimizer):
         else:
             require_backend_device(OP, self.backend, parameters[0])
             STEP(parameters, gradients, exp_avg, exp_avg_sq, copies, gradient_scale, *numbers)
+
+
+def _with_steps_in_groups(state_dict):
+    """A state_dict with `step` in each group; without it the bias correction would begin anew."""
+    states, groups = dict(state_dict["state"]), []
+    for index, group in enumerate(state_dict["param_groups"]):
+        numbers = [number for number in group["params"] if "step" in states.get(number, {})]
+        steps = sorted({int(states[number]["step"]) for number in numbers})
+        if steps and "step" not in group:
+            require(len(steps) == 1, OP, "the state_dict's parameters of group {} are at steps {}; a group has one "
+                    "step: give those at another a group of their own", index, steps)  # fmt: skip
+            group = group | {"step": steps[0]}
+            for number in numbers:
+                states[number] = {name: value for name, value in states[number].items() if name != "step"}
+        groups.append(group)
+    return state_dict | {"state": states, "param_groups": groups}
 
 
 def adamw_reference_(

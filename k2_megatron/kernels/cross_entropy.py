@@ -45,6 +45,7 @@ from k2_megatron.kernels.checks import (
 )
 from k2_megatron.kernels.cross_entropy_steps import (
     OP,
+    TO_DIFFERENTIATE_TWICE,
     CompiledSteps,
     ReferenceSteps,
     Settings,
@@ -177,7 +178,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        refuse_second_derivative(OP)
+        refuse_second_derivative(OP, TO_DIFFERENTIATE_TWICE)
         overwrite = ctx.overwrite and not torch.compiler.is_compiling()
         if overwrite:
             spend(ctx)

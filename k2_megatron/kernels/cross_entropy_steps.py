@@ -29,6 +29,8 @@ from k2_megatron.kernels.checks import (
 from k2_megatron.kernels.library import DTYPE_CODES, pointer, register, run
 
 OP = "cross_entropy"
+# The references of this op and of linear_cross_entropy have a backward of their own too: it saves the logits alone.
+TO_DIFFERENTIATE_TWICE = "no backend can; take torch.nn.functional.cross_entropy of the whole rows of logits"
 
 
 @dataclass(frozen=True)

@@ -64,8 +64,9 @@ def clip_gradients_(
 
     Training does not call it: AdamW scales by `clip_factor` in the pass that updates (train/optimizer.py).
 
-    norm [] is the global norm, a tensor on the gradients' device (so that nothing waits for it); a norm that is not
-    finite gives a factor that is not finite, as in torch.nn.utils.clip_grad_norm_.
+    norm [] is the global norm, a tensor on the gradients' device (so that nothing waits for it). As in
+    torch.nn.utils.clip_grad_norm_ a norm of NaN gives the factor NaN, and an infinite one 0, which makes NaN of the
+    elements that are not finite and 0 of all others: look at the norm before.
     """
     require_backend("clip_gradients", backend)
     _check_all("clip_gradients", gradients)

@@ -56,12 +56,10 @@ def call_in_function(op: torch._ops.OpOverload, *arguments):
         return op(*arguments)
 
 
-def refuse_second_derivative(op: str) -> None:
+def refuse_second_derivative(op: str, remedy: str = "use backend 'torch'") -> None:
     """For the head of a backward: with create_graph=True it runs in grad mode, and would count as constant."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            f"{op}: this backward cannot be differentiated again (create_graph=True); use backend 'torch'"
-        )
+        raise RuntimeError(f"{op}: this backward cannot be differentiated again (create_graph=True); {remedy}")
 
 
 def pointer(tensor: torch.Tensor | None) -> int:

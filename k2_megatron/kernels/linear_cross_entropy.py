@@ -35,7 +35,7 @@ from k2_megatron.kernels.checks import (
     require_tensors,
 )
 from k2_megatron.kernels.cross_entropy import STEPS, gather_statistics, settings_for
-from k2_megatron.kernels.cross_entropy_steps import check_labels
+from k2_megatron.kernels.cross_entropy_steps import TO_DIFFERENTIATE_TWICE, check_labels
 from k2_megatron.kernels.library import refuse_second_derivative
 
 OP = "linear_cross_entropy"
@@ -120,7 +120,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        refuse_second_derivative(OP)
+        refuse_second_derivative(OP, TO_DIFFERENTIATE_TWICE)
         hidden, weight, labels, lse = ctx.saved_tensors
         _refuse_autocast(hidden)
         grad_hidden = torch.empty_like(hidden)

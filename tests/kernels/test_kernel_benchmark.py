@@ -108,6 +108,46 @@ def test_every_launch_has_inputs_of_its_own(monkeypatch):
     assert {timed[start] for start in range(0, len(timed), len(names))} == set(names), "the same one always begins"
 
 
+class Recorded(torch.autograd.Function):
+    """Notes where the gradients that a backward reads lie, beside the inputs of its forward."""
+
+    @staticmethod
+    def forward(ctx, x, launches):
+        ctx.x, ctx.launches = x.data_ptr(), launches
+        return x + 1, x + 2
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        ctx.launches.append((ctx.x, *(gradient.data_ptr() for gradient in gradients)))
+        return gradients[0] + gradients[1], None
+
+
+def test_every_backward_has_gradients_of_its_own(monkeypatch):
+    """One set of them for all launches of a candidate would be in the cache: a quarter of rotary's bytes at K2's."""
+    monkeypatch.setattr(kernels, "ROTATION_BYTES", {"cpu": 4 << 24})
+    monkeypatch.setattr(kernels, "COPY_BYTES", {"cpu": 64})
+    launches: list[tuple[int, ...]] = []
+    names = ("ours", "eager", "liger")
+    workload = Workload(
+        "double", "4", torch.float32, 32, 32, lambda: (torch.ones(4, requires_grad=True),), lambda inputs: inputs,
+        {name: lambda x: Recorded.apply(x, launches) for name in names},
+    )  # fmt: skip
+    kernels.measure(workload, "cpu", 6, with_compile=False)
+    assert len(set(launches)) == 4, "each set of inputs has one pair of gradients, the same for all candidates"
+    for start in range(len(names), len(launches) - 3):  # behind each one's trial, which is a forward and a backward
+        tensors = [tensor for launch in launches[start : start + 4] for tensor in launch]
+        assert len(set(tensors)) == 12
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_module_that_does_not_load_is_one_line(monkeypatch, device):
+    monkeypatch.setattr(kernels, "obstacle", lambda op, backend, device_type: f"k2_megatron._{backend} does not load")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    monkeypatch.setattr(sys, "argv", ["kernels"])
+    with pytest.raises(SystemExit, match=rf"^benchmarks.kernels: .* rms_norm: k2_megatron._{device} does not load$"):
+        kernels.main()
+
+
 def test_what_fails_hides_no_other_workload(monkeypatch, tmp_path, capsys):
     def broken(x):
         raise RuntimeError("illegal access")
@@ -127,9 +167,9 @@ def test_what_fails_hides_no_other_workload(monkeypatch, tmp_path, capsys):
 
 
 def test_results_are_held_until_as_many_others_have_followed():
-    rotation = kernels.Rotation([(1.0,), (2.0,), (3.0,)])
+    rotation = kernels.Rotation([(1.0,), (2.0,), (3.0,)], [[], [], []])
     for _ in range(4):
-        rotation.launch(lambda value: (torch.full((1,), value), None))
+        rotation.launch(lambda inputs, gradients: (torch.full((1,), inputs[0]), None))
     assert [float(result) for (result,) in rotation.results] == [2, 3, 1]
 
 

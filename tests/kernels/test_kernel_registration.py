@@ -288,9 +288,26 @@ def test_a_compiled_graph_leaves_parameters_and_their_views_as_they_are(view):
     assert_all_close([leaf.grad], expected)
 
 
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=on_cpu)])
+def test_the_losses_have_no_second_derivative_in_any_backend(backend):
+    logits, labels = torch.randn(3, 1, 7, requires_grad=True), torch.tensor([[1], [2], [3]])
+    losses = [
+        vocab_parallel_cross_entropy(logits * 1, labels, backend=backend),
+        linear_cross_entropy(logits[:, 0], torch.eye(7), labels[:, 0], backend=backend),
+    ]
+    for loss in losses:
+        with pytest.raises(
+            RuntimeError, match=r"cross_entropy: this backward cannot be differentiated again .*; no backend can; take"
+        ):
+            torch.autograd.grad(loss.sum(), logits, create_graph=True)
+
+
 @on_cpu
-def test_cross_entropy_has_no_second_derivative():
-    logits = torch.randn(3, 1, 7, requires_grad=True)
-    loss = vocab_parallel_cross_entropy(logits * 1, torch.tensor([[1], [2], [3]]), backend="cpu").sum()
-    with pytest.raises(RuntimeError, match="cross_entropy: this backward cannot be differentiated again"):
-        torch.autograd.grad(loss, logits, create_graph=True)
+@pytest.mark.parametrize(("batch", "k_heads"), [(1, 0), (0, 3), (0, 0)])
+def test_empty_tensors_rotate_back(batch, k_heads):
+    """Autograd hands over their gradients with any strides, all 0 from a sum."""
+    q, k = (torch.randn(4, batch, heads, DIM, requires_grad=True) for heads in (2, k_heads))
+    rotated = rotary(q * 1, k * 1, *rotary_tables(4, DIM, 100.0, "cpu"), backend="cpu")
+    found = torch.autograd.grad(sum(output.sum() for output in rotated), (q, k))
+    expected = rotary(q, k, *rotary_tables(4, DIM, 100.0, "cpu"), backend="torch")
+    assert_all_close(found, torch.autograd.grad(sum(output.sum() for output in expected), (q, k)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from copy import deepcopy
 
@@ -150,6 +151,64 @@ def test_step_lives_in_the_group_and_state_survives_a_round_trip():
     advance(parameters, optimizer, again, steps=1)
     assert all(torch.equal(copy, parameter) for copy, parameter in zip(copies, parameters, strict=True))
     assert resumed.param_groups[0]["step"] == 3
+
+
+def saved_and_loaded(optimizer):
+    file = io.BytesIO()
+    torch.save(optimizer, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+@on_cpu
+@pytest.mark.parametrize("copied", [deepcopy, saved_and_loaded])
+def test_a_copied_optimizer_steps_like_the_original(copied):
+    """With its backend and its scale, into model copies of its own, under its own parameters."""
+    parameters, optimizer, generator = start("cpu")
+    optimizer.model_copies[parameters[3]] = torch.zeros_like(parameters[3], dtype=torch.bfloat16)
+    optimizer.gradient_scale = torch.tensor([0.5])
+    advance(parameters, optimizer, generator, steps=2)
+    other = copied(optimizer)
+    assert other.backend == "cpu"
+    theirs = [parameter for group in other.param_groups for parameter in group["params"]]
+    before = [parameter.clone() for parameter in parameters]
+    advance(theirs, other, torch.Generator().manual_seed(9), steps=1)
+    assert all(torch.equal(parameter, old) for parameter, old in zip(parameters, before, strict=True))
+    advance(parameters, optimizer, torch.Generator().manual_seed(9), steps=1)
+    assert all(torch.equal(one, two) for one, two in zip(theirs, parameters, strict=True))
+    ((key, value),) = other.model_copies.items()
+    assert key is theirs[3]
+    assert value is not optimizer.model_copies[parameters[3]]
+    assert torch.equal(value, theirs[3].to(torch.bfloat16))
+
+
+def test_a_state_of_torchs_goes_on_at_its_step():
+    """torch keeps `step` a parameter; ours would begin at 1, and correct a bias that is long gone."""
+    parameters, optimizer, generator = start("torch")
+    theirs_of = [parameter.clone() for parameter in parameters]
+    theirs = torch.optim.AdamW([{"params": theirs_of[:3]}, {"params": theirs_of[3:], "weight_decay": 0.0}], **OPTIONS)
+    advance(theirs_of, theirs, generator, steps=30)
+    for one, other in zip(parameters, theirs_of, strict=True):
+        one.copy_(other)
+    saved = deepcopy(theirs.state_dict())
+    optimizer.load_state_dict(saved)
+    assert "step" in saved["state"][0], "what it was given has changed"
+    assert [group["step"] for group in optimizer.param_groups] == [30, 30]
+    assert all(set(optimizer.state[parameter]) == {"exp_avg", "exp_avg_sq"} for parameter in parameters)
+    for kind in ((parameters, optimizer), (theirs_of, theirs)):
+        advance(*kind, torch.Generator().manual_seed(9), steps=1)
+    torch.testing.assert_close(parameters, theirs_of, rtol=1e-6, atol=1e-6)
+
+
+def test_a_state_whose_steps_differ_is_refused_and_nothing_taken_of_it():
+    parameters, optimizer, generator = start("torch")
+    theirs = torch.optim.AdamW(parameters, **OPTIONS)
+    advance(parameters, theirs, generator, steps=2)
+    parameters[1].grad = None
+    theirs.step()
+    optimizer = AdamW(parameters, **OPTIONS)
+    with pytest.raises(ValueError, match=r"adamw: .* parameters of group 0 are at steps \[2, 3\]; a group has one"):
+        optimizer.load_state_dict(theirs.state_dict())
+    assert not optimizer.state
 
 
 def test_parameters_without_gradient_stay():
