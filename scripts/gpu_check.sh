@@ -16,12 +16,17 @@
 #   OUT     folder of the results        (default benchmarks/results/<GPU>)
 #   PYTHON  interpreter that has torch   (default python3)
 #
-# Exit code: the number of parts that failed, whose failures hide no other part. A part that runs out of its time fails with 124, or 137 if it had to be
-# killed.
+# Exit code: the number of parts that failed, whose failures hide no other part. A part that runs out of its time fails
+# with 124, or 137 if it had to be killed; tests of which none passed, for all were skipped, with 5.
 set -uo pipefail
+wheels=${1:+$(realpath -m "$1")}  # from where the script is called
+if [ -n "$wheels" ] && [ ! -d "$wheels" ]; then
+  echo "gpu_check: the folder of wheels $wheels is not there" >&2
+  exit 1
+fi
 cd "$(dirname "$0")/.." || exit 1
 
-wheels=${1:-wheels}
+wheels=${wheels:-wheels}
 python=${PYTHON:-python3}
 command -v nvcc >/dev/null || PATH=$PATH:/usr/local/cuda/bin
 [ -x "${CUDA_HOME:-}/bin/nvcc" ] || unset CUDA_HOME  # Python packages of CUDA set it to folders without a compiler
@@ -31,6 +36,7 @@ if [ -z "$gpu" ]; then
   exit 1
 fi
 results=${OUT:-benchmarks/results/$gpu}
+results=${results%/}  # its archive lies beside it
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$results"
@@ -45,9 +51,19 @@ run() {
   echo "== $name (at most $limit s)"
   timeout --signal=INT --kill-after=5 "$limit" "$@" >"$results/$name.log" 2>&1
   code=$?
+  # Where the extension, the GPU or the sanitizer cannot be used every test is skipped, and pytest ends with 0.
+  if [[ " $* " == *" -m pytest "* ]] && ! grep -q ' PASSED' "$results/$name.log"; then
+    echo "$name: none passed" | tee -a "$summary"
+    [ "$code" -ne 0 ] || code=5
+  fi
   tail -n 5 "$results/$name.log"
   printf '%-17s exit code %3d  %4d s\n' "$name" "$code" $((SECONDS - started)) | tee -a "$summary"
   return "$code"
+}
+# tell LOG...: what pytest says of each part, to the summary
+tell() {
+  local log
+  for log; do grep -h "^FAILED\|^ERROR\| passed\| skipped" "$log" | tail -n 20 >>"$summary"; done
 }
 pack() { tar -C "$(dirname "$results")" -czf "$results.tar.gz" "$(basename "$results")"; }
 
@@ -121,14 +137,7 @@ beside tests_device 110 "${pytest[@]}" tests/kernels/test_on_a_gpu.py
 beside tests_rest 110 "${pytest[@]}" --ignore "$cases" --ignore "$lists" --ignore tests/kernels/test_on_a_gpu.py \
   --ignore tests/kernels/test_sanitized_gpu.py --ignore tests/kernels/emulated tests/kernels
 together
-# Where the extension or the GPU cannot be used every test is skipped, and pytest ends with 0.
-for log in "$results"/tests_*.log; do
-  grep -h "^FAILED\|^ERROR\| passed\| skipped" "$log" | tail -n 20 >>"$summary"
-  if ! grep -q ' PASSED' "$log"; then
-    echo "$(basename "$log"): none passed" | tee -a "$summary"
-    failed=$((failed + 1))
-  fi
-done
+tell "$results"/tests_*.log
 # All of K2's shapes; then fewer beside torch.compile, each of whose graphs takes seconds to compile.
 part kernels 75 "$python" -m benchmarks.kernels --no-compile --results "$results"
 part compiled 65 "$python" -m benchmarks.kernels --quick --results "$results/beside_torch_compile"
@@ -138,6 +147,8 @@ for check in memcheck racecheck; do
   beside "$check" 75 "${pytest[@]}" -k "$check" tests/kernels/test_sanitized_gpu.py
 done
 together
+tell "$results"/memcheck.log "$results"/racecheck.log
+pack
 
 echo "results in $results; $failed parts failed"
 exit "$failed"
