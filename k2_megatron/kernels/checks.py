@@ -121,6 +121,14 @@ def is_leafs_memory(tensor: torch.Tensor) -> bool:
     return base is not None and base.is_leaf and base.requires_grad
 
 
+def require_plain_memory(op: str, name: str, tensor: torch.Tensor) -> None:
+    """Refuses a tensor written in place whose memory holds the negated values (a view of a conjugated complex one)."""
+    if tensor.is_neg():
+        raise ValueError(
+            f"{op}: {name} has torch's negative bit set, and is written in place; pass {name}.resolve_neg()"
+        )
+
+
 # Private, since torch 2.8. The public way (below) takes 7 microseconds, as much as some kernels.
 _TOP_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 

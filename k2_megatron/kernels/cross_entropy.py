@@ -40,6 +40,7 @@ from k2_megatron.kernels.checks import (
     require_integer,
     require_number,
     require_one_device,
+    require_plain_memory,
     require_shape,
     require_tensors,
 )
@@ -90,10 +91,13 @@ def vocab_parallel_cross_entropy(
     if backend == "transformer_engine":
         return peers.cross_entropy(logits, labels, group, settings)
     require_backend_device(OP, backend, logits)
-    overwrite = backend != "torch" and torch.is_grad_enabled() and may_overwrite()
+    has_backward = torch.is_grad_enabled() and logits.requires_grad
+    overwrite = backend != "torch" and has_backward and may_overwrite()
     if backend != "torch":
         check_rows(_flat(logits), labels.view(-1))
-        if overwrite and is_leafs_memory(logits):
+    if overwrite:
+        require_plain_memory(OP, "logits", logits)
+        if is_leafs_memory(logits):
             raise ValueError(
                 f"{OP}: logits are a leaf that requires a gradient, which would overwrite them, or a view of one; pass "
                 "a projection's output, or use backend 'torch'"

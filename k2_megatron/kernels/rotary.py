@@ -39,6 +39,7 @@ from k2_megatron.kernels.checks import (
     require_dtype,
     require_one_device,
     require_own_elements,
+    require_plain_memory,
     require_shape,
     require_tensors,
 )
@@ -161,6 +162,7 @@ def _check_positions(positions, rows):
 
 def check_computed(**tensors):
     for name, tensor in tensors.items():
+        require_plain_memory(OP, name, tensor)
         if torch.is_grad_enabled() and is_leafs_memory(tensor):
             raise ValueError(
                 f"{OP}: {name} is a leaf that requires a gradient, or a view of one, and would be rotated in place; "

@@ -122,6 +122,15 @@ REFUSALS = [
     (lambda: turn(Q, Q.clone().requires_grad_().view(4, 2, 3, 8)), r"rotary: k is a leaf .* or a view of one"),
     (lambda: packed(torch.zeros(4, 72, requires_grad=True)[:, None].view(4, 1, 3, 24)), r"rotary: qkv is a leaf"),
     (lambda: loss(torch.zeros(30, requires_grad=True).view(2, 3, 5)), r"cross_entropy: logits are a leaf .* or a view"),
+    (
+        lambda: turn(Q, torch._neg_view(Q.clone())),
+        r"rotary: k has torch's negative bit set, and is written in place; pass k.resolve_neg\(\)",
+    ),
+    (lambda: packed(torch._neg_view(torch.zeros(4, 2, 3, 24))), r"rotary: qkv has torch's negative bit set"),
+    (
+        lambda: loss(torch._neg_view(LOGITS.clone().requires_grad_() * 1)),
+        r"cross_entropy: logits has torch's negative bit set",
+    ),
     (lambda: turn(backend="apex"), r"rotary: no backend 'apex'; known: cuda, cpu, torch, transformer_engine"),
     (
         lambda: packed(torch.zeros(4, 2, 24)),
