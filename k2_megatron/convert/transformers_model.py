@@ -40,7 +40,7 @@ class TransformersModel:
             from transformers import AutoConfig, LlamaForCausalLM
         except ImportError:
             raise ConversionError(
-                'the proof runs transformers, which is not installed: pip install "k2_megatron[eval]", or --no-proof'
+                'the proof runs transformers, which is not installed: pip install "k2_megatron[proof]", or --no-proof'
             ) from None
         import torch
 

@@ -1,8 +1,8 @@
 """RMSNorm and residual add + RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467, equation 4).
 
     h = x + residual (or x),   rstd = 1 / sqrt(mean(h^2) + epsilon),   y = h * rstd * w,   w = gamma or 1 + gamma
-    grad_x = rstd * (g - h * rstd * mean(g * h * rstd)) + grad_h,      g = grad_y * w,     grad_gamma = sum_t grad_y *
-    h * rstd
+    grad_x = rstd * (g - h * rstd * mean(g * h * rstd)) + grad_h,      g = grad_y * w
+    grad_gamma = sum_t grad_y * h * rstd
 
 In:   x, residual [..., H] fp32, bf16 or fp16, contiguous; weight [H] of that dtype or fp32.   Out: y (and h) like x.
 h is rounded before it is normalized, so the backward from the stored h is exact; arithmetic is fp32, rounded once.

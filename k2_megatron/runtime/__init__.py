@@ -1,5 +1,6 @@
 """Where the machine is named: launch, process groups, seeds, stop signals, and the CPU standing in for CUDA.
 
-Only this folder reads the environment, names "cuda" as a device or touches megatron-core's `parallel_state`;
-everything downstream is handed groups and a device.
+Only this folder asks a launcher's environment who this rank is, chooses the device and touches megatron-core's
+`parallel_state`; everything downstream is handed groups and a device. (Elsewhere `torch.cuda` is asked for facts of
+that device, and preprocessing sets variables for its workers.)
 """

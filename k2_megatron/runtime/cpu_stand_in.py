@@ -5,7 +5,8 @@ generators, and compares `Tensor.type()` with "torch.cuda.FloatTensor". On a mac
 those calls with the CPU: a `TorchFunctionMode` redirects devices and type names, and the dozen `torch.cuda` functions
 that megatron-core calls directly are replaced. With a CUDA device present nothing here is installed.
 
-This is the one patch of torch in the project; it is written for megatron-core 0.16.x.
+It is written for megatron-core 0.16.x. Names of others are replaced in two more places: collectives while a measured
+step runs (train/phases.py), and the slot of megatron-core's Adam (train/optimizer.py).
 """
 
 import contextlib

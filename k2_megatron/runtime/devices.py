@@ -1,4 +1,4 @@
-"""Which device this process computes on, and what that implies: communication backend, data type of the peak."""
+"""Which device this process computes on, and what that implies: communication backend, peak FLOP/s."""
 
 import os
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Where this process stands: under torchrun, under srun, or started plainly, when it starts its own local ranks.
 
-In:  the environment (read here and nowhere else) and, for a plain start, the number of ranks the layout asks for.
+In:  the environment that a launcher made and, for a plain start, the number of ranks the layout asks for.
 Out: a `RankEnvironment`; or, for a plain start of several ranks, the exit code of the ranks this process supervised.
 """
 

@@ -171,7 +171,7 @@ class CheckpointWriter:
         self._rank = groups.rank
         if self._rank == 0 and aes_lanes.compiled() is None:
             print(
-                "checkpoints are hashed by numpy, some 200 times slower: k2_megatron._cpu is not built, or was before "
+                "checkpoints are hashed by numpy, some 500 times slower: k2_megatron._cpu is not built, or was before "
                 "it had their hash; build it (pip install -e .)",
                 file=sys.stderr,
             )
