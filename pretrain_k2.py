@@ -28,6 +28,7 @@ from k2_megatron.runtime.arguments import step_number
 from k2_megatron.runtime.cpu_stand_in import cpu_stands_in_for_cuda
 from k2_megatron.runtime.devices import Device, find_device
 from k2_megatron.runtime.groups import build_groups, connect, disconnect
+from k2_megatron.runtime.journal import Journal
 from k2_megatron.runtime.launch import RankEnvironment, read_environment, run_local_ranks, single_rank
 from k2_megatron.runtime.mistakes import leave, run_program
 from k2_megatron.runtime.seeds import require_determinism, seed_everything
@@ -38,7 +39,6 @@ from k2_megatron.train.checkpoint_files import remove_unfinished
 from k2_megatron.train.checkpoint_manifest import read_manifest
 from k2_megatron.train.doubts import Doubts, Place
 from k2_megatron.train.events import change_fields, resume_fields, start_fields, step_fields
-from k2_megatron.train.journal import Journal
 from k2_megatron.train.layer_norms import ActivationSquares
 from k2_megatron.train.not_finite import computed_in_vain, count_as_update
 from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from k2_megatron.config.schema import Spikes
 from k2_megatron.runtime.durable import write_file
-from k2_megatron.train.journal import read_steps
+from k2_megatron.runtime.journal import read_steps
 from k2_megatron.train.spikes.detector import Finding, State, batch_of, observe
 
 COLOURS = {

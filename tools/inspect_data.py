@@ -18,8 +18,12 @@ from pathlib import Path
 
 from k2_megatron.data.inspect import Run, document_lines, mix_lines, show_lines, step_lines
 from k2_megatron.data.manifest import manifest_of_foreign_files, manifest_path
-from k2_megatron.data.verify import verify_lines
-from k2_megatron.train.journal import Journal
+from k2_megatron.runtime.journal import Journal
+from k2_megatron.train.checkpoint_manifest import is_imported
+from k2_megatron.train.position import refuse_in_the_past
+from k2_megatron.train.run_data import open_run_data
+from k2_megatron.train.run_folder import hold_run_folder, newest_manifest, with_past
+from k2_megatron.train.verify_data import verify_lines
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -95,11 +99,7 @@ def amend_order(run: Run, options: argparse.Namespace) -> str:
     """Append an amendment that fits the run's schedule and what it has trained; the journal vouches for the line.
 
     ValueError, with nothing changed, where it does not fit, or the run is at work: the ledger cannot be undone."""
-    from k2_megatron.train.checkpoint_manifest import is_imported  # these bring torch
-    from k2_megatron.train.position import refuse_in_the_past
-    from k2_megatron.train.run_data import open_run_data
-    from k2_megatron.train.run_folder import hold_run_folder, newest_manifest, with_past
-    from k2_megatron.train.spikes.rollback import check_fits
+    from k2_megatron.train.spikes.rollback import check_fits  # brings torch
 
     config = run.config.model_copy(update={"run": run.config.run.model_copy(update={"folder": str(run.folder)})})
     fields = {

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from k2_megatron.config import load_config
 from k2_megatron.runtime.arguments import step_number
-from k2_megatron.train.journal import JOURNAL, read_events
+from k2_megatron.runtime.journal import JOURNAL, read_events
 
 FINISHED, MISTAKE, UNFINISHED = 0, 2, 10
 

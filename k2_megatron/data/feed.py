@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from k2_megatron.data.amendments import amended, amended_by
+from k2_megatron.data.blended import open_blend
 from k2_megatron.data.documents import DocumentSpan, describe_row
 from k2_megatron.data.fim import FimRates, Segment, reorder, reordered_segments
 from k2_megatron.data.held_out import complement, held_out_spans
@@ -213,8 +214,6 @@ def open_feed(
     if part not in PARTS:
         raise ValueError(f"part {part!r}: one of {', '.join(PARTS)}")
     if os.fspath(path).endswith(".toml"):
-        from k2_megatron.data.blended import open_blend  # brings torch and mcore
-
         if row_length not in (None, sequence_length):
             raise ValueError(
                 f"{path}: this run began with model.sequence_length {row_length}, and mcore cuts and shuffles blended "

@@ -1,1 +1,1 @@
-"""The parts of a training step: schedule, optimizer, step, checkpoint, journal. `pretrain_k2.py` puts them in order."""
+"""The parts of a training step: schedule, optimizer, step, checkpoint. `pretrain_k2.py` puts them in order."""

@@ -14,9 +14,9 @@ import torch.distributed as distributed
 
 from k2_megatron.config.schema import Spikes
 from k2_megatron.data.feed import Feed
+from k2_megatron.runtime.journal import Journal
 from k2_megatron.runtime.mistakes import StopNotFinite, StopRun
 from k2_megatron.train.attempts import SAME, Attempts, alike, reruns_left, settle
-from k2_megatron.train.journal import Journal
 from k2_megatron.train.not_finite import in_words, where_not_finite
 from k2_megatron.train.parts import Parts
 from k2_megatron.train.replica_gradients import NAMED, gradient_sizes

@@ -9,8 +9,8 @@ import torch.distributed as distributed
 from megatron.core.optimizer import MegatronOptimizer
 
 from k2_megatron.data.feed import Feed
+from k2_megatron.runtime.journal import Journal, read_events
 from k2_megatron.train.checkpoint_state import named_parameters
-from k2_megatron.train.journal import Journal, read_events
 from k2_megatron.train.parts import Parts
 from k2_megatron.train.replica_gradients import NAMED, gradient_of
 from k2_megatron.train.step import StepResult

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from k2_megatron.config import Config
 from k2_megatron.config.changes import Change, changes
+from k2_megatron.runtime.journal import read_events, read_steps
 from k2_megatron.train.checkpoint_manifest import MANIFEST, CheckpointError, is_imported
 from k2_megatron.train.checkpoint_state import layout_name
-from k2_megatron.train.journal import read_events, read_steps
 from k2_megatron.train.position import change_at, change_text
 from k2_megatron.train.schedule import learning_rate_at
 from k2_megatron.train.start_from import require_same_shapes

@@ -27,6 +27,7 @@ from statistics import median
 
 from k2_megatron.config.schema import Watchdog as Settings
 from k2_megatron.runtime.durable import write_file
+from k2_megatron.runtime.journal import Journal
 from k2_megatron.runtime.mistakes import HUNG
 from k2_megatron.train.heartbeats import (
     HEARTBEATS,
@@ -37,7 +38,6 @@ from k2_megatron.train.heartbeats import (
     ranks_behind,
     read_heartbeats,
 )
-from k2_megatron.train.journal import Journal
 
 STEP = "step"
 WAITING = "waiting for the background"

@@ -8,7 +8,7 @@ from endings import MISTAKE, says_one_line
 from rank_processes import pretrain
 from small_run import overrides
 
-from k2_megatron.train.journal import read_events
+from k2_megatron.runtime.journal import read_events
 
 
 @pytest.fixture

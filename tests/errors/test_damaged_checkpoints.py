@@ -9,7 +9,7 @@ from endings import MISTAKE, says_one_line
 from rank_processes import Rank
 
 from k2_megatron.evaluate.one_process import loaded_model
-from k2_megatron.train.journal import read_events, read_steps
+from k2_megatron.runtime.journal import read_events, read_steps
 
 SETTINGS = {"train.steps": 6, "checkpoint.every_steps": 2}
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from endings import INTERRUPTED, MISTAKE, says_one_line
 
+from k2_megatron.runtime.journal import read_events
 from k2_megatron.train import checkpoint_reader
 from k2_megatron.train.checkpoint_files import complete_checkpoints
 from k2_megatron.train.checkpoint_hashing import HashingWriter
 from k2_megatron.train.checkpoint_manifest import manifest_text, read_manifest, verify_files
-from k2_megatron.train.journal import read_events
 
 SETTINGS = {"train.steps": 6, "checkpoint.every_steps": 2, "checkpoint.retry_seconds": 0}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 from run_results import events_of
 
-from k2_megatron.train.journal import read_events
+from k2_megatron.runtime.journal import read_events
 
 SHARED_MEMORY = Path("/dev/shm")
 

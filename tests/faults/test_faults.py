@@ -157,7 +157,7 @@ def test_clock_that_jumps_by_an_hour_changes_nothing(small_config, tmp_path, who
 
 
 def _journal_unwritable() -> None:
-    from k2_megatron.train.journal import Journal
+    from k2_megatron.runtime.journal import Journal
 
     opened = Journal.__init__
 

@@ -12,11 +12,11 @@ from k2_megatron.data.ledger import Ledger
 from k2_megatron.runtime.cpu_stand_in import cpu_stands_in_for_cuda
 from k2_megatron.runtime.devices import find_device
 from k2_megatron.runtime.groups import build_groups, connect, disconnect
+from k2_megatron.runtime.journal import read_steps
 from k2_megatron.runtime.launch import single_rank
 from k2_megatron.train.checkpoint import find_checkpoint
 from k2_megatron.train.checkpoint_files import complete_checkpoints, remove_unfinished
 from k2_megatron.train.checkpoint_manifest import read_manifest, step_of, verify_files
-from k2_megatron.train.journal import read_steps
 
 # As small as a model gets: every state of its checkpoints is made and read. Kept two, so that old ones leave.
 SETTINGS = [

@@ -10,8 +10,8 @@ from small_run import checkpoint_tensors, overrides
 from k2_megatron.config import load_run_config
 from k2_megatron.data.ledger import Ledger
 from k2_megatron.plan.text import checkpoint_bytes
+from k2_megatron.runtime.journal import read_events, read_steps
 from k2_megatron.train.checkpoint_manifest import read_manifest
-from k2_megatron.train.journal import read_events, read_steps
 
 LAYOUTS = {
     "one": (1, {}),

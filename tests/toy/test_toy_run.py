@@ -12,7 +12,7 @@ import numpy
 import pytest
 
 from k2_megatron.data.feed import open_feed
-from k2_megatron.train.journal import read_events, read_steps
+from k2_megatron.runtime.journal import read_events, read_steps
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOY = REPOSITORY / "examples" / "toy"

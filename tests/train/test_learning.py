@@ -7,7 +7,7 @@ from rank_processes import pretrain, results_of
 from small_run import VOCABULARY, overrides
 
 from k2_megatron.data.indexed import TokenFile
-from k2_megatron.train.journal import read_events
+from k2_megatron.runtime.journal import read_events
 
 SETTINGS = {
     "train.steps": 150,

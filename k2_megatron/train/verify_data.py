@@ -15,6 +15,9 @@ from k2_megatron.data.inspect import Run
 from k2_megatron.data.ledger import CHAIN_START, chain_samples
 from k2_megatron.data.plan import Plan
 from k2_megatron.data.source_check import check_sources
+from k2_megatron.runtime.journal import JOURNAL, read_events
+from k2_megatron.train.checkpoint_files import complete_checkpoints
+from k2_megatron.train.checkpoint_manifest import read_manifest
 
 Part = tuple[int, int, int]  # tokens a sample, the first sample, the one after the last
 
@@ -108,9 +111,6 @@ def _lengths(parts: list[Part]) -> str:
 
 def verify_ledger_of_checkpoints(run: Run) -> Iterator[str]:
     """For every checkpoint: the ledger still has the lines it had when that was saved."""
-    from k2_megatron.train.checkpoint_files import complete_checkpoints  # brings torch
-    from k2_megatron.train.checkpoint_manifest import read_manifest
-
     for folder in complete_checkpoints(run.folder / "checkpoints"):
         run.ledger.check_mark(read_manifest(folder))
         yield f"{folder.name}: the lines that the ledger had then stand"
@@ -118,8 +118,6 @@ def verify_ledger_of_checkpoints(run: Run) -> Iterator[str]:
 
 def verify_ledger_of_journal(run: Run) -> Iterator[str]:
     """For every line of the journal that says how the ledger ended then (each step's does): it still has that line."""
-    from k2_megatron.train.journal import JOURNAL, read_events
-
     path, last = run.folder / JOURNAL, None
     for event in read_events(path) if path.is_file() else ():
         if "ledger" in event and event["ledger"] != last:

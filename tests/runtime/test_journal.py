@@ -7,7 +7,7 @@ import subprocess
 
 from rank_processes import REPOSITORY
 
-from k2_megatron.train.journal import Journal, read_events, read_steps, standing_events
+from k2_megatron.runtime.journal import Journal, read_events, read_steps, standing_events
 
 
 def test_every_event_is_a_line_with_its_time(tmp_path):
