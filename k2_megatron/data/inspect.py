@@ -5,7 +5,6 @@ In: a run folder. Out: lines of text. `tools/inspect_data.py` is the command lin
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from k2_megatron.data.manifest import manifest_path, read_manifest
 from k2_megatron.data.plan import Plan
 from k2_megatron.data.rows import unpack
 from k2_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from k2_megatron.runtime.journal import JOURNAL, read_events
 
 SAMPLES_A_SLICE = 1 << 20
 
@@ -122,13 +122,9 @@ class Run:
         """Every step that the journal tells of, in order; a step done twice stands twice."""
         times = [entry["time"] for entry in self.ledger.entries]
         found = []
-        path = self.folder / "journal.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue  # a line that a kill cut short
-            if event.get("event") == "step":
+        path = self.folder / JOURNAL
+        for event in read_events(path) if path.is_file() else ():
+            if event["event"] == "step":
                 first, end = event["samples"]
                 length = event.get("sequence_length", self.first_sequence_length)  # of earlier versions, which kept it
                 # The journal of earlier versions does not say; clocks may have been set back since

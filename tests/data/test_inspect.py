@@ -315,6 +315,14 @@ def test_journals_of_earlier_versions_tell_by_their_times(folder, tmp_path):
     assert [step.ledger_entries for step in Run(tmp_path).steps] == [0, 4]
 
 
+def test_lines_that_a_power_cut_tore_are_no_steps(folder, tmp_path):
+    """Bytes that are no text, and a whole line of JSON that is no event."""
+    (tmp_path / "config.toml").write_bytes((folder / "config.toml").read_bytes())
+    steps = (folder / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "journal.jsonl").write_bytes(b"".join([steps[0], b'\xff\x00\x00{"event": "st\n', b"[7]\n", steps[1]]))
+    assert [step.number for step in Run(tmp_path).steps] == [1, 2]
+
+
 def test_mix_adds_up(folder):
     lines = list(mix_lines(Run(folder), 1, 12))
     assert lines[0] == "steps 1..12: 192 rows"
