@@ -14,7 +14,6 @@ from k2_megatron.convert.journal import JOURNAL, sole_writer
 from k2_megatron.convert.logits import prove
 from k2_megatron.convert.model_facts import ModelFacts
 from k2_megatron.convert.numbers import Rounding
-from k2_megatron.convert.record import TOKENIZER, Record, copy_tokenizer, find_record, tokenizer_files, versions
 from k2_megatron.convert.safetensors_file import INDEX
 from k2_megatron.convert.source import Kind
 from k2_megatron.convert.to_hugging_face import HuggingFaceJob, tied_rows_equal
@@ -24,6 +23,7 @@ from k2_megatron.convert.work import require_space, run_units
 from k2_megatron.convert.workers import Workers
 from k2_megatron.runtime.durable import sync, write_file
 from k2_megatron.train.file_hash import XXH3, file_facts, hash_file
+from k2_megatron.train.imported_record import TOKENIZER, Record, copy_tokenizer, find_record, tokenizer_files, versions
 
 MANIFEST = "k2_conversion.json"
 
@@ -44,7 +44,8 @@ class ExportOptions:
 
 
 def export_hugging_face(options: ExportOptions) -> Path:
-    """Convert, check the fingerprint, prove, publish; returns the folder. ConversionError otherwise."""
+    """Convert, check the fingerprint, prove, publish; returns the folder. ConversionError otherwise; CheckpointError
+    where the record of an imported model is damaged."""
     _require_new(options.save)
     folder = checkpoint_folder(options.load)
     manifest = read_manifest(folder)

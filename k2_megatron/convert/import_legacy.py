@@ -11,7 +11,6 @@ from k2_megatron.convert.legacy_check import LegacyCheck
 from k2_megatron.convert.legacy_k2 import LegacyK2Source
 from k2_megatron.convert.legacy_model import LegacyModel
 from k2_megatron.convert.logits import prove
-from k2_megatron.convert.record import versions
 from k2_megatron.convert.to_torch_dist import TorchDistJob, empty_extra_state
 from k2_megatron.convert.training_side import (
     aside_folder,
@@ -24,6 +23,7 @@ from k2_megatron.convert.training_side import (
 )
 from k2_megatron.convert.work import run_checks
 from k2_megatron.convert.workers import Workers
+from k2_megatron.train.imported_record import versions
 
 
 def import_legacy(options: ImportOptions, *, optimizer: bool) -> Path:

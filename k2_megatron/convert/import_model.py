@@ -12,7 +12,6 @@ from k2_megatron.convert.hugging_face import HuggingFaceSource
 from k2_megatron.convert.journal import sole_writer
 from k2_megatron.convert.logits import prove
 from k2_megatron.convert.model_facts import ModelFacts
-from k2_megatron.convert.record import RECORD, TOKENIZER, Record, copy_tokenizer
 from k2_megatron.convert.to_torch_dist import TorchDistJob, empty_extra_state
 from k2_megatron.convert.training_side import (
     Product,
@@ -27,6 +26,7 @@ from k2_megatron.convert.training_side import (
 from k2_megatron.convert.transformers_model import TransformersModel
 from k2_megatron.convert.workers import Workers
 from k2_megatron.runtime.durable import write_file
+from k2_megatron.train.imported_record import RECORD, TOKENIZER, Record, copy_tokenizer
 
 
 @dataclass(frozen=True)

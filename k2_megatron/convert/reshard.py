@@ -11,7 +11,6 @@ from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.estimate import announce
 from k2_megatron.convert.journal import sole_writer
 from k2_megatron.convert.model_facts import ModelFacts
-from k2_megatron.convert.record import carry_record, require_own_record, versions
 from k2_megatron.convert.to_torch_dist import TorchDistJob
 from k2_megatron.convert.torch_dist import TorchDistSource, checkpoint_folder, read_manifest
 from k2_megatron.convert.training_side import (
@@ -24,12 +23,14 @@ from k2_megatron.convert.training_side import (
 )
 from k2_megatron.convert.verify import training_problems, verify_phases
 from k2_megatron.convert.workers import Workers
+from k2_megatron.train.imported_record import carry_record, require_own_record, versions
 
 _KEPT_OUT = ("files", "weights", "precision", "config", "format")
 
 
 def reshard(load: Path, save: Path, tensor: int, pipeline: int, workers: int) -> Path:
-    """Verify, rewrite, compare to the bit, publish; returns the checkpoint. ConversionError otherwise."""
+    """Verify, rewrite, compare to the bit, publish; returns the checkpoint. ConversionError otherwise; CheckpointError
+    where the record of an imported model is damaged or another's."""
     folder = checkpoint_folder(load)
     manifest = read_manifest(folder)
     require_new(save, manifest["step"])

@@ -19,7 +19,7 @@ import numpy as np
 import torch.distributed as distributed
 
 from k2_megatron.runtime.groups import Groups
-from k2_megatron.train.journal import Journal
+from k2_megatron.runtime.journal import Journal
 
 REPORTS_KEPT, FEWEST_REPORTS = 16, 4  # of each rank, to be compared with; before that it is not compared with itself
 SLOW_RATIO = 1.5  # times the median of the others; clocks of equal machines differ by some per cent

@@ -11,7 +11,6 @@ from rank_processes import pretrain
 from run_results import events_of, steps_of
 
 from k2_megatron.config import load_config
-from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.import_legacy import import_legacy
 from k2_megatron.convert.import_model import ImportOptions
 from k2_megatron.convert.logits import compare_logits
@@ -122,7 +121,7 @@ def test_the_record_of_another_model_is_not_mixed_in(tmp_path: Path) -> None:
         write_llama(tmp_path / f"{name}-hf", vocabulary=vocabulary)
         import_model(tmp_path / f"{name}-hf", tmp_path / name)
     shutil.rmtree(tmp_path / "other" / "checkpoints")
-    with pytest.raises(ConversionError, match=r"conversion\.json is the record of another model"):
+    with pytest.raises(CheckpointError, match=r"conversion\.json is the record of another model"):
         reshard(tmp_path / "one", tmp_path / "other", tensor=1, pipeline=1, workers=1)
 
 

@@ -12,8 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from k2_megatron.convert.errors import ConversionError
 from k2_megatron.runtime.durable import make_folder, sync, write_file
+from k2_megatron.train.checkpoint_manifest import CheckpointError
 
 RECORD = "conversion.json"
 FORMAT = 1
@@ -49,7 +49,7 @@ class Record:
 
 
 def find_record(folder: Path, manifest: dict) -> Record | None:
-    """The record of a checkpoint: its own, or that of the run it belongs to. ConversionError when it is damaged."""
+    """The record of a checkpoint: its own, or that of the run it belongs to. CheckpointError when it is damaged."""
     found = _stored_record(folder, manifest)
     return None if found is None else Record(**{field.name: found[field.name] for field in fields(Record)})
 
@@ -57,7 +57,7 @@ def find_record(folder: Path, manifest: dict) -> Record | None:
 def carry_record(folder: Path, manifest: dict, run_folder: Path) -> None:
     """Give a run folder that goes on with the weights of checkpoint `folder` its record, if it has one, and tokenizer.
 
-    ConversionError when the record is damaged.
+    CheckpointError when the record is damaged.
     """
     found = _stored_record(folder, manifest)
     if found is None:
@@ -68,10 +68,10 @@ def carry_record(folder: Path, manifest: dict, run_folder: Path) -> None:
 
 
 def require_own_record(folder: Path, manifest: dict, run_folder: Path) -> None:
-    """ConversionError when `run_folder` holds the record of another model than that of checkpoint `folder`."""
+    """CheckpointError when `run_folder` holds the record of another model than that of checkpoint `folder`."""
     found, path = _stored_record(folder, manifest), run_folder / RECORD
     if path.is_file() and _read_record(path) != found:
-        raise ConversionError(f"{path} is the record of another model than {folder}; remove it, or take another folder")
+        raise CheckpointError(f"{path} is the record of another model than {folder}; remove it, or take another folder")
 
 
 def _run_folder(checkpoint: Path) -> Path:
@@ -89,19 +89,19 @@ def _read_record(path: Path) -> dict[str, Any]:
     try:
         return _sound_record(json.loads(path.read_text()), path)
     except ValueError as error:
-        if isinstance(error, ConversionError):
+        if isinstance(error, CheckpointError):
             raise
-        raise ConversionError(f"the conversion record {path} is damaged ({error}); put it back") from None
+        raise CheckpointError(f"the conversion record {path} is damaged ({error}); put it back") from None
 
 
 def _sound_record(found: Any, path: Path) -> dict[str, Any]:
     lacking = [field.name for field in fields(Record) if not isinstance(found, dict) or field.name not in found]
     if lacking:
-        raise ConversionError(
+        raise CheckpointError(
             f"the conversion record in {path} is damaged (it lacks {', '.join(lacking)}); put it back"
         )
     if found.get("format") != FORMAT:
-        raise ConversionError(f"{path} has format {found.get('format')!r}, this version reads {FORMAT}")
+        raise CheckpointError(f"{path} has format {found.get('format')!r}, this version reads {FORMAT}")
     return found
 
 
