@@ -51,7 +51,7 @@ def export_hugging_face(options: ExportOptions) -> Path:
     manifest = read_manifest(folder)
     source = TorchDistSource(folder, manifest)
     record = find_record(folder, manifest)
-    tokenizer = options.tokenizer or _tokenizer_of(options, manifest)
+    tokenizer = options.tokenizer or _tokenizer_of(folder, manifest)
     if tokenizer is not None and not tokenizer_files(tokenizer):
         raise ConversionError(f"{tokenizer} holds no tokenizer file this tool knows; give --tokenizer another path")
     kind: Kind = "weights" if options.weights == "model" else "main"
@@ -161,9 +161,9 @@ def _write_companions(
         generation.write_text(json.dumps({"_from_model_config": True, **ids}, indent=2) + "\n")
 
 
-def _tokenizer_of(options: ExportOptions, manifest: dict) -> Path | None:
+def _tokenizer_of(folder: Path, manifest: dict) -> Path | None:
     """The run's own tokenizer: what from-hf left in the run folder, or what its configuration names."""
-    beside = checkpoint_folder(options.load).resolve().parent.parent / TOKENIZER
+    beside = folder.resolve().parent.parent / TOKENIZER
     named = manifest["config"].get("data", {}).get("tokenizer")
     candidates = [beside, *([Path(named)] if named else [])]
     return next((path for path in candidates if path.is_file() or (path.is_dir() and any(path.iterdir()))), None)

@@ -14,6 +14,7 @@ from k2_megatron.convert.source import KEY_PREFIX, Kind
 from k2_megatron.convert.torch_blob import Payload, find_payload
 from k2_megatron.convert.torch_metadata import METADATA, Chunk, Tensor, read_metadata
 from k2_megatron.train import checkpoint_manifest
+from k2_megatron.train.checkpoint_files import latest_checkpoint
 from k2_megatron.train.checkpoint_manifest import FOLDER, MANIFEST, CheckpointError
 
 _PRECISIONS = ("float32", "bfloat16")
@@ -132,19 +133,19 @@ def _plane(chunk: Chunk, place: Place) -> tuple[int, int, int, int]:
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """The checkpoint meant by `path`: one itself, a run's checkpoints folder, or a run folder (the latest is taken)."""
+    """The checkpoint meant by `path`: one itself, or of a run folder or its checkpoints folder the one that the run
+    would go on from; where `latest` does not name that one, it is told."""
     if FOLDER.fullmatch(path.resolve().name):
         return path
     for checkpoints in (path, path / "checkpoints"):
-        pointer = checkpoints / "latest"
-        if pointer.is_file():
-            name = pointer.read_text(errors="replace").strip()
-            if FOLDER.fullmatch(name) and (checkpoints / name / MANIFEST).is_file():
-                return checkpoints / name
-            raise ConversionError(f"{pointer} says {name!r}, which is no complete checkpoint; give the folder itself")
-        complete = [found for found in checkpoints.glob("step_*") if (found / MANIFEST).is_file()]
-        if complete:  # a kill came between the last rename and the pointer
-            return max(complete, key=lambda found: found.name)
+        try:
+            folder, doubt = latest_checkpoint(checkpoints)
+        except CheckpointError as error:
+            raise ConversionError(str(error)) from None
+        if folder is not None:
+            if doubt:
+                print(f"{doubt}: {folder.name} is taken, the newest whole one", flush=True)
+            return folder
     raise ConversionError(
         f"{path} is neither a checkpoint (step_00000941) nor a run folder with checkpoints/latest{_what_else(path)}"
     )

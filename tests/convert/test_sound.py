@@ -15,6 +15,7 @@ from k2_megatron.convert.export_model import ExportOptions, exported_facts
 from k2_megatron.convert.reshard import reshard
 from k2_megatron.convert.torch_dist import TorchDistSource, checkpoint_folder, read_manifest
 from k2_megatron.convert.verify import HashCheck, verify_export, verify_training
+from k2_megatron.train.checkpoint_files import latest_checkpoint
 from k2_megatron.train.checkpoint_manifest import CheckpointError, manifest_text
 from k2_megatron.train.file_hash import hash_file
 from k2_megatron.train.imported_record import find_record
@@ -161,12 +162,27 @@ def test_a_wounded_checkpoint_is_not_converted(run: Path, tmp_path: Path, wound:
     assert not list((tmp_path / "other").glob("checkpoints/step_*"))
 
 
-@pytest.mark.parametrize("pointer", ["", "step_000", "step_00000007\n"], ids=["empty", "cut", "stale"])
-def test_a_pointer_to_nothing_is_not_followed(run: Path, pointer: str) -> None:
-    (run / "checkpoints" / "latest").write_text(pointer)
-    with pytest.raises(ConversionError, match="which is no complete checkpoint"):
+@pytest.mark.parametrize("pointer", ["", "step_000", "step_00000007\n", None], ids=["empty", "cut", "stale", "missing"])
+@pytest.mark.parametrize("inner", ["", "checkpoints"])
+def test_where_latest_names_nothing_the_checkpoint_is_taken_that_a_run_would_take(
+    run: Path, pointer: str | None, inner: str, capsys: pytest.CaptureFixture
+) -> None:
+    checkpoints = run / "checkpoints"
+    (checkpoints / "step_00000002").mkdir()  # of a copy that was interrupted
+    assert (checkpoint_folder(run / inner).name, capsys.readouterr().out) == ("step_00000000", "")
+    (checkpoints / "latest").unlink()
+    if pointer is not None:
+        (checkpoints / "latest").write_text(pointer)
+    assert checkpoint_folder(run / inner) == latest_checkpoint(checkpoints)[0] == checkpoints / "step_00000000"
+    told = capsys.readouterr().out
+    assert told.startswith(f"{checkpoints / 'latest'} {'is missing' if pointer is None else 'says'}"), told
+    assert told.endswith(": step_00000000 is taken, the newest whole one\n")
+
+
+def test_a_pointer_to_nothing_where_nothing_is_left(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints" / "step_00000000")
+    with pytest.raises(ConversionError, match=r"which is no complete checkpoint, and .* holds no other"):
         checkpoint_folder(run)
-    assert checkpoint_folder(run / "checkpoints" / "step_00000000").name == "step_00000000"
 
 
 @pytest.mark.parametrize("wound", ["sound", "flipped", "missing", "config"])
