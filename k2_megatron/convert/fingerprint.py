@@ -10,11 +10,10 @@ also serves where the extension is not built.
 
 import ctypes
 import hashlib
-import importlib
-from functools import cache
-from types import ModuleType
 
 import numpy as np
+
+from k2_megatron.runtime.compiled import cpu_module
 
 _BLOCK = 1 << 15  # elements: four uint64 buffers of 256 KB
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -27,7 +26,7 @@ def fingerprint_rows(name: str, layer: int | None, first_row: int, bits: np.ndar
     bits: an integer array of 2, 4 or 8 bytes an element (else ValueError), its columns adjacent in memory.
     """
     _integer_of(name, bits)
-    compiled = _extension()
+    compiled = cpu_module("fingerprint")
     if compiled is None:
         return fingerprint_rows_reference(name, layer, first_row, bits)
     if bits.strides[1] != bits.itemsize or bits.strides[0] % bits.itemsize:
@@ -53,17 +52,6 @@ def _integer_of(name: str, bits: np.ndarray) -> np.dtype:
     if bits.itemsize not in (2, 4, 8):
         raise ValueError(f"{name}: the fingerprint takes elements of 2, 4 or 8 bytes, not {bits.dtype}")
     return np.dtype(f"i{bits.itemsize}")
-
-
-@cache
-def _extension() -> ModuleType | None:
-    # Not by kernels.dispatch, which imports torch: a worker that converts does without, and on one thread the
-    # extension starts no OpenMP threads that torch's would meet later.
-    try:
-        module = importlib.import_module("k2_megatron._cpu")
-    except ImportError:
-        return None
-    return module if hasattr(module, "fingerprint") else None  # one that was built before it had this
 
 
 def fingerprint_rows_reference(name: str, layer: int | None, first_row: int, bits: np.ndarray) -> int:

@@ -19,12 +19,13 @@ more must differ, in places that fit and by values that depend on all that the l
 Processors have R as an instruction (csrc/cpu/aes_lanes.cpp).
 """
 
-import importlib
 from collections.abc import Callable
 from functools import cache
 from typing import Protocol
 
 import numpy as np
+
+from k2_megatron.runtime.compiled import cpu_module
 
 _LANES, _WORD = 32, 16
 _STRIPE = _LANES * _WORD
@@ -48,10 +49,8 @@ def aes_lanes() -> Hash:
 
 def compiled() -> Callable[[], Hash] | None:
     """None where k2_megatron._cpu is not built, or was before it had this hash."""
-    try:
-        return getattr(importlib.import_module("k2_megatron._cpu"), "AesLanes", None)
-    except ImportError:
-        return None
+    module = cpu_module("AesLanes")
+    return None if module is None else module.AesLanes
 
 
 class AesLanesReference:

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from token_corpora import ROOT
 
 from k2_megatron.data import json_lines, store
-from k2_megatron.data.compiled import compiled
+from k2_megatron.data.compiled import FUNCTIONS, compiled
 from k2_megatron.data.json_lines import parse_every_line, scan_lines
 from k2_megatron.data.texts import Texts
+from k2_megatron.runtime.compiled import cpu_module
 
 pytestmark = pytest.mark.skipif(compiled() is None, reason="k2_megatron._cpu is not built")
 
@@ -183,9 +184,9 @@ def test_a_scanner_that_loses_or_doubles_a_document_is_found(monkeypatch, at_end
 def test_without_the_scanner_orjson_reads_every_line(monkeypatch):
     """Not built, or built before it had one."""
     monkeypatch.setitem(sys.modules, "k2_megatron._cpu", SimpleNamespace(instruction_set="portable"))
-    assert compiled.__wrapped__() is None
+    assert cpu_module.__wrapped__(*FUNCTIONS) is None
     monkeypatch.setitem(sys.modules, "k2_megatron._cpu", None)
-    assert compiled.__wrapped__() is None
+    assert cpu_module.__wrapped__(*FUNCTIONS) is None
     block = random_block(1)
     expected = parse_every_line(block, ["text"], 0)
     monkeypatch.setattr(json_lines, "compiled", lambda: None)
