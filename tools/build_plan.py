@@ -16,6 +16,7 @@ from pathlib import Path
 
 from k2_megatron.data.build import build_plans
 from k2_megatron.data.recipe import load_recipe
+from k2_megatron.runtime.tool import run_tool
 
 
 def main() -> int:
@@ -27,17 +28,14 @@ def main() -> int:
     options = parser.parse_args()
     if options.threads < 1:
         parser.error(f"--threads {options.threads}: 1 or more")
+    return run_tool("build_plan", lambda: build(options), interrupted="stopped; no plan was written")
+
+
+def build(options: argparse.Namespace) -> int:
     start = time.monotonic()
-    try:
-        plan = build_plans(
-            load_recipe(options.recipe), options.output, options.held_out, threads=options.threads, report=print
-        )
-    except (ValueError, OSError) as error:
-        print(f"build_plan: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("build_plan: stopped; no plan was written", file=sys.stderr)
-        return 130
+    plan = build_plans(
+        load_recipe(options.recipe), options.output, options.held_out, threads=options.threads, report=print
+    )
     for source in plan["sources"]:
         print(f"  {source['name']:24} {source['rows_used']:12} rows, {source['repeats']:7.3f} times its own")
     rows = plan["rows_per_chunk"] * len(plan["chunk_order"])

@@ -7,41 +7,21 @@
     convert_checkpoint.py inspect        --load ANY
     convert_checkpoint.py verify         --load ANY
 
-Exit codes: 0 done, 1 the check failed or the conversion stopped, 2 the command line is wrong, 130 interrupted.
+Exit codes: 0 done, 1 a check or a proof failed, 2 a mistake or what the disk refuses, 130 interrupted.
 """
 
 import argparse
-import errno
 import os
 import sys
 from pathlib import Path
 
-REMEDIES = {
-    errno.EACCES: "restore access to it, or give another path",
-    errno.EPERM: "restore access to it, or give another path",
-    errno.EROFS: "give a --save that can be written",
-    errno.ENOSPC: "make room, and the same command goes on",
-    errno.EDQUOT: "make room, and the same command goes on",
-    errno.ENAMETOOLONG: "give a shorter path",
-    errno.EIO: "the disk fails: use another copy",
-}
+from k2_megatron.runtime.tool import NOT_SOUND, run_tool
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        return options.run(options)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        remedy = REMEDIES.get(error.errno or 0, "look at that path, or give another")
-        print(f"convert_checkpoint: {where}{error.strerror or error}; {remedy}", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        print(f"convert_checkpoint: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("convert_checkpoint: interrupted; the same command goes on where this one was", file=sys.stderr)
-        return 130
+    interrupted = "interrupted; the same command goes on where this one was"
+    return run_tool("convert_checkpoint", lambda: options.run(options), interrupted=interrupted)
 
 
 def run_to_hf(options: argparse.Namespace) -> int:
@@ -126,7 +106,7 @@ def run_verify(options: argparse.Namespace) -> int:
     for problem in problems:
         print(f"convert_checkpoint: {problem}", file=sys.stderr)
     print(f"{folder}: {'sound' if not problems else 'NOT sound'}")
-    return 1 if problems else 0
+    return NOT_SOUND if problems else 0
 
 
 def _positive(text: str) -> int:

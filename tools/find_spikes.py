@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from k2_megatron.config.schema import Spikes
 from k2_megatron.runtime.durable import write_file
 from k2_megatron.runtime.journal import read_steps
+from k2_megatron.runtime.tool import run_tool
 from k2_megatron.train.spikes.detector import Finding, State, batch_of, observe
 
 COLOURS = {
@@ -64,18 +65,18 @@ def main() -> int:
     parser.add_argument("--threshold", type=float, default=Spikes().threshold)
     parser.add_argument("--benign-steps", type=int, default=Spikes().benign_steps)
     arguments = parser.parse_args()
-    try:
-        settings = settings_of(arguments)
-        curve = read_curve(arguments.curve)
-        spikes = find_spikes(curve, settings)
-        for spike in spikes:
-            print(line(spike, curve.norms is not None))
-        print(f"{len(spikes)} spikes in {len(curve.steps)} steps{remarks(curve, settings)}")
-        if arguments.picture:
-            write_picture(arguments.picture, curve, spikes)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_tool("find_spikes", lambda: tell_spikes(arguments))
+
+
+def tell_spikes(arguments: argparse.Namespace) -> int:
+    settings = settings_of(arguments)
+    curve = read_curve(arguments.curve)
+    spikes = find_spikes(curve, settings)
+    for spike in spikes:
+        print(line(spike, curve.norms is not None))
+    print(f"{len(spikes)} spikes in {len(curve.steps)} steps{remarks(curve, settings)}")
+    if arguments.picture:
+        write_picture(arguments.picture, curve, spikes)
     return 0
 
 

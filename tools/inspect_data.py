@@ -7,6 +7,8 @@ python tools/inspect_data.py mix RUN A B              mixture of steps A to B ag
 python tools/inspect_data.py show RUN N               N samples decoded
 python tools/inspect_data.py amend RUN skip|defer ... append an amendment to the ledger
 python tools/inspect_data.py manifest PREFIX          hashes for .bin/.idx files made with Megatron's own tool
+
+Exit code: 0 done; 1 `verify` found what is not as it was written; 2 a mistake, such as a folder that is no run's.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 from k2_megatron.data.inspect import Run, document_lines, mix_lines, show_lines, step_lines
 from k2_megatron.data.manifest import manifest_of_foreign_files, manifest_path
 from k2_megatron.runtime.journal import Journal
+from k2_megatron.runtime.tool import CheckFailed, run_tool
 from k2_megatron.train.checkpoint_manifest import is_imported
 from k2_megatron.train.position import refuse_in_the_past
 from k2_megatron.train.run_data import open_run_data
@@ -82,7 +85,10 @@ def answer(options: argparse.Namespace) -> Iterator[str]:
         return
     run = Run(options.run)
     if options.command == "verify":
-        yield from verify_lines(run, contents=not options.quick, sources=options.sources)
+        try:
+            yield from verify_lines(run, contents=not options.quick, sources=options.sources)
+        except ValueError as error:
+            raise CheckFailed(str(error)) from None
     elif options.command == "step":
         yield from step_lines(run, options.number, options.characters)
     elif options.command == "document":
@@ -125,12 +131,13 @@ def amend_order(run: Run, options: argparse.Namespace) -> str:
 
 
 def main() -> int:
-    try:
-        for line in answer(parse_arguments()):
-            print(line)
-    except (ValueError, OSError) as error:
-        print(f"inspect_data: {error}", file=sys.stderr)
-        return 1
+    options = parse_arguments()
+    return run_tool("inspect_data", lambda: tell_answer(options))
+
+
+def tell_answer(options: argparse.Namespace) -> int:
+    for line in answer(options):
+        print(line)
     return 0
 
 

@@ -10,6 +10,7 @@ import argparse
 import sys
 
 from k2_megatron.runtime.quiet import silence_dependencies
+from k2_megatron.runtime.tool import run_tool
 
 
 def main() -> int:
@@ -19,20 +20,20 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, help="plan for this many ranks; data parallelism follows")
     parser.add_argument("--dry-run", action="store_true", help="build every distinct rank with fake tensors")
     arguments = parser.parse_args()
+    return run_tool("plan_run", lambda: plan(arguments))
+
+
+def plan(arguments: argparse.Namespace) -> int:
     silence_dependencies()
     from k2_megatron.config import load_config
     from k2_megatron.plan import plan_text
 
-    try:
-        config = load_config(arguments.config, arguments.overrides, arguments.ranks)
-        print(plan_text(config))
-        if arguments.dry_run:
-            from k2_megatron.plan.dry_run import dry_run_text
+    config = load_config(arguments.config, arguments.overrides, arguments.ranks)
+    print(plan_text(config))
+    if arguments.dry_run:
+        from k2_megatron.plan.dry_run import dry_run_text
 
-            print(f"\n{dry_run_text(config)}")
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+        print(f"\n{dry_run_text(config)}")
     return 0
 
 

@@ -5,6 +5,7 @@
 
 writes runs/toy_data/speeches_text_document.bin, .idx, .xxh3 and .manifest.json. A killed run is started again with the
 same command and goes on. Past one machine: the same command with --part I/N on each, then once with --merge.
+Exit code: 0 done; 1 a worker died, the same command goes on; 2 a mistake, or what the disk refuses; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from k2_megatron.data.preprocess import preprocess
 from k2_megatron.data.progress import ConsoleProgress
 from k2_megatron.data.shards import Job
 from k2_megatron.data.sources import find_sources
+from k2_megatron.runtime.tool import run_tool
 
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 DEFAULT_SHARD_BYTES = 256 << 20
@@ -95,21 +97,29 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     options = parse_arguments()
+    return run_tool(
+        "preprocess_data",
+        lambda: make_tokens(options),
+        interrupted="stopped; the same command goes on from the finished shards",
+    )
+
+
+def make_tokens(options: argparse.Namespace) -> int:
     start = time.monotonic()
+    job = Job(
+        sources=tuple(find_sources(options.input, options.output_prefix)),
+        keys=tuple(dict.fromkeys(options.json_keys)),
+        tokenizer_path=options.tokenizer,
+        end_of_document_piece=options.eod_token,
+        special_pieces=options.special_tokens_in_text,
+        append_end_of_document=options.append_eod,
+        prefix=options.output_prefix,
+        shard_bytes=options.shard_size or DEFAULT_SHARD_BYTES,
+        one_file=options.shard_size is None,
+        encoder=options.encoder,
+        unbroken_bytes=options.max_unbroken_size,
+    )
     try:
-        job = Job(
-            sources=tuple(find_sources(options.input, options.output_prefix)),
-            keys=tuple(dict.fromkeys(options.json_keys)),
-            tokenizer_path=options.tokenizer,
-            end_of_document_piece=options.eod_token,
-            special_pieces=options.special_tokens_in_text,
-            append_end_of_document=options.append_eod,
-            prefix=options.output_prefix,
-            shard_bytes=options.shard_size or DEFAULT_SHARD_BYTES,
-            one_file=options.shard_size is None,
-            encoder=options.encoder,
-            unbroken_bytes=options.max_unbroken_size,
-        )
         with ConsoleProgress(sum(source.size for source in job.sources) // options.part[1]) as progress:
             totals = preprocess(
                 job,
@@ -120,12 +130,9 @@ def main() -> int:
                 report=progress,
                 announce=print,
             )
-    except (ValueError, RuntimeError, OSError) as error:
+    except RuntimeError as error:  # a worker died, or what was written is not what was read: no mistake of the user's
         print(f"preprocess_data: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("preprocess_data: stopped; the same command goes on from the finished shards", file=sys.stderr)
-        return 130
     seconds = time.monotonic() - start
     if totals is None:
         print(f"part {options.part[0]} of {options.part[1]} done in {seconds:.1f} s; after all parts run --merge")

@@ -30,12 +30,13 @@ from k2_megatron.config.toml_text import toml_value
 from k2_megatron.data.ledger import FILE_NAME as LEDGER
 from k2_megatron.runtime.durable import write_file
 from k2_megatron.runtime.journal import JOURNAL, read_events, read_steps, standing_events
+from k2_megatron.runtime.tool import run_tool
 from k2_megatron.train.checkpoint_files import complete_checkpoints
 from k2_megatron.train.checkpoint_manifest import is_imported, read_manifest, step_of
 from k2_megatron.train.checkpoint_state import layout_name
 from k2_megatron.train.run_folder import CONFIG
 
-EQUAL, DIFFERENT, NOT_POSSIBLE = 0, 1, 2
+EQUAL, DIFFERENT = 0, 1
 REPLAYED = "replayed.toml"
 COMPARED = ("loss", "grad_norm", "learning_rate", "samples")
 PRETRAIN = Path(__file__).resolve().parents[1] / "pretrain_k2.py"
@@ -48,11 +49,9 @@ def main() -> int:
     parser.add_argument("--launch", default="", help='what starts the ranks, such as "srun --ntasks=16"; else local')
     parser.add_argument("--folder", type=Path, help="an empty folder for the replay, which is then kept")
     arguments = parser.parse_args()
-    try:
-        return replay(arguments.run, arguments.step, shlex.split(arguments.launch), arguments.folder)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return NOT_POSSIBLE
+    return run_tool(
+        "replay", lambda: replay(arguments.run, arguments.step, shlex.split(arguments.launch), arguments.folder)
+    )
 
 
 def replay(run: Path, step: int, launch: list[str], kept: Path | None) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 from k2_megatron.config import Config, load_run_config
 from k2_megatron.config.schema import Spikes
 from k2_megatron.runtime.journal import JOURNAL, Journal, read_events, read_steps
+from k2_megatron.runtime.tool import run_tool
 from k2_megatron.train.checkpoint_files import complete_checkpoints
 from k2_megatron.train.checkpoint_manifest import step_of
 from k2_megatron.train.run_data import open_run_data
@@ -26,11 +27,11 @@ from k2_megatron.train.spikes.detector import Finding
 from k2_megatron.train.spikes.policy import Decision
 from k2_megatron.train.spikes.rollback import fitting_amendment, set_back
 
-DONE, NOT_POSSIBLE, UNFINISHED = 0, 2, 3
 
-
-class Unfinished(Exception):
+class Unfinished(ValueError):
     """Going back began, and did not come to its end."""
+
+    exit_code = 3
 
 
 def main() -> int:
@@ -43,15 +44,12 @@ def main() -> int:
     what.add_argument("--skip", choices=["chunk", "batches"], help="leave these rows out")
     parser.add_argument("--reason", required=True, help="for the ledger and the journal")
     options = parser.parse_args()
-    try:
-        print(roll_back(options))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return NOT_POSSIBLE
-    except Unfinished as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UNFINISHED
-    return DONE
+    return run_tool("roll_back", lambda: tell_of_going_back(options))
+
+
+def tell_of_going_back(options: argparse.Namespace) -> int:
+    print(roll_back(options))
+    return 0
 
 
 def roll_back(options: argparse.Namespace) -> str:

@@ -14,8 +14,9 @@ from pathlib import Path
 from k2_megatron.config import load_config
 from k2_megatron.runtime.arguments import step_number
 from k2_megatron.runtime.journal import JOURNAL, read_events
+from k2_megatron.runtime.tool import run_tool
 
-FINISHED, MISTAKE, UNFINISHED = 0, 2, 10
+FINISHED, UNFINISHED = 0, 10
 
 
 def main() -> int:
@@ -24,13 +25,13 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides")
     parser.add_argument("--until", type=step_number, metavar="STEP", help="where the run stops before its last step")
     arguments = parser.parse_args()
-    try:
-        # In a batch script the layout follows from the job's tasks, as it will for the ranks.
-        tasks = os.environ.get("SLURM_NTASKS")
-        config = load_config(arguments.config, arguments.overrides, world_size=int(tasks) if tasks else None)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return MISTAKE
+    return run_tool("run_state", lambda: state(arguments))
+
+
+def state(arguments: argparse.Namespace) -> int:
+    # In a batch script the layout follows from the job's tasks, as it will for the ranks.
+    tasks = os.environ.get("SLURM_NTASKS")
+    config = load_config(arguments.config, arguments.overrides, world_size=int(tasks) if tasks else None)
     journal = Path(config.run.folder) / JOURNAL
     if not journal.is_file():
         print(f"{config.run.folder}: not started, {config.train.steps} steps to do")

@@ -14,6 +14,7 @@ from k2_megatron.data.readers import documents
 from k2_megatron.data.sources import find_sources
 from k2_megatron.data.training import train_byte_level_bpe
 from k2_megatron.runtime.durable import write_file
+from k2_megatron.runtime.tool import run_tool
 
 
 def main() -> int:
@@ -24,14 +25,14 @@ def main() -> int:
     parser.add_argument("--special-tokens", nargs="*", default=["<|endoftext|>"], help="the first ends a document")
     parser.add_argument("--output", type=Path, required=True, help="where tokenizer.json goes")
     options = parser.parse_args()
-    try:
-        check_output(options.output)
-        texts = documents(find_sources(options.input), options.json_key)
-        tokenizer = train_byte_level_bpe(texts, options.vocab_size, options.special_tokens)
-        write_file(options.output, tokenizer.to_str(pretty=True))
-    except (ValueError, OSError) as error:
-        print(f"train_tokenizer: {error}", file=sys.stderr)
-        return 1
+    return run_tool("train_tokenizer", lambda: train(options))
+
+
+def train(options: argparse.Namespace) -> int:
+    check_output(options.output)
+    texts = documents(find_sources(options.input), options.json_key)
+    tokenizer = train_byte_level_bpe(texts, options.vocab_size, options.special_tokens)
+    write_file(options.output, tokenizer.to_str(pretty=True))
     pieces = tokenizer.get_vocab_size()
     short = f" of the {options.vocab_size} asked for: the text has no more; give more text"
     print(f"{options.output}: {pieces} pieces{short if pieces < options.vocab_size else ''}")

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from k2_megatron.convert.errors import ConversionError
+from k2_megatron.convert.errors import ProofFailed
 from k2_megatron.convert.names import Place, places
 from k2_megatron.convert.numbers import BITS, change_dtype
 from k2_megatron.convert.source import Kind
@@ -40,7 +40,7 @@ class CompareCheck:
             wanted = change_dtype(rows, job.source.dtypes[origin], dtype)
             found = self.product.read(kind, place, block.first_row, block.last_row)
             if not np.array_equal(wanted, found):
-                raise ConversionError(
+                raise ProofFailed(
                     f"{self.product.key(kind, place)} (layer {place.layer}) was not written as it was read: "
                     "this is a defect of the disk, of memory or of this tool; the result was not published"
                 )

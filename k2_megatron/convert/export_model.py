@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from k2_megatron.convert.errors import ConversionError
+from k2_megatron.convert.errors import ConversionError, ProofFailed
 from k2_megatron.convert.estimate import CONVERT, Phase, announce, proof_phase
 from k2_megatron.convert.fingerprint import as_text
 from k2_megatron.convert.hugging_face import HuggingFaceSource
@@ -104,7 +104,7 @@ def _write_shards(options: ExportOptions, job: HuggingFaceJob, manifest: dict) -
     print(totals.text())
     found = as_text(sum(result["fingerprint"] for result in results))
     if found != manifest["weights"]:
-        raise ConversionError(
+        raise ProofFailed(
             f"the weights read from {job.source.folder} have fingerprint {found}, those saved had "
             f"{manifest['weights']}: the checkpoint is damaged or mixed up; `verify` names the file. Nothing was "
             f"published (remove {aside})"

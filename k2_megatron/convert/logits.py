@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from k2_megatron.convert.errors import ConversionError
+from k2_megatron.convert.errors import ConversionError, ProofFailed
 from k2_megatron.convert.model_facts import ModelFacts
 from k2_megatron.convert.names import EMBEDDING, OUTPUT, TABLE, Entry, Place
 from k2_megatron.convert.numbers import to_float32
@@ -91,12 +91,12 @@ def prove(
         ) from None
     print(f"both models ran in {memory / 1e6:.0f} MB, libraries included")
     if not math.isfinite(proof.difference):
-        raise ConversionError(
+        raise ProofFailed(
             f"logits by {proof.reference} or by ours are infinite or no numbers, so nothing can be compared and "
             "nothing was published: the weights overflow float32; use another checkpoint, or --no-proof"
         )
     if not proof.holds:
-        raise ConversionError(f"the two models disagree, so nothing was published: {proof}")
+        raise ProofFailed(f"the two models disagree, so nothing was published: {proof}")
     return proof
 
 

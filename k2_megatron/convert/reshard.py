@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from k2_megatron.config import Config
-from k2_megatron.convert.errors import ConversionError
+from k2_megatron.convert.errors import ConversionError, ProofFailed
 from k2_megatron.convert.estimate import announce
 from k2_megatron.convert.journal import sole_writer
 from k2_megatron.convert.model_facts import ModelFacts
@@ -56,7 +56,7 @@ def _reshard(manifest: dict, save: Path, job: TorchDistJob, source: TorchDistSou
     require_own_record(folder, manifest, save)
     problems = training_problems(folder, manifest, workers)
     if problems:
-        raise ConversionError(f"{folder} is not sound: {'; '.join(problems)}; use another checkpoint")
+        raise ProofFailed(f"{folder} is not sound: {'; '.join(problems)}; use another checkpoint")
     try:
         config = Config.model_validate(manifest["config"])
     except ValueError as error:
@@ -69,7 +69,7 @@ def _reshard(manifest: dict, save: Path, job: TorchDistJob, source: TorchDistSou
     plan = {"source": str(folder.resolve()), "weights": manifest["weights"], "tensor": tensor, "pipeline": pipeline}
     product = write_checkpoint(job, config, facts, plan, workers)
     if product.manifest["weights"] != manifest["weights"]:
-        raise ConversionError(
+        raise ProofFailed(
             f"the weights written have fingerprint {product.manifest['weights']}, those read had "
             f"{manifest['weights']}: this is a defect of this tool or of memory; nothing was published (remove "
             f"{product.folder})"

@@ -48,8 +48,11 @@ class Run:
         if not (self.folder / "config.toml").is_file():
             raise ValueError(f"{folder}: no config.toml there; name the folder of a run")
         self.config: Config = load_run_config(self.folder / "config.toml")
-        self.ledger = Ledger(self.folder)
         self._feeds: dict[tuple[int, int], Feed] = {}
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        return Ledger(self.folder)
 
     @property
     def first_sequence_length(self) -> int:

@@ -16,13 +16,13 @@ from typing import NoReturn
 
 import torch.distributed as distributed
 
+from k2_megatron.runtime.tool import INTERRUPTED, MISTAKE
+
 _PACKAGE = Path(__file__).resolve().parents[1]
 _OURS = (f"{_PACKAGE}{os.sep}", f"{_PACKAGE.parent / 'tools'}{os.sep}", str(_PACKAGE.parent / "pretrain_k2.py"))
-MISTAKE = 2  # exit codes; 1 is Python's own for an uncaught exception
-STOPPED = 3
+STOPPED = 3  # exit codes, beside those of tools
 HUNG = 4  # the watchdog ended the rank (train/watchdog.py)
 NOT_FINITE = 5
-INTERRUPTED = 130  # as a shell has it for SIGINT
 LOST_PEER = 1  # as an uncaught exception: start again to resume
 _LISTENING_SECONDS = 0.5
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words

@@ -22,7 +22,7 @@ from conversions import (
 from transformers import AutoModelForCausalLM
 
 from k2_megatron.convert import import_model as import_model_code
-from k2_megatron.convert.errors import ConversionError
+from k2_megatron.convert.errors import ConversionError, ProofFailed
 from k2_megatron.convert.hugging_face import HuggingFaceSource
 from k2_megatron.convert.logits import DIVERGENCE_BOUND, LOGITS_BOUND, Proof, compare_logits
 from k2_megatron.convert.model_facts import ModelFacts
@@ -351,6 +351,6 @@ def test_what_is_not_read_back_as_it_was_written_is_not_published(tmp_path: Path
         return product
 
     monkeypatch.setattr(import_model_code, "write_checkpoint", flipped)
-    with pytest.raises(ConversionError, match=r"\(layer 1\) was not written as it was read"):
+    with pytest.raises(ProofFailed, match=r"\(layer 1\) was not written as it was read"):
         import_model(tmp_path / "hf", tmp_path / "run")
     assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))

@@ -11,7 +11,7 @@ from conversions import export_model, in_this_process, source_of, stored_tensors
 from legacy_checkpoint import change, known_model, legacy_folder, options, write_legacy
 
 from k2_megatron.convert.describe import describe
-from k2_megatron.convert.errors import ConversionError
+from k2_megatron.convert.errors import ConversionError, ProofFailed
 from k2_megatron.convert.hugging_face import HuggingFaceSource
 from k2_megatron.convert.import_legacy import import_legacy
 from k2_megatron.convert.legacy_k2 import Home, LegacyK2Source
@@ -135,7 +135,7 @@ def test_the_proof_sees_a_wrong_arrangement(tmp_path: Path, monkeypatch: pytest.
 def test_a_failed_proof_publishes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     legacy_folder(tmp_path)
     wrong_gate_and_up(monkeypatch)
-    with pytest.raises(ConversionError, match="the two models disagree, so nothing was published"):
+    with pytest.raises(ProofFailed, match="the two models disagree, so nothing was published"):
         import_legacy(options(tmp_path, proof=True), optimizer=False)
     assert not list((tmp_path / "run").glob("checkpoints/step_*"))
 

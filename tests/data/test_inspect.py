@@ -499,8 +499,19 @@ def test_a_run_on_a_blend_answers_what_it_can(folder, tmp_path):
 def test_the_command_line_has_no_traceback(tmp_path, tool_environment):
     command = [sys.executable, str(ROOT / "tools/inspect_data.py"), "verify", str(tmp_path)]
     done = subprocess.run(command, env=tool_environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr == f"inspect_data: {tmp_path}: no config.toml there; name the folder of a run\n"
+
+
+def test_verify_ends_with_a_code_of_its_own_where_the_ledger_was_altered(folder, tmp_path, tool_environment):
+    for name in ("config.toml", "journal.jsonl"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    ledger = (folder / "ledger.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "ledger.jsonl").write_text(ledger.replace('"reason": "', '"reason": "x', 1), encoding="utf-8")
+    command = [sys.executable, str(ROOT / "tools/inspect_data.py"), "verify", str(tmp_path)]
+    done = subprocess.run(command, env=tool_environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"inspect_data: {tmp_path}/ledger.jsonl") and done.stderr.count("\n") == 1
 
 
 def test_a_negative_number_of_characters_is_refused(tmp_path, tool_environment):

@@ -182,6 +182,6 @@ def test_a_tokenizer_that_cannot_be_written_is_one_line(tmp_path, tool_environme
         command = [sys.executable, str(ROOT / "tools/train_tokenizer.py"), "--input", str(tmp_path / "in.jsonl")]
         command += ["--vocab-size", str(size), "--output", str(tmp_path / output)]
         done = subprocess.run(command, env=tool_environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 1
+        assert done.returncode == 2
         assert done.stderr.startswith(f"train_tokenizer: {says}") and done.stderr.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "in.jsonl"]

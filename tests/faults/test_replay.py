@@ -301,5 +301,5 @@ def test_wrong_input_is_one_line(whole, monkeypatch, capsys, arguments, said):
     monkeypatch.setattr(sys, "argv", ["replay.py", *(argument.format(run=whole) for argument in arguments)])
     assert tool.main() == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
+    assert error.startswith("replay: ") and error.count("\n") == 1
     assert said.format(run=whole) in error

@@ -95,5 +95,5 @@ def test_mistakes_are_one_message_and_exit_code_2():
     assert ended.returncode == 2
     assert ended.stdout == ""
     first, second = ended.stderr.splitlines()
-    assert first == f"{TOY}: 1 problem"
+    assert first == f"plan_run: {TOY}: 1 problem"
     assert "model.layers = 3: must be a multiple of" in second

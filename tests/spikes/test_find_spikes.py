@@ -109,7 +109,7 @@ def ended(tmp_path, monkeypatch, capsys):
 def test_what_is_no_curve_is_named(ended, content, name, says):
     code, _, error = ended(content, name=name)
     assert code == 2
-    assert error.startswith("error: ") and error.count("\n") == 1
+    assert error.startswith("find_spikes: ") and error.count("\n") == 1
     assert says in error
 
 
@@ -118,12 +118,12 @@ def test_options_that_do_not_fit_are_named(ended, tmp_path):
     for options, says in (
         (("--window-steps", "-3"), "--window-steps -3: should be greater than or equal to 16"),
         (("--threshold", "nan"), "--threshold nan: should be a finite number"),
-        (("--picture", str(tmp_path / "no" / "x.html")), f"No such file or directory: '{tmp_path}/no/x.html'"),
-        (("--picture", str(tmp_path)), f"Is a directory: '{tmp_path}'"),
+        (("--picture", str(tmp_path / "no" / "x.html")), f"{tmp_path}/no/x.html: No such file or directory; look"),
+        (("--picture", str(tmp_path)), f"{tmp_path}: Is a directory; look"),
     ):
         code, _, error = ended(curve, *options)
         assert code == 2
-        assert error.startswith("error: ") and error.endswith(f"{says}\n") and error.count("\n") == 1
+        assert error.startswith(f"find_spikes: {says}") and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["curve.csv"], "nothing half-written is left"
 
 
