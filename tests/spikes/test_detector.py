@@ -192,7 +192,7 @@ def test_layer_that_stays_at_a_new_level_is_told_of_once_and_is_not_malignant():
     layers = in_layer(layer_signals(900, 8, 6), "activation_rms", 2, 2.0, slice(300, None))
     found = watch_layers(losses, norms, layers)
     assert [finding.kind for finding in found] == ["spike", "benign"]
-    assert found[1].step == found[1].onset + SETTINGS.benign_steps
+    assert found[1].step == found[1].trip + SETTINGS.benign_steps
     assert found[1].layers[0].signal == "activation_rms of layer 2", "the verdict says what has not come back"
 
 
@@ -235,6 +235,26 @@ def test_layer_that_goes_first_dates_the_spike():
     layers = in_layer(layer_signals(900, 8, 6), "gradient_norm", 7, 6.0, slice(300, None))
     spike, verdict = watch_layers(losses, norms, layers)[:2]
     assert (spike.onset, verdict.kind) == (301, "malignant"), "going back to step 305 would keep the layer's trouble"
+
+
+@pytest.mark.parametrize(
+    ("up", "kind", "onsets"),
+    [
+        (slice(2327, 2347), "benign", (2328, 2328)),
+        (slice(2327, None), "malignant", (2328, 2328)),
+        (slice(2400, 2420), "benign", (2010, 2010)),  # it joins a layer that was called at 2330
+        (slice(2400, None), "malignant", (2010, 2401)),
+    ],
+)
+def test_layer_that_was_creeping_takes_none_of_the_patience_and_does_not_date_the_spike(up, kind, onsets):
+    """Told of at every tenth step, a layer that rises by little is called 320 steps later."""
+    losses, norms = signals(2600, 6)
+    layers = every_tenth(in_layer(layer_signals(2600, 8, 6), "activation_rms", 5, 1.23, slice(2000, None)))
+    losses[up] += 0.5
+    found = watch_layers(losses, norms, layers, stops=(2100, 2329, 2410))[:2]
+    assert [(finding.kind, finding.onset) for finding in found] == [("spike", onsets[0]), (kind, onsets[1])]
+    if kind == "malignant":
+        assert found[1].step == found[1].onset + SETTINGS.benign_steps
 
 
 def test_layers_are_watched_on_from_a_stored_state_as_if_never_stopped():
@@ -290,6 +310,13 @@ def test_samples_that_stay_at_a_new_level_are_told_of_once():
     losses, norms, highest = *signals(900, 6), highest_losses(900, 6)
     highest[300:] *= 3.0
     assert [finding.kind for finding in watch_samples(losses, norms, highest)] == ["spike", "benign"]
+
+
+def test_state_of_before_a_spike_had_a_beginning_of_its_own_is_read():
+    old = State(losses=(1.0,), log_norms=(2.0,), onset=7, trip=9).plain()
+    del old["began"]
+    assert restore(old).began == 7
+    assert restore({**old, "trip": None}).began is None, "none was called"
 
 
 def test_state_from_before_layers_and_samples_were_watched_is_read():

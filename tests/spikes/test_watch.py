@@ -9,6 +9,8 @@ import pytest
 from k2_megatron.config.schema import Spikes
 from k2_megatron.train.checkpoint_files import apply_retention, complete_checkpoints
 from k2_megatron.train.checkpoint_manifest import MANIFEST, folder_name, step_of
+from k2_megatron.train.spikes.detector import Finding, State
+from k2_megatron.train.spikes.layer_signals import LayerState
 from k2_megatron.train.spikes.watch import KEPT_FOR, SpikeWatch
 
 SETTINGS = Spikes(window_steps=16, benign_steps=10)
@@ -58,6 +60,54 @@ def test_checkpoint_from_before_a_malignant_spike_is_kept_for_a_person(tmp_path)
     assert again.pinned(tmp_path) == {40}
     watched(again, range(last + 1, last + 2))
     assert again.pinned(tmp_path) == set(), "but not for ever"
+
+
+SAVE_EVERY = 100
+
+
+def saving(watch: SpikeWatch, folder: Path, steps: range, layers, losses=None) -> tuple[int, list[int], Finding]:
+    """(the most checkpoints there ever were, those there at the first finding or the end, that finding) of a run that
+    saves every SAVE_EVERY steps and keeps two; (step -> what it tells of its layers)."""
+    most, finding = 0, None
+    for step in steps:
+        if step % SAVE_EVERY == 1 and step > 1:
+            saved(folder, step - 1)
+            apply_retention(folder, 2, None, watch.pinned(folder))
+            most = max(most, len(saved(folder)))
+        random = np.random.default_rng(step)
+        event = {"step": step, "loss": 2.0 + 0.01 * random.standard_normal()}
+        event |= {"grad_norm": float(np.exp(0.03 * random.standard_normal())), "samples": [0, BATCH]}
+        highest = event["loss"] + abs(random.standard_t(3))
+        event |= {"layers": of_step} if (of_step := layers(step, random)) else {}
+        if (finding := watch.observe(event, [event["loss"], highest])) is not None:
+            break
+    return most, saved(folder), finding
+
+
+def test_checkpoint_from_before_what_one_layer_began_is_kept_until_it_is_called(tmp_path):
+    """A layer that rises by little, told of at every tenth step, is called hundreds of steps later."""
+
+    def creeping(step: int, random) -> dict | None:
+        values = np.exp(0.01 * random.standard_normal(8))
+        values[4] *= 1.2 if step >= 1500 else 1.0
+        return {"activation_rms": values.tolist()} if step % 10 == 0 else None
+
+    most, left, spike = saving(SpikeWatch(Spikes(), tmp_path, writer=True), tmp_path, range(1, 2000), creeping)
+    assert (spike.kind, spike.onset) == ("spike", 1500)
+    assert spike.trip > spike.onset + 3 * SAVE_EVERY, "the newest two are of after its onset"
+    assert left[-1] == 1400 and most <= 4
+
+
+def test_checkpoint_from_before_what_the_samples_began_is_kept_beside_that_of_the_loss(tmp_path):
+    """A stop in the first steps of a spike: what was saved is of after its samples went up, and before its loss did."""
+    watch = SpikeWatch(SETTINGS, tmp_path, writer=True)
+    samples = LayerState(sums=(15.0,), onsets=(40,))
+    noise = LayerState(sums=(0.3, 0.1, 0.0, 0.2), onsets=(27, 33, 0, 42))
+    watch.state = State(loss_sum=10.0, onset=41, layers=noise, samples=samples)
+    saved(tmp_path, 10, 20, 30, 40, 42)
+    assert watch.pinned(tmp_path) == {20, 30, 40}
+    watch.state = State(layers=LayerState(sums=(0.0, 0.0), onsets=(0, 0)))
+    assert watch.pinned(tmp_path) == set()
 
 
 def test_restart_between_call_and_verdict_keeps_what_the_dossier_said(tmp_path):

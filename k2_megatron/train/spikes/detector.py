@@ -10,8 +10,9 @@ median absolute deviation, Rousseeuw & Croux 1993). The deviations are added up 
 spike began when the sum last left zero, and is over when the sums are back at zero.
 
 Any signal calls a spike: beside loss and gradient norm, each layer, and the highest loss of a sample, in which one bad
-row of a large batch shows. Loss and gradient norm alone make one malignant: a layer that stays at a new level while
-they are as before has changed, and the run is none the worse for it.
+row of a large batch shows. Loss and gradient norm alone make one malignant, and their patience counts from where
+they began: a layer that stays at a new level while they are as before has changed, and the run is none the worse for it.
+What a layer did longer than benign_steps before them is no part of their spike.
 """
 
 import math
@@ -48,14 +49,16 @@ class Settings(Protocol):
 @dataclass(frozen=True)
 class State:
     """`losses`, `log_norms`: the last undisturbed values; `loss_sum`, `norm_sum`: the cumulative sums; `onset`: the
-    step at which a sum left zero; `trip`: the step at which the spike was called one; `layers`, `samples`: the same of
-    them; `batch`: (samples, tokens of each) of the last step, None where it is not known."""
+    step at which one of these sums left zero; `began`, `trip`: of a spike that was called, its first step by all signals
+    and the step at which it was called; `layers`, `samples`: sums and onsets of them; `batch`: (samples, tokens of each)
+    of the last step, None where it is not known."""
 
     losses: tuple[float, ...] = ()
     log_norms: tuple[float, ...] = ()
     loss_sum: float = 0.0
     norm_sum: float = 0.0
     onset: int | None = None
+    began: int | None = None
     trip: int | None = None
     layers: LayerState = field(default_factory=LayerState)
     samples: LayerState = field(default_factory=LayerState)
@@ -65,6 +68,11 @@ class State:
     def own_sums(self) -> tuple[float, ...]:
         """The cumulative sums of the signals that have onsets of their own."""
         return (*self.layers.sums, *self.samples.sums)
+
+    @property
+    def own_onsets(self) -> tuple[int, ...]:
+        """The step at which each of them left zero, 0 while it is zero."""
+        return (*self.layers.onsets, *self.samples.onsets)
 
     def plain(self) -> dict[str, Any]:
         """The state as JSON takes it; `restore` gives it back equal."""
@@ -80,6 +88,8 @@ def restore(plain: dict[str, Any]) -> State:
         values[key] = LayerState(tuple(map(tuple, kept["logs"])), *of_signals)
     if plain.get("batch"):
         values["batch"] = tuple(plain["batch"])
+    if "began" not in plain and plain["trip"] is not None:  # an earlier version had one onset for both
+        values["began"] = plain["onset"]
     return State(**{**plain, **values})
 
 
@@ -158,20 +168,19 @@ def _observed(
     of_layers, deviating = observe_layers(state.layers, window, threshold, step, layers)
     of_samples, also_deviating = observe_layers(state.samples, window, threshold, step, samples)
     deviating = tuple(sorted((*deviating, *also_deviating), key=lambda signal: -signal.deviation))
-    following = replace(state, loss_sum=loss_sum, norm_sum=norm_sum, layers=of_layers, samples=of_samples)
-    over = _is_over(following, threshold)
+    onset = (step if state.onset is None else state.onset) if max(loss_sum, norm_sum) > 0 else None
+    measured = replace(state, loss_sum=loss_sum, norm_sum=norm_sum, onset=onset, layers=of_layers, samples=of_samples)
     if state.trip is None:
-        following, kind = _called(following, step, threshold)
+        measured = following = _called(measured, settings, step)
+        kind = None if following.trip is None else "spike"
     else:
-        following, kind = _judged(following, settings, step)
+        following, kind = _judged(measured, settings, step)
     finding = None
     if kind:
-        of_spike = following if kind == "spike" else state
-        assert of_spike.onset is not None and of_spike.trip is not None, "what is found began and was called"
-        usual = (usual_loss, math.exp(usual_norm))
-        finding = Finding(
-            kind, step, of_spike.onset, of_spike.trip, loss_deviation, norm_deviation, *usual, deviating, over
-        )
+        assert measured.trip is not None, "what is found was called"
+        usual, over = (usual_loss, math.exp(usual_norm)), _is_over(measured, threshold)
+        first = _first_step(measured, settings)
+        finding = Finding(kind, step, first, measured.trip, loss_deviation, norm_deviation, *usual, deviating, over)
     # Until a spike is called, what looks like noise is noise, and the medians bear some outliers. During a spike the
     # measure stands still, so that a spike cannot become its own norm; after a malignant one it begins anew.
     if following.trip is None and kind != "malignant":
@@ -179,31 +188,51 @@ def _observed(
     return following, finding
 
 
-def _called(state: State, step: int, threshold: float) -> tuple[State, str | None]:
-    """No spike so far: is this one?"""
-    disturbed = max(state.loss_sum, state.norm_sum) > 0
-    onset = (step if state.onset is None else state.onset) if disturbed else None
-    if max(state.loss_sum, state.norm_sum, *state.own_sums) < threshold:
-        return replace(state, onset=onset), None
+def _called(state: State, settings: Settings, step: int) -> State:
+    """The state with the spike that this step makes one, or as it was."""
+    if max(state.loss_sum, state.norm_sum, *state.own_sums) < settings.threshold:
+        return state
     # Among many layers some sum leaves zero at most steps, for a step: those that reached the threshold count.
-    began = [step if onset is None else onset]
-    own_onsets = (*state.layers.onsets, *state.samples.onsets)
-    began += [since for since, total in zip(own_onsets, state.own_sums, strict=True) if total >= threshold]
-    return replace(state, onset=min(began), trip=step), "spike"
+    sums = zip(state.own_onsets, state.own_sums, strict=True)
+    began = [since for since, total in sums if total >= settings.threshold]
+    if state.onset is not None and _tells(state, settings.threshold):
+        began.append(state.onset)
+    began = [since for since in began if not _is_another(since, state, settings)]
+    return replace(state, began=min(began), trip=step)
 
 
 def _judged(state: State, settings: Settings, step: int) -> tuple[State, str | None]:
     """A spike is on: is it over, or has it lasted too long?"""
-    assert state.onset is not None, "a spike was called that never began"
     threshold = settings.threshold
-    over = _is_over(state, threshold)
-    if not over and step - state.onset < settings.benign_steps:
+    over, tells = _is_over(state, threshold), _tells(state, threshold)
+    since = state.onset if tells else state.trip
+    assert since is not None, "a sum above zero has an onset, and a spike was called"
+    if not over and step - since < settings.benign_steps:
         return state, None
     # Told once. Under "watch" the new level of the loss becomes the norm as well.
-    if not over and max(state.loss_sum, state.norm_sum) >= threshold / 2:
+    if not over and tells:
         return State(), "malignant"
     layers, samples = (after_benign(signals, settings.window_steps) for signals in (state.layers, state.samples))
-    return replace(state, onset=None, trip=None, layers=layers, samples=samples), "benign"
+    return replace(state, onset=None, began=None, trip=None, layers=layers, samples=samples), "benign"
+
+
+def _first_step(state: State, settings: Settings) -> int:
+    """At which the spike that was called began: where loss and norm did, when they joined too late to be part of it."""
+    assert state.began is not None, "a spike was called that never began"
+    return state.onset if state.onset is not None and _is_another(state.began, state, settings) else state.began
+
+
+def _is_another(began: int, state: State, settings: Settings) -> bool:
+    """Whether what a signal of its own began at that step is no part of what loss and norm tell of now: it came longer
+    before than a spike may last that is benign."""
+    return (
+        state.onset is not None and _tells(state, settings.threshold) and state.onset - began >= settings.benign_steps
+    )
+
+
+def _tells(state: State, threshold: float) -> bool:
+    """Whether loss or gradient norm are up by more than noise takes them."""
+    return max(state.loss_sum, state.norm_sum) >= threshold / 2
 
 
 def _is_over(state: State, threshold: float) -> bool:

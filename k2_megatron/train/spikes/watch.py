@@ -75,8 +75,8 @@ class SpikeWatch:
         self._malignant = tuple(onset for onset in self._malignant if onset >= oldest)
         if finding and finding.kind == "malignant":
             self._malignant += (finding.onset,)
-        elif not finding and before.trip is not None and self.state.trip is None and before.onset is not None:
-            self._malignant += (before.onset,)  # the batch was changed before it was judged
+        elif not finding and before.trip is not None and self.state.trip is None and before.began is not None:
+            self._malignant += (before.began,)  # the batch was changed before it was judged
         kept = {key: event[key] for key in _OF_A_STEP if key in event}
         self._steps.append(Watched(kept, sample_losses, disturbed))
         return finding
@@ -88,7 +88,7 @@ class SpikeWatch:
     def pinned(self, checkpoints: Path) -> set[int]:
         """The checkpoints to go back to, which retention must leave alone: from before what is going on now, as it may
         turn out malignant, and from before each spike that did, for KEPT_FOR times benign_steps."""
-        onsets = self._malignant if self.state.onset is None else (*self._malignant, self.state.onset)
+        onsets = (*self._malignant, *beginnings(self.state, self.settings.threshold))
         saved = [step_of(folder) for folder in complete_checkpoints(checkpoints)]
         before = [[step for step in saved if step < onset] for onset in onsets]
         return {max(steps) for steps in before if steps}
@@ -166,6 +166,18 @@ class SpikeWatch:
         since = [watched for watched in self._steps if watched.step >= finding.onset]
         last = {signal: watched.step for watched in since for signal in watched.disturbed}
         return {signal: step + 1 if step < finding.step else None for signal, step in last.items()}
+
+
+def beginnings(state: State, threshold: float) -> set[int]:
+    """The steps, four at most, before which the run may have to go back: where the spike that was called began, where
+    loss and norm left zero, and the earliest that a layer or the samples did, of all and of those that are up. Among
+    many some are always a little above zero; a checkpoint for each of them would be too many."""
+    own = zip(state.own_onsets, state.own_sums, strict=True)
+    since = sorted((onset, total) for onset, total in own if total > 0)
+    up = [onset for onset, total in since if total >= threshold / 2]
+    return {
+        step for step in (state.began, state.onset, *(onset for onset, _ in since[:1]), *up[:1]) if step is not None
+    }
 
 
 def _disturbed(state: State, threshold: float, event: dict) -> tuple[str, ...]:
