@@ -86,7 +86,9 @@ def main(arguments: list[str]) -> int:
         check_start(config)
         open_run_data(with_past(config))
         if config.world_size > 1:
-            return run_local_ranks([__file__, *arguments], config.world_size)
+            return run_local_ranks(
+                [__file__, *arguments], config.world_size, collective_timeout_seconds(config.watchdog)
+            )
         environment = single_rank()
     device = find_device(environment.local_rank)
     until = config.train.steps if options.until is None else options.until

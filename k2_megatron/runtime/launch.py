@@ -5,6 +5,7 @@ Out: a `RankEnvironment`; or, for a plain start of several ranks, the exit code 
 """
 
 import ctypes
+import math
 import os
 import signal
 import socket
@@ -72,10 +73,11 @@ def single_rank() -> RankEnvironment:
     return RankEnvironment("single", 0, 1, 0, "127.0.0.1", 0)
 
 
-def run_local_ranks(arguments: Sequence[str], world_size: int) -> int:
+def run_local_ranks(arguments: Sequence[str], world_size: int, leaving_seconds: float) -> int:
     """Start `world_size` ranks of `python arguments...` on this machine, wait for them, return an exit code.
 
-    When a rank dies, the others have `TERMINATE_GRACE_SECONDS` to end by themselves, then they are killed. SIGINT and
+    When a rank dies, the others have `TERMINATE_GRACE_SECONDS` to end by themselves, then they are killed. When one has
+    ended well, they have `leaving_seconds`, which must be longer than a rank that hangs takes to end itself. SIGINT and
     SIGTERM are passed on, so that the ranks finish their step and save; so is the death of this process.
     """
     from torch.distributed import TCPStore
@@ -100,10 +102,10 @@ def run_local_ranks(arguments: Sequence[str], world_size: int) -> int:
         # A session of their own: Ctrl-C reaches this process alone, which passes it on once.
         program = [sys.executable, *arguments]
         ranks.append(subprocess.Popen(program, env=environment, start_new_session=True, preexec_fn=end_with_launcher))
-    return _supervise(ranks)
+    return _supervise(ranks, leaving_seconds)
 
 
-def _supervise(ranks: Sequence[subprocess.Popen]) -> int:
+def _supervise(ranks: Sequence[subprocess.Popen], leaving_seconds: float) -> int:
     def pass_on(number: int, _frame) -> None:
         for process in ranks:
             if process.poll() is None:
@@ -112,6 +114,7 @@ def _supervise(ranks: Sequence[subprocess.Popen]) -> int:
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     # A closed terminal: the ranks are to save and leave, not to train on unseen.
     previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda _number, frame: pass_on(signal.SIGTERM, frame))
+    first_left = math.inf
     try:
         while True:
             codes = [process.poll() for process in ranks]
@@ -120,6 +123,10 @@ def _supervise(ranks: Sequence[subprocess.Popen]) -> int:
                 return _end_all(ranks, failed)
             if all(code == 0 for code in codes):
                 return 0
+            if 0 in codes:
+                first_left = min(first_left, time.monotonic())
+            if time.monotonic() - first_left > leaving_seconds:
+                return _tell_of_late(codes, leaving_seconds)
             time.sleep(_POLL_SECONDS)
     finally:
         for process in ranks:
@@ -127,6 +134,18 @@ def _supervise(ranks: Sequence[subprocess.Popen]) -> int:
                 process.kill()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _tell_of_late(codes: Sequence[int | None], leaving_seconds: float) -> int:
+    """Some ranks have ended well, and the others, which are to be killed, have not: stopped by the system, or in a call
+    that does not return. Returns the exit code."""
+    late = ", ".join(str(rank) for rank, code in enumerate(codes) if code is None)
+    print(
+        f"not ended {leaving_seconds:.0f} s after the first that did, and killed: rank {late}. All was saved before "
+        "the first one left; start again to resume, or to see that the run is finished.",
+        file=sys.stderr,
+    )
+    return HUNG
 
 
 def _end_all(ranks: Sequence[subprocess.Popen], failed: list[tuple[int, int]]) -> int:

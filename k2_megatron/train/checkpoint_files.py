@@ -39,8 +39,14 @@ def first_cause(error: BaseException) -> str:
         rank, (cause, _trace) = next(iter(error.failures.items()))
         if isinstance(cause, CheckpointError):
             return str(cause)
-        return f"rank {rank}: {type(cause).__name__}: {cause}"
-    return f"{type(error).__name__}: {error}".split("\n")[0]
+        return f"rank {rank}: {_in_words(cause)}"
+    return _in_words(error).split("\n")[0]
+
+
+def _in_words(error: BaseException) -> str:
+    text = f"{type(error).__name__}: {error}"
+    # torch's zip writer closes the file as well after a write that the disk refused, and tells of that error alone.
+    return f"{text} (the disk may be full)" if "inline_container" in text and "unexpected pos" in text else text
 
 
 _REPLACED = "replaced"

@@ -77,7 +77,8 @@ def pause_limit_seconds(settings: Settings, longest: float | None) -> float:
 
 
 def collective_timeout_seconds(settings: Settings) -> float:
-    """The libraries' own limit for a collective: above each of the watchdog, which tells more when it ends a run."""
+    """The libraries' own limit for a collective, and the launcher's for the last rank to leave: above each of the
+    watchdog, which tells more when it ends a run."""
     longest = settings.minimum_seconds + settings.pause_seconds
     return longest + REPORT_SECONDS + GRACE_SECONDS + 2 * BACKSTOP_SECONDS
 

@@ -1,9 +1,11 @@
 """Where a process stands, read from what launchers set; ports; and each launcher's environment in a real start."""
 
 import json
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from small_run import overrides
 from k2_megatron.config.schema import Watchdog
 from k2_megatron.runtime import launch
 from k2_megatron.runtime.launch import RankEnvironment, port_is_free, read_environment
+from k2_megatron.runtime.mistakes import HUNG
 from k2_megatron.train.watchdog import (
     BACKSTOP_SECONDS,
     GRACE_SECONDS,
@@ -162,7 +165,26 @@ def test_launcher_ends_with_the_code_of_the_rank_that_knows_why(ends, code):
     if "0.5" not in ends[1]:
         for rank in ranks:
             rank.wait()
-    assert launch._supervise(ranks) == code
+    assert launch._supervise(ranks, 60.0) == code
+
+
+@pytest.mark.parametrize(
+    ("last", "leaving_seconds", "code"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSTOP)", 0.5, HUNG),
+        ("time.sleep(0.5)", 60.0, 0),  # it closes a view, or removes older checkpoints
+    ],
+)
+def test_rank_that_does_not_leave_when_another_has_is_named_and_killed(capsys, last, leaving_seconds, code):
+    ends = ("sys.exit(0)", f"{last}; sys.exit(0)", "sys.exit(0)")
+    ranks = [subprocess.Popen([sys.executable, "-c", f"import os, signal, sys, time; {end}"]) for end in ends]
+    assert ranks[0].wait() == ranks[2].wait() == 0
+    ends_the_test = threading.Timer(30.0, ranks[1].kill)
+    ends_the_test.start()
+    assert launch._supervise(ranks, leaving_seconds) == code
+    ends_the_test.cancel()
+    assert ("killed: rank 1." in capsys.readouterr().err) == (code != 0)
+    assert ranks[1].wait() == (-signal.SIGKILL if code else 0)
 
 
 def _timeouts_of_all_groups(seconds: float, folder: Path) -> list[float]:

@@ -180,11 +180,14 @@ def test_asked_to_end_has_the_ranks_save_and_neither_starts_them_again_nor_reque
         ("step 3 of 9, saved at 3; stopped by SIGTERM at 12:00", 0, 1),  # the grace time of a preemption
         ("step 3 of 9, saved at 3; stopped by --until at 12:00", 0, 0),
         ("step 3 of 9, saved at 2; stopped by SIGTERM at 12:00", 2, 0),
+        ("step 3 of 9, saved at 3; stopped by SIGTERM at 11:00", 143, 1),  # again, before the ranks had begun
+        ("step 3 of 9, saved at 3; stopped by SIGTERM at 11:00", 1, 0),  # an earlier start; this one came to nothing
+        ("step 3 of 9, saved at 3; stopped by SIGTERM at 11:00", 137, 0),
     ],
 )
 def test_ranks_that_were_preempted_are_requeued(batch, tmp_path, told, code, requeues):
     (tmp_path / "told").write_text(told)
-    ended = batch([code])
+    ended = batch([code], RESTARTS="0")
     ended.communicate(timeout=30)
     assert (ended.returncode, count(tmp_path / "requeues")) == (code, requeues)
 

@@ -4,8 +4,11 @@ import json
 import os
 import re
 from pathlib import Path
+from traceback import StackSummary
 
 import pytest
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from k2_megatron.config import load_config
 from k2_megatron.runtime import durable
@@ -14,6 +17,7 @@ from k2_megatron.train.checkpoint_files import (
     apply_retention,
     candidate_checkpoints,
     complete_checkpoints,
+    first_cause,
     latest_checkpoint,
     publish,
     remove_unfinished,
@@ -362,6 +366,21 @@ def test_failed_rename_puts_the_replaced_checkpoint_back(saved, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         saved(5)
     assert steps(checkpoints) == [5]
+
+
+def test_words_of_torchs_zip_writer_on_a_full_disk_say_so():
+    class Full:
+        def write(self, data) -> int:
+            if len(data) > 1000:  # the header has room
+                raise OSError(28, "No space left on device")
+            return len(data)
+
+    with pytest.raises(RuntimeError, match="unexpected pos") as caught:
+        torch.save(torch.zeros(1000), Full())
+    trace = StackSummary()
+    for error in (caught.value, CheckpointException("write", {1: (caught.value, trace)})):
+        assert first_cause(error).endswith("(the disk may be full)")
+    assert "full" not in first_cause(CheckpointException("read", {1: (RuntimeError("damaged"), trace)}))
 
 
 def test_folder_of_another_name_has_no_step(tmp_path):

@@ -10,9 +10,9 @@ median absolute deviation, Rousseeuw & Croux 1993). The deviations are added up 
 spike began when the sum last left zero, and is over when the sums are back at zero.
 
 Any signal calls a spike: beside loss and gradient norm, each layer, and the highest loss of a sample, in which one bad
-row of a large batch shows. Loss and gradient norm alone make one malignant, and their patience counts from where
-they began: a layer that stays at a new level while they are as before has changed, and the run is none the worse for it.
-What a layer did longer than benign_steps before them is no part of their spike.
+row of a large batch shows. Loss and gradient norm alone make one malignant, and patience with them counts from where
+they began: a layer that stays at a new level while they are as before has changed, and the run is none the worse for
+it. What a layer began longer than benign_steps before them is no part of their spike.
 """
 
 import math
@@ -49,9 +49,9 @@ class Settings(Protocol):
 @dataclass(frozen=True)
 class State:
     """`losses`, `log_norms`: the last undisturbed values; `loss_sum`, `norm_sum`: the cumulative sums; `onset`: the
-    step at which one of these sums left zero; `began`, `trip`: of a spike that was called, its first step by all signals
-    and the step at which it was called; `layers`, `samples`: sums and onsets of them; `batch`: (samples, tokens of each)
-    of the last step, None where it is not known."""
+    step at which one of these sums left zero; `trip`: the step at which the spike was called one; `began`: its
+    first step, by all signals; `layers`, `samples`: sums and onsets of their own; `batch`: (samples, tokens of
+    each) of the last step, None where it is not known."""
 
     losses: tuple[float, ...] = ()
     log_norms: tuple[float, ...] = ()
@@ -205,8 +205,8 @@ def _judged(state: State, settings: Settings, step: int) -> tuple[State, str | N
     """A spike is on: is it over, or has it lasted too long?"""
     threshold = settings.threshold
     over, tells = _is_over(state, threshold), _tells(state, threshold)
-    since = state.onset if tells else state.trip
-    assert since is not None, "a sum above zero has an onset, and a spike was called"
+    since = state.onset if tells else state.began
+    assert since is not None, "a sum above zero has an onset, and what was called began"
     if not over and step - since < settings.benign_steps:
         return state, None
     # Told once. Under "watch" the new level of the loss becomes the norm as well.
@@ -217,7 +217,7 @@ def _judged(state: State, settings: Settings, step: int) -> tuple[State, str | N
 
 
 def _first_step(state: State, settings: Settings) -> int:
-    """At which the spike that was called began: where loss and norm did, when they joined too late to be part of it."""
+    """At which the spike that was called began: where loss and norm did, when they came too late to be part of it."""
     assert state.began is not None, "a spike was called that never began"
     return state.onset if state.onset is not None and _is_another(state.began, state, settings) else state.began
 
