@@ -266,7 +266,7 @@ class Spikes(Section):
     threshold: PositiveFloat = 20.0
     """Sum of deviations (in robust standard deviations, each at most 8, less 3 a step) that makes a spike."""
     benign_steps: PositiveInt = 100
-    """A spike that is over within so many steps is benign, a longer one malignant."""
+    """A spike of loss or gradient norm that is over within so many steps is benign, a longer one malignant."""
     suspect_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 10.0
     """A step whose loss or gradient norm is more than this many times the median of the window is computed again before
     it is applied, at most twice: what a machine did wrong in passing leaves no trace. With 1e30 none ever is."""
