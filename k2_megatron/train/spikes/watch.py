@@ -172,12 +172,10 @@ def beginnings(state: State, threshold: float) -> set[int]:
     """The steps, four at most, before which the run may have to go back: where the spike that was called began, where
     loss and norm left zero, and the earliest that a layer or the samples did, of all and of those that are up. Among
     many some are always a little above zero; a checkpoint for each of them would be too many."""
-    own = zip(state.own_onsets, state.own_sums, strict=True)
-    since = sorted((onset, total) for onset, total in own if total > 0)
-    up = [onset for onset, total in since if total >= threshold / 2]
-    return {
-        step for step in (state.began, state.onset, *(onset for onset, _ in since[:1]), *up[:1]) if step is not None
-    }
+    own = sorted(zip(state.own_onsets, state.own_sums, strict=True))
+    risen = [onset for onset, total in own if total > 0]
+    up = [onset for onset, total in own if total >= threshold / 2]
+    return {step for step in (state.began, state.onset, *risen[:1], *up[:1]) if step is not None}
 
 
 def _disturbed(state: State, threshold: float, event: dict) -> tuple[str, ...]:
