@@ -32,6 +32,11 @@ def stages_of(
     return tuple(stages)
 
 
+def planned_stages(train: Any, sequence_length: int) -> tuple[Stage, ...]:
+    """The stages that a configuration's section `train` plans, of whatever has been changed meanwhile."""
+    return stages_of(train.global_batch, sequence_length, train.batch_ramp, None)
+
+
 def stages_of_saved(config: Mapping[str, Any]) -> tuple[Stage, ...]:
     """The stages of a configuration that a checkpoint holds. ValueError where it does not tell them."""
     try:

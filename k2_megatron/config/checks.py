@@ -211,8 +211,7 @@ def history_is_of_this_run(tree: Any) -> Iterator[Problem]:
     train = tree.train
     if not train.history:
         return
-    planned = batch.stages_of(train.global_batch, tree.model.sequence_length, train.batch_ramp, None)
-    if not batch.follows(train.history, planned):
+    if not batch.follows(train.history, batch.planned_stages(train, tree.model.sequence_length)):
         remedy = "is the run's own record and was altered: put back what its newest checkpoint says (k2.json)"
         yield Problem("train.history", [stage.model_dump() for stage in train.history], remedy)
 

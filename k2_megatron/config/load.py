@@ -7,7 +7,6 @@ Fields are validated one by one, so that a wrong one hides neither the others' p
 
 import difflib
 import math
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,12 +17,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from k2_megatron.config.checks import problems_of
 from k2_megatron.config.problems import Problem, raise_problems
 from k2_megatron.config.schema import SECTIONS, Section
+from k2_megatron.config.toml_text import tomllib
 from k2_megatron.config.tree import Config
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 KEYS = [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
 
@@ -62,8 +57,8 @@ def _config(path: str, tables: dict[str, Any], problems: list[Problem], world_si
     for name in SECTIONS:
         sections[name], found = _validate(name, tables.get(name, {}))
         problems.extend(found)
-    for resolve in (_resolve_data, _resolve_every_steps):
-        problems.extend(resolve(sections, world_size))
+    problems.extend(_resolve_data(sections, world_size))
+    problems.extend(_resolve_every_steps(sections))
     problems.extend(problems_of(SimpleNamespace(**sections, incomplete=bool(problems))))
     raise_problems(path, problems)
     return Config(**sections)
@@ -192,7 +187,7 @@ def _resolve_data(sections: dict[str, Any], world_size: int | None) -> Iterator[
     sections["parallel"] = _replace(parallel, data=ranks // model_parallel, ranks=None)
 
 
-def _resolve_every_steps(sections: dict[str, Any], world_size: int | None) -> Iterator[Problem]:
+def _resolve_every_steps(sections: dict[str, Any]) -> Iterator[Problem]:
     """checkpoint.every_steps from checkpoint.chunks, which is done with then."""
     checkpoint, steps = sections["checkpoint"], getattr(sections["train"], "steps", None)
     chunks = getattr(checkpoint, "chunks", None)

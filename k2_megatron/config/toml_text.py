@@ -1,7 +1,18 @@
-"""Python values as TOML text. Only what a configuration holds: tables one level deep, inline tables, plain values."""
+"""Python values as TOML text, and `tomllib`, which reads such text (tomli before Python 3.11).
+
+Written is only what a configuration holds: tables one level deep, inline tables, plain values.
+"""
 
 import json
+import sys
 from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["toml_document", "toml_value", "tomllib"]
 
 
 def toml_value(value: Any) -> str:

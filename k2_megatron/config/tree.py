@@ -131,14 +131,13 @@ class Config(BaseModel):
     def going_on(self, step: int, done: Sequence[Stage]) -> "Config":
         """This configuration for a run that has done `step` updates in the stages `done`: where batch or length are not
         what they were, a stage begins, at the first sample that holds no token trained on."""
-        planned = batch.stages_of(self.train.global_batch, self.model.sequence_length, self.train.batch_ramp, None)
-        history = batch.going_on(planned, done, step)
+        history = batch.going_on(batch.planned_stages(self.train, self.model.sequence_length), done, step)
         return self.model_copy(update={"train": self.train.model_copy(update={"history": history})})
 
     @property
     def last_change(self) -> batch.Stage | None:
         """The stage that began when batch or length were changed last; None in a run that kept them."""
-        planned = batch.stages_of(self.train.global_batch, self.model.sequence_length, self.train.batch_ramp, None)
+        planned = batch.planned_stages(self.train, self.model.sequence_length)
         return batch.last_change(self.train.history or (), planned)
 
     # Checkpoints

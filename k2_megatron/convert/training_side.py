@@ -25,7 +25,7 @@ from k2_megatron.convert.to_torch_dist import TorchDistJob
 from k2_megatron.convert.torch_blob import object_blob
 from k2_megatron.convert.torch_dist import TorchDistSource
 from k2_megatron.convert.torch_metadata import write_metadata
-from k2_megatron.convert.work import Totals, require_space, run_checks, run_units
+from k2_megatron.convert.work import require_space, run_checks, run_units
 from k2_megatron.convert.workers import Workers
 from k2_megatron.train.checkpoint_files import publish
 from k2_megatron.train.checkpoint_manifest import folder_name
@@ -43,11 +43,10 @@ def writing_phases(job: TorchDistJob, workers: int) -> list[Phase]:
 
 @dataclass(frozen=True)
 class Product:
-    """A written checkpoint that has no name yet: `folder` aside, its manifest, and what writing it cost."""
+    """A written checkpoint that has no name yet: `folder` aside, its manifest, and what was rounded."""
 
     folder: Path
     manifest: dict[str, Any]
-    totals: Totals
     rounding: Rounding
 
     @property
@@ -90,7 +89,7 @@ def write_checkpoint(
         "config": config.model_dump(exclude_none=True),
         "files": {result["file"]: file_facts(result) for result in results},
     }
-    return Product(job.folder, manifest, totals, rounding)
+    return Product(job.folder, manifest, rounding)
 
 
 def _write_common(folder: Path) -> None:

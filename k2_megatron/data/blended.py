@@ -20,27 +20,25 @@ limits: no amendments, no hashes of contents. A plan (build.py) has both.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from k2_megatron.config.toml_text import tomllib
 from k2_megatron.data.documents import DocumentSpan
 from k2_megatron.data.indexed import TokenFile, strip_suffix
 from k2_megatron.data.ledger import Ledger
 from k2_megatron.data.permutation import hash64
 from k2_megatron.data.schedule import Schedule
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+if TYPE_CHECKING:
+    from k2_megatron.data.feed import AnyFeed, Feed
 
 SPLIT = "1,0,0"  # everything is for training; a blend for evaluation is a blend file of its own
 
@@ -74,9 +72,9 @@ def load_blend(path: Path) -> Blend:
 
 
 class BlendedFeed:
-    """The same questions as `feed.Feed` answers."""
+    """What training asks of `feed.Feed`."""
 
-    earlier_fingerprint = None
+    earlier_fingerprint: str | None = None
 
     def __init__(self, path: Path, *, sequence_length: int, seed: int, vocab_size: int):
         blend = load_blend(path)
@@ -145,6 +143,13 @@ def open_blend(path: Path, ledger: Ledger | None, **settings: int) -> BlendedFee
     if ledger is not None:
         for amendment in ledger.amendments:
             feed.after(amendment)
+    return feed
+
+
+def amendable(feed: AnyFeed) -> Feed:
+    """The feed, whose order can be amended. ValueError where it is mcore's."""
+    if isinstance(feed, BlendedFeed):
+        raise ValueError("the order of mcore's blended datasets cannot be amended; build a plan (tools/build_plan.py)")
     return feed
 
 

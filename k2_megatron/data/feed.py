@@ -19,12 +19,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 
 from k2_megatron.data.amendments import amended, amended_by
-from k2_megatron.data.blended import open_blend
 from k2_megatron.data.documents import DocumentSpan, describe_row
 from k2_megatron.data.fim import FimRates, Segment, reorder, reordered_segments
 from k2_megatron.data.held_out import complement, held_out_spans
@@ -35,6 +34,9 @@ from k2_megatron.data.permutation import hash64
 from k2_megatron.data.plan import Plan
 from k2_megatron.data.rows import RowStore, Stream, unpack
 from k2_megatron.data.schedule import ENDLESS, Schedule
+
+if TYPE_CHECKING:
+    from k2_megatron.data.blended import BlendedFeed
 
 PARTS = ("all", "train", "held_out")
 INDEX_BYTES_CHECKED_AT_START = 256 << 20  # more would take a noticeable time; verify reads them
@@ -192,6 +194,9 @@ class Feed:
         return [span for span in found if span is not None]
 
 
+AnyFeed = Union[Feed, "BlendedFeed"]  # what training reads; rows, a schedule and amendments are asked of a Feed alone
+
+
 def open_feed(
     path: str | os.PathLike,
     *,
@@ -202,7 +207,7 @@ def open_feed(
     part: str = "all",
     held_out_fraction: float = 0.02,
     ledger: Ledger | None = None,
-) -> Feed:
+) -> AnyFeed:
     """Open a plan folder, the prefix of token files, or a blend file (blended.py).
 
     For a prefix, `part` "train" or "held_out" splits it by document: each is held out with probability
@@ -214,13 +219,17 @@ def open_feed(
     if part not in PARTS:
         raise ValueError(f"part {part!r}: one of {', '.join(PARTS)}")
     if os.fspath(path).endswith(".toml"):
+        from k2_megatron.data.blended import open_blend  # brings pydantic
+
         if row_length not in (None, sequence_length):
             raise ValueError(
                 f"{path}: this run began with model.sequence_length {row_length}, and mcore cuts and shuffles blended "
                 f"datasets anew for {sequence_length}: what was trained on cannot be found again. Build a plan "
                 "(tools/build_plan.py) and begin a new run with checkpoint.start_from, or keep the length"
             )
-        feed: Any = open_blend(Path(path), ledger, sequence_length=sequence_length, seed=seed, vocab_size=vocab_size)
+        feed: AnyFeed = open_blend(
+            Path(path), ledger, sequence_length=sequence_length, seed=seed, vocab_size=vocab_size
+        )
     elif os.path.isdir(path):
         feed = _plan_feed(Path(path), sequence_length, vocab_size, ledger)
     else:

@@ -17,7 +17,7 @@ import numpy as np
 
 from k2_megatron.config import Config, load_run_config
 from k2_megatron.data.documents import DocumentSpan, line_of_document, short_names
-from k2_megatron.data.feed import Feed, open_feed
+from k2_megatron.data.feed import AnyFeed, Feed, open_feed
 from k2_megatron.data.ledger import Ledger
 from k2_megatron.data.manifest import manifest_path, read_manifest
 from k2_megatron.data.plan import Plan
@@ -48,7 +48,7 @@ class Run:
         if not (self.folder / "config.toml").is_file():
             raise ValueError(f"{folder}: no config.toml there; name the folder of a run")
         self.config: Config = load_run_config(self.folder / "config.toml")
-        self._feeds: dict[tuple[int, int], Feed] = {}
+        self._feeds: dict[tuple[int, int], AnyFeed] = {}
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -68,7 +68,7 @@ class Run:
         """How many amendments there are before each line of the ledger, and in all."""
         return [0, *accumulate(entry["event"] == "amendment" for entry in self.ledger.entries)]
 
-    def feed_at(self, ledger_entries: int, sequence_length: int) -> Feed:
+    def feed_at(self, ledger_entries: int, sequence_length: int) -> AnyFeed:
         """The feed of samples so long, under the amendments among the first `ledger_entries` lines of the ledger."""
         key = self.amendments_at(ledger_entries), sequence_length
         if key not in self._feeds:
@@ -84,12 +84,12 @@ class Run:
             )
         return self._feeds[key]
 
-    def feed_of(self, step: Step) -> Feed:
+    def feed_of(self, step: Step) -> AnyFeed:
         """The feed that a step read."""
         return self.feed_at(step.ledger_entries, step.sequence_length)
 
     @property
-    def feed(self) -> Feed:
+    def feed(self) -> AnyFeed:
         """What the run goes on with."""
         return self.feed_at(len(self.ledger.entries), self.config.model.sequence_length)
 
@@ -192,12 +192,12 @@ def mix_lines(run: Run, first_step: int, last_step: int) -> Iterator[str]:
     cut into several, of which a step may train some and the next the others; tokens, where it is now this, now that."""
     if first_step > last_step:
         raise ValueError(f"mix {first_step} {last_step}: the first step comes after the last; exchange them")
-    check_has_rows(run)
+    with_rows(run, run.feed)
     counts: Counter[int] = Counter()  # tokens of each source
     units: dict[int, str] = {}  # tokens of what was counted: what it is
     for number in range(first_step, last_step + 1):
         step = run.step(number)
-        feed = run.feed_of(step)
+        feed = with_rows(run, run.feed_of(step))
         sources = _sources_of_samples(feed, step.first, step.end)
         unit = feed.store.row_length // feed.samples_a_row
         units[unit] = "rows" if feed.samples_a_row == 1 else f"samples, {feed.samples_a_row} a row"
@@ -229,7 +229,7 @@ def document_lines(run: Run, identity: str) -> Iterator[str]:
     name, _, number = identity.rpartition(":")
     if not name or not number.isdigit():
         raise ValueError(f"document {identity!r}: FILE:NUMBER, as `step` prints it")
-    check_has_rows(run)
+    with_rows(run, run.feed)
     steps = run.steps
     if not steps:
         raise ValueError(f"{run.folder}/journal.jsonl tells of no step yet")
@@ -242,7 +242,7 @@ def document_lines(run: Run, identity: str) -> Iterator[str]:
     for step in steps:
         key = run.amendments_at(step.ledger_entries), step.sequence_length
         if key not in cache:
-            under = run.feed_of(step)
+            under = with_rows(run, run.feed_of(step))
             possible = _samples_of_rows(under, wanted, ends[step.sequence_length]).tolist()
             held = [sample for sample in possible if _holds(run, under, sample, name, int(number))]
             cache[key] = np.array(held, dtype=np.int64)
@@ -253,18 +253,19 @@ def document_lines(run: Run, identity: str) -> Iterator[str]:
     yield f"{identity}: seen {seen} times" if seen else f"{identity}: never seen"
 
 
-def check_has_rows(run: Run) -> None:
-    """ValueError where the data is a blend file: its order is mcore's, which tells neither rows nor documents."""
-    if not isinstance(run.feed, Feed):
+def with_rows(run: Run, feed: AnyFeed) -> Feed:
+    """The feed. ValueError where its order is mcore's (a blend file), which tells neither rows nor documents."""
+    if not isinstance(feed, Feed):
         raise ValueError(
             f"{run.config.data.train}: mcore's blended datasets tell neither documents nor a mixture by step; "
             "`step`, `show` and `verify` work, and a plan (tools/build_plan.py) tells all"
         )
+    return feed
 
 
 def _records_of_document(run: Run, name: str, document: int) -> np.ndarray:
     """Records of every row that holds a token of a document."""
-    feed, found, names = run.feed, [], set()
+    feed, found, names = with_rows(run, run.feed), [], set()
     for source, streams in enumerate(feed.store.sources):
         first_row = 0
         for stream in streams:

@@ -13,7 +13,7 @@ from functools import partial
 import torch.distributed as distributed
 
 from k2_megatron.config.schema import Spikes
-from k2_megatron.data.feed import Feed
+from k2_megatron.data.feed import AnyFeed
 from k2_megatron.runtime.journal import Journal
 from k2_megatron.runtime.mistakes import StopNotFinite, StopRun
 from k2_megatron.train.attempts import SAME, Attempts, alike, reruns_left, settle
@@ -31,7 +31,7 @@ class Place:
     step: int
     first_sample: int
     end_sample: int
-    feed: Feed
+    feed: AnyFeed
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.distributed as distributed
 from megatron.core.optimizer import MegatronOptimizer
 
-from k2_megatron.data.feed import Feed
+from k2_megatron.data.feed import AnyFeed
 from k2_megatron.runtime.journal import Journal, read_events
 from k2_megatron.train.checkpoint_state import named_parameters
 from k2_megatron.train.parts import Parts
@@ -16,7 +16,7 @@ from k2_megatron.train.replica_gradients import NAMED, gradient_of
 from k2_megatron.train.step import StepResult
 
 
-def where_not_finite(result: StepResult, first_sample: int, parts: Parts, feed: Feed) -> dict[str, dict]:
+def where_not_finite(result: StepResult, first_sample: int, parts: Parts, feed: AnyFeed) -> dict[str, dict]:
     """What an incident tells of the place, the same on every rank; of a step that was made again, whose gradient it was
     before the sum over replicas."""
     apart = result.apart if result.apart and not result.apart.finite else None
@@ -45,7 +45,7 @@ def ranks_not_finite(parts: Parts) -> dict[str, list[str]]:
     return {name: parameters for name, parameters in everywhere if parameters}
 
 
-def samples_not_finite(first_sample: int, sample_losses: Sequence[float], feed: Feed) -> dict[int, list[dict]]:
+def samples_not_finite(first_sample: int, sample_losses: Sequence[float], feed: AnyFeed) -> dict[int, list[dict]]:
     """{sample: its documents} of the first samples with a loss that is not finite; none when it is the gradient."""
     found = [sample for sample, loss in enumerate(sample_losses, start=first_sample) if not math.isfinite(loss)]
     return {sample: [asdict(span) for span in feed.describe(sample)] for sample in found[:NAMED]}

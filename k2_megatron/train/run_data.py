@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from k2_megatron.config import Config, batch
-from k2_megatron.data.feed import Feed, open_feed
+from k2_megatron.data.feed import AnyFeed, Feed, open_feed
 from k2_megatron.data.ledger import CHAIN_START, Ledger, LedgerNotWritten
 from k2_megatron.data.plan import Plan
 from k2_megatron.data.tokenizer import load_tokenizer
@@ -20,7 +20,7 @@ class RunData:
     `chain` is the hash over all samples consumed so far, kept by the rank that writes the ledger.
     """
 
-    def __init__(self, train: Feed, held_out: Feed | None, ledger: Ledger, *, writer: bool) -> None:
+    def __init__(self, train: AnyFeed, held_out: AnyFeed | None, ledger: Ledger, *, writer: bool) -> None:
         self.train = train
         self.held_out = held_out
         self.fingerprint = train.fingerprint
@@ -143,7 +143,7 @@ def open_run_data(config: Config, *, writer: bool = False) -> RunData:
     return RunData(train, held_out, ledger, writer=writer)
 
 
-def _are_the_same(config: Config, train: Feed, held_out: Feed) -> bool:
+def _are_the_same(config: Config, train: AnyFeed, held_out: AnyFeed) -> bool:
     """Whether both give the same rows. What nobody has hashed, files without a manifest, is told apart by its place:
     their fingerprint knows how many tokens there are."""
     if held_out.fingerprint != train.fingerprint:
@@ -153,7 +153,7 @@ def _are_the_same(config: Config, train: Feed, held_out: Feed) -> bool:
     return hashed or len(places) == 1
 
 
-def _check_train(config: Config, train: Feed) -> None:
+def _check_train(config: Config, train: AnyFeed) -> None:
     """ValueError where the data is not there to be trained on, or cannot be amended as the configuration asks."""
     path, policy = config.data.train, config.spikes.policy
     if not isinstance(train, Feed):
@@ -169,7 +169,7 @@ def _check_train(config: Config, train: Feed) -> None:
         )
 
 
-def _open(config: Config, path: str, part: str, ledger: Ledger | None, row_length: int | None) -> Feed:
+def _open(config: Config, path: str, part: str, ledger: Ledger | None, row_length: int | None) -> AnyFeed:
     return open_feed(
         path,
         sequence_length=config.model.sequence_length,
@@ -190,7 +190,7 @@ def _check_tokenizer(path: str, vocab_size: int) -> None:
         )
 
 
-def _check_rows(key: str, path: str, feed: Feed, needed: int, remedy: str) -> None:
+def _check_rows(key: str, path: str, feed: AnyFeed, needed: int, remedy: str) -> None:
     if feed.rows is not None and feed.rows < needed:
         raise ValueError(
             f"{key} = {path!r} has {feed.rows:,} rows and {needed:,} are asked for; lower {remedy}, or give more data"

@@ -20,7 +20,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from k2_megatron.config import Config
 from k2_megatron.config.leaves import micro_batches_of_a_rank
-from k2_megatron.data.feed import Feed
+from k2_megatron.data.feed import AnyFeed
 from k2_megatron.model.context_parallel import context_positions
 from k2_megatron.runtime.groups import Groups
 from k2_megatron.train.layer_norms import ActivationSquares, LayerNorms, layer_norms
@@ -54,7 +54,7 @@ class StepResult:
 
 
 def micro_batches(
-    config: Config, parts: Parts, feed: Feed, first_sample: int, global_batch: int
+    config: Config, parts: Parts, feed: AnyFeed, first_sample: int, global_batch: int
 ) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]]:
     """This rank's (tokens [B, S / C], labels [B, S / C]) int64, one micro-batch at a time.
 
@@ -105,7 +105,7 @@ def _forward(groups, scale, iterator, model):
 def _run_schedule(
     config: Config,
     parts: Parts,
-    feed: Feed,
+    feed: AnyFeed,
     first_sample: int,
     global_batch: int,
     *,
@@ -187,7 +187,7 @@ def _gathered_losses_in_order(
 def train_step(
     config: Config,
     parts: Parts,
-    feed: Feed,
+    feed: AnyFeed,
     step: int,
     *,
     activations: ActivationSquares | None = None,
@@ -241,7 +241,7 @@ def train_step(
     return StepResult(loss, grad_norm, updated, waited, sample_losses, layers, difference, apart)
 
 
-def evaluate(config: Config, parts: Parts, feed: Feed) -> float:
+def evaluate(config: Config, parts: Parts, feed: AnyFeed) -> float:
     """Mean loss in nats a token over the first `train.evaluate_batches` global batches of the held-out feed."""
     for chunk in parts.chunks:
         chunk.eval()

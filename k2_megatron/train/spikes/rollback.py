@@ -13,7 +13,7 @@ from pathlib import Path
 import torch.distributed as distributed
 
 from k2_megatron.config import Config
-from k2_megatron.data.blended import BlendedFeed
+from k2_megatron.data.blended import amendable
 from k2_megatron.runtime.durable import persist, sync, write_file
 from k2_megatron.runtime.mistakes import StopRun
 from k2_megatron.train.checkpoint_files import complete_checkpoints
@@ -93,23 +93,22 @@ def amendments_doubled(
     config: Config, finding: Finding, decision: Decision, data: RunData, times_before: int
 ) -> list[dict]:
     """Those of the most samples first, and the one whose samples are not doubled last."""
-    if isinstance(data.train, BlendedFeed):
-        raise ValueError("the order of mcore's blended datasets cannot be amended; build a plan (tools/build_plan.py)")
-    rows_per_chunk = data.train.order.rows_per_chunk
+    feed = amendable(data.train)
     times = range(times_before, -1, -1)
-    return [amendment(config, data.train, rows_per_chunk, decision, finding, number) for number in times]
+    return [amendment(config, feed, feed.order.rows_per_chunk, decision, finding, number) for number in times]
 
 
 def check_fits(config: Config, fields: dict, data: RunData) -> None:
     """ValueError where the data does not allow an amendment, or it would change nothing, for a run that goes on as
     `config` says."""
-    after = data.train.after(fields)
-    if after.total < data.train.row_range(0, config.total_samples)[1]:
+    feed = amendable(data.train)
+    after = feed.after(fields)
+    if after.total < feed.row_range(0, config.total_samples)[1]:
         raise ValueError(
             f"skipping would leave {after.total} rows, too few for the run. Defer them, which moves them to the end "
             '(spikes.policy = "rollback"), or build a longer plan'
         )
-    if after.runs == data.train.schedule.runs:
+    if after.runs == feed.schedule.runs:
         raise ValueError(
             "what would be moved to the end is all that is left of the data, and its order would stay. Build a longer "
             'plan, or go on as it is (spikes.policy = "watch")'

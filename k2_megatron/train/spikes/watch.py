@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from k2_megatron.config.schema import Spikes
-from k2_megatron.data.feed import Feed
+from k2_megatron.data.feed import AnyFeed
 from k2_megatron.runtime.durable import write_file
 from k2_megatron.runtime.journal import Journal
 from k2_megatron.train.checkpoint_files import complete_checkpoints
@@ -94,14 +94,14 @@ class SpikeWatch:
         return {max(steps) for steps in before if steps}
 
     def tell(
-        self, finding: Finding, decision: Decision, feed: Feed, journal: Journal, say: Callable[[str], None]
+        self, finding: Finding, decision: Decision, feed: AnyFeed, journal: Journal, say: Callable[[str], None]
     ) -> None:
         """Tell of a spike and of what is done about it: a dossier, the journal, the console."""
         dossier = self.write_dossier(finding, feed, decision.reason)
         journal.write("spike", dossier=dossier and dossier.name, decision=decision.kind, **asdict(finding))
         say(f"step {finding.step}: {decision.reason} ({decision.kind})")
 
-    def write_dossier(self, finding: Finding, feed: Feed, decision: str) -> Path | None:
+    def write_dossier(self, finding: Finding, feed: AnyFeed, decision: str) -> Path | None:
         """Write what is known of the spike, with what was written when it was called: a restart has forgotten those
         steps. None where the disk does not take it, which does not end a run."""
         if not self._writer:
@@ -143,7 +143,7 @@ class SpikeWatch:
             "recovered": recovered if steps else {},
         }
 
-    def _samples(self, finding: Finding, feed: Feed) -> list[dict]:
+    def _samples(self, finding: Finding, feed: AnyFeed) -> list[dict]:
         """The samples of the batches from the one before the onset to the trip, the highest loss first."""
         suspects = [
             (loss, watched.step, sample)
