@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from k2_megatron.kernels import checks
 from k2_megatron.kernels.cross_entropy import vocab_parallel_cross_entropy
+from k2_megatron.kernels.cross_entropy_steps import CompiledSteps
 from k2_megatron.kernels.linear_cross_entropy import linear_cross_entropy
 from k2_megatron.kernels.rotary import rotary, rotary_tables
 from k2_megatron.kernels.rotary_packed import rotary_packed
@@ -163,15 +164,14 @@ def test_the_linear_loss_under_hooks_overwrites_its_own_logits(monkeypatch):
     """They are never anyone else's, and there would be twice the memory of a chunk."""
     hidden, weight = torch.randn(6, 5, requires_grad=True), torch.randn(7, 5, requires_grad=True)
     calls = []
-    steps = linear_cross_entropy.__globals__["STEPS"]["cpu"]
-    original = steps.gradient
+    original = CompiledSteps.gradient
 
     def gradient(logits, *arguments):
         result = original(logits, *arguments)
         calls.append(result.data_ptr() == logits.data_ptr())
         return result
 
-    monkeypatch.setattr(steps, "gradient", staticmethod(gradient))
+    monkeypatch.setattr(CompiledSteps, "gradient", staticmethod(gradient))
     RUNS["identity"](
         lambda: linear_cross_entropy(hidden, weight, LABELS.flatten(), chunk_tokens=4, backend="cpu").sum()
     ).backward()
