@@ -17,7 +17,6 @@ would be what is timed.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import itertools
 import json
 import platform
@@ -38,6 +37,7 @@ from rich.table import Table
 
 from benchmarks.kernel_workloads import Workload, cpu_workloads, cuda_workloads
 from k2_megatron.kernels.dispatch import OPS, obstacle
+from k2_megatron.runtime.memory import keep_freed_blocks
 
 ROTATION_BYTES = {
     "cpu": 640 << 20,
@@ -48,14 +48,6 @@ LAUNCHES = 5  # of one candidate in one round on a GPU
 WAIT_CYCLES = 4_000_000  # 2 ms at 2 GHz: long enough to enqueue most launches behind it
 LONGEST_WAIT_CYCLES = 32 * WAIT_CYCLES  # of launches that take longer to enqueue, an optimizer's over many tensors
 WARM_UP_ROUNDS = 2  # the first of them compiles
-
-
-def keep_freed_memory() -> None:
-    """glibc: large blocks come from the heap and stay there (mallopt's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD)."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30)
-        libc.mallopt(-1, (1 << 31) - 1)
 
 
 def rounds_of(workload: Workload, device: str, quick: bool) -> int:
@@ -288,7 +280,7 @@ def main() -> None:
         if reason := obstacle(op, device, device):
             sys.exit(f"benchmarks.kernels: nothing of ours to measure for {op}: {reason}")
     if device == "cpu":
-        keep_freed_memory()
+        keep_freed_blocks()
     workloads = (cuda_workloads if device == "cuda" else cpu_workloads)(arguments.quick)
     name = hardware(device)
     rows: list[dict] = []

@@ -180,7 +180,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    from k2_megatron.convert.workers import keep_memory_of_blocks
+    from k2_megatron.runtime.memory import keep_freed_blocks
 
-    keep_memory_of_blocks()
+    keep_freed_blocks()
     sys.exit(main())

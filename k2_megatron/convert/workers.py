@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from k2_megatron.convert.errors import ConversionError
+from k2_megatron.runtime.memory import keep_freed_blocks
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 Task = TypeVar("Task")
 
@@ -78,17 +78,9 @@ def _begin_worker(parent: int, keep_memory: bool) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if keep_memory:
-        keep_memory_of_blocks()
+        keep_freed_blocks()
     if os.getppid() != parent:  # it died before the kernel was asked
         os._exit(1)
-
-
-def keep_memory_of_blocks() -> None:
-    """Have glibc keep the memory of a block for the next: fresh pages, which the kernel clears, cost more than the
-    work. For processes that do nothing else: it cannot be undone."""
-    if sys.platform == "linux" and hasattr(system := ctypes.CDLL(None), "mallopt"):
-        system.mallopt(_M_MMAP_MAX, 0)
-        system.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 def resident_bytes() -> int:

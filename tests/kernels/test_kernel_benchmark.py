@@ -157,7 +157,7 @@ def test_what_fails_hides_no_other_workload(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(kernels, "COPY_BYTES", {"cpu": 64})
     monkeypatch.setattr(kernels, "cpu_workloads", lambda quick: [workload("a", broken), workload("b", torch.neg)])
-    monkeypatch.setattr(kernels, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(kernels, "keep_freed_blocks", lambda: None)
     monkeypatch.setattr(sys, "argv", ["kernels", "--no-compile", "--results", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"not measured, for the errors above: a 4 float32$"):
         kernels.main()
