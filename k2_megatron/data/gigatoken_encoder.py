@@ -79,11 +79,16 @@ def _resident_bytes() -> int:
 
 
 def gigatoken_settings(tokenizer: HuggingFaceTokenizer | SentencePieceTokenizer) -> str:
-    """The tokenizer.json that gigatoken is given. A sentencepiece model takes half a second to write so."""
+    """The tokenizer.json that gigatoken is given. A sentencepiece model takes half a second to write so. ValueError for
+    one with user-defined symbols: sentencepiece takes them out of a whole text, gigatoken out of parts whose spaces it
+    has dropped."""
     if isinstance(tokenizer, SentencePieceTokenizer):
         from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
 
         settings = json.loads(sentencepiece_to_tokenizer_json(tokenizer.path.read_bytes()))
+        symbols = [token["content"] for token in settings["added_tokens"] if not token["special"]]
+        if symbols:
+            raise ValueError(f"it has user-defined symbols, the first {symbols[0]!r}")
     else:
         settings = json.loads(tokenizer.path.read_bytes())
     if not tokenizer.special_pieces:  # gigatoken matches every added piece it knows of: tell it of no special one

@@ -10,12 +10,13 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from sentencepiece import SentencePieceTrainer
 from token_corpora import ROOT, TOY
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from k2_megatron.data import encoder as encoders
 from k2_megatron.data import gigatoken_encoder
-from k2_megatron.data.encoder import PROBE, first_difference, make_encoder
+from k2_megatron.data.encoder import PROBE, first_difference, make_encoder, settings_for_workers
 from k2_megatron.data.readers import documents
 from k2_megatron.data.sources import find_sources
 from k2_megatron.data.tokenizer import load_tokenizer
@@ -70,6 +71,26 @@ def test_gigatoken_is_exact_for_both_llama_like_kinds(sentencepiece_model, huggi
         assert first_difference(encoder.encode, encoder.reference, [*speeches, LITERALS]) == ""
         ids.append(encoder.encode([*speeches, LITERALS])[0])
     assert np.array_equal(*ids)
+
+
+def test_a_model_with_user_defined_symbols_is_read_by_sentencepiece(tmp_path, speeches):
+    """gigatoken drops the space before a symbol, which a document far behind the compared ones may be the first to
+    hold. Such symbols are found in text; control pieces are text here, too."""
+    symbols = ["<fim_prefix>", "foobar"]
+    prefix = str(tmp_path / "tokenizer")
+    sentences = [text[first : first + 200] for text in speeches for first in range(0, 2400, 200)]
+    settings = {"model_type": "bpe", "vocab_size": 600, "byte_fallback": True, "minloglevel": 2}
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_prefix=prefix, user_defined_symbols=symbols, **settings
+    )
+    tokenizer = load_tokenizer(prefix + ".model")
+    encoder = make_encoder(tokenizer)
+    assert (encoder.name, settings_for_workers(tokenizer)) == ("sentencepiece", None)
+    assert "it has user-defined symbols, the first '<fim_prefix>'" in encoder.reason
+    ids, _ = encoder.encode(["a foobar <s>"])
+    assert tokenizer.piece_id("foobar") in ids and tokenizer.piece_id("<s>") not in ids
+    with pytest.raises(ValueError, match=r"--encoder gigatoken: it does not take .* user-defined symbols"):
+        make_encoder(tokenizer, "gigatoken")
 
 
 @pytest.mark.parametrize(("kind", "mebibytes"), [("toy_tokenizer", 2), ("sentencepiece_model", 4)])
