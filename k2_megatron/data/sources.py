@@ -9,7 +9,6 @@ import codecs
 import glob
 import gzip
 import io
-import lzma
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,11 +94,16 @@ def source_at(path: str, name: str) -> Source | None:
 
 
 def decompressed(source: Source, raw: IO[bytes]) -> IO[bytes]:
-    """The uncompressed bytes of a source whose file is open as `raw`."""
+    """The uncompressed bytes of a source whose file is open as `raw`. EOFError where they were cut to none: what
+    compresses nothing writes a header all the same."""
+    if source.compression and source.size == 0:
+        raise EOFError("cut short: it has no bytes")
     if source.compression == ".gz":
         return cast(IO[bytes], gzip.open(raw, "rb"))
     if source.compression == ".xz":
-        return lzma.open(raw, "rb")
+        from k2_megatron.data.xz_file import XzFile
+
+        return cast(IO[bytes], io.BufferedReader(XzFile(raw), READ_BYTES))
     if source.compression == ".zst":
         from k2_megatron.data.zstandard_file import ZstandardFile
 

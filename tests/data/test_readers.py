@@ -20,6 +20,7 @@ from k2_megatron.data import sources
 from k2_megatron.data.json_lines import parse_lines
 from k2_megatron.data.readers import documents, pieces
 from k2_megatron.data.sources import find_sources
+from k2_megatron.data.xz_file import XzFile
 from k2_megatron.data.zstandard_file import ZstandardFile
 
 TEXTS = ["one", "", "two\nlines", "naïve 🙂 <s>", "x" * 500, "last"]
@@ -217,6 +218,40 @@ def test_a_compressed_file_cut_short_is_never_taken_for_whole(tmp_path, suffix, 
         list(documents(find_sources([str(path)]), "text"))
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zst", "a.txt.zst"])
+def test_a_compressed_file_of_no_bytes_is_never_taken_for_whole(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=rf"{name}: cannot be read to its end \(EOFError: cut short: it has no bytes"):
+        list(documents(find_sources([str(tmp_path)]), "text"))
+
+
+XZ = lzma.compress(LINES)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (XZ + bytes(4) + XZ + bytes(8), None),
+        (XZ + bytes(70_000) + XZ, None),  # over the edge of what is read at once
+        (XZ + bytes([XZ[0] ^ 1]) + XZ[1:], "LZMAError"),
+        (XZ + XZ[:1], "EOFError"),
+        (XZ + XZ[:-1] + bytes([XZ[-1] ^ 1]), "LZMAError"),
+        (XZ + bytes(3) + XZ, "ValueError: 3 zero bytes follow"),
+        (XZ + bytes(4) + XZ + bytes(66_001), "ValueError: 66001 zero bytes follow"),
+        (XZ + b"\n", "EOFError"),
+        (XZ + b"what else a writer appended", "LZMAError"),
+        (bytes(4) + XZ, "LZMAError"),
+    ],
+)
+def test_every_stream_of_an_xz_file_is_read_or_the_file_is_refused(tmp_path, content, problem):
+    (tmp_path / "a.jsonl.xz").write_bytes(content)
+    if problem is None:
+        assert list(documents(find_sources([str(tmp_path)]), "text")) == TEXTS * 2
+        return
+    with pytest.raises(ValueError, match=rf"a\.jsonl\.xz: cannot be read to its end \({problem}"):
+        list(documents(find_sources([str(tmp_path)]), "text"))
+
+
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zst", "a.txt.gz", "a.parquet"])
 def test_a_file_of_another_kind_than_its_name_says_is_named(tmp_path, name):
     (tmp_path / name).write_bytes(LINES)
@@ -297,13 +332,14 @@ def test_a_zstandard_file_cut_or_changed_anywhere_is_found(seed):
     assert content == LINES * 80  # of a header, bits that mean nothing or ask for a larger window
 
 
-def test_zstandard_gives_bounded_content_at_a_time():
-    """16 KiB of it may hold half a GiB."""
-    packed = zstandard.compress(bytes(256 << 20))
+@pytest.mark.parametrize(("compress", "opened"), [(zstandard.compress, ZstandardFile), (lzma.compress, XzFile)])
+def test_bounded_content_at_a_time(compress, opened):
+    """16 KiB of zstandard may hold half a GiB, 64 KiB of xz 400 MiB."""
+    packed = compress(bytes(32 << 20))
     assert len(packed) < 16 << 10
     tracemalloc.start()
     try:
-        file = io.BufferedReader(ZstandardFile(io.BytesIO(packed)), sources.READ_BYTES)
+        file = io.BufferedReader(opened(io.BytesIO(packed)), sources.READ_BYTES)
         assert file.read(3 << 20) == bytes(3 << 20)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
