@@ -107,7 +107,7 @@ def main() -> int:
 def make_tokens(options: argparse.Namespace) -> int:
     start = time.monotonic()
     job = Job(
-        sources=tuple(find_sources(options.input, options.output_prefix)),
+        sources=tuple(find_sources(options.input, options.output_prefix, print)),
         keys=tuple(dict.fromkeys(options.json_keys)),
         tokenizer_path=options.tokenizer,
         end_of_document_piece=options.eod_token,

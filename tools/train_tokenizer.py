@@ -30,7 +30,7 @@ def main() -> int:
 
 def train(options: argparse.Namespace) -> int:
     check_output(options.output)
-    texts = documents(find_sources(options.input), options.json_key)
+    texts = documents(find_sources(options.input, announce=print), options.json_key)
     tokenizer = train_byte_level_bpe(texts, options.vocab_size, options.special_tokens)
     write_file(options.output, tokenizer.to_str(pretty=True))
     pieces = tokenizer.get_vocab_size()

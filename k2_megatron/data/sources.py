@@ -10,9 +10,9 @@ import glob
 import gzip
 import io
 import os
-from collections.abc import Sequence
+import stat
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, cast
 
 PIECE_BYTES = 2 << 20  # smaller ones cost no time, larger ones leave less memory to the encoder's words
@@ -42,36 +42,82 @@ class Source:
         return self.kind == "jsonl" and not self.compression
 
 
-def find_sources(inputs: Sequence[str], output_prefix: str | None = None) -> list[Source]:
+def find_sources(
+    inputs: Sequence[str], output_prefix: str | None = None, announce: Callable[[str], None] = lambda text: None
+) -> list[Source]:
     """Every text file that `inputs` (files, folders, globs) name, in the order of their names; what a job writes under
-    `output_prefix` is none, should it lie among them. ValueError where there is no text file."""
+    `output_prefix` is none, should it lie among them. `announce` is told how many they are and were passed over.
+
+    ValueError where there is no text file, part of a folder or a link cannot be read, two files have one name, or two
+    inputs name one file twice.
+    """
     found: dict[str, Source] = {}
+    first_named: dict[str, tuple[Source, str]] = {}  # by what links lead to: the first of its sources, and its input
+    others: list[str] = []
     for asked in inputs:
-        folder, paths = _files_of(asked)
+        folder, paths, hidden = _files_of(asked)
         paths = [path for path in paths if not (output_prefix and _is_output(path, output_prefix))]
         sources = [source_at(path, os.path.relpath(path, folder or ".")) for path in paths]
         chosen = [source for source in sources if source is not None]
+        others += [path for path, source in zip(paths, sources, strict=True) if source is None] + hidden
         if not chosen:
             raise ValueError(
                 f"{asked}: no text file there; give .jsonl, .parquet or .txt files (.gz, .zst, .xz compressed or not)"
             )
         for source in chosen:
-            other = found.setdefault(source.name, source)
-            if os.path.realpath(other.path) != os.path.realpath(source.path):
-                raise ValueError(f"{other.path} and {source.path} have one name; give the folder that holds both")
+            _add(source, asked, found, first_named)
+    passed_over = f" ({len(others)} others passed over, first: {others[0]})" if others else ""
+    announce(f"{len(found)} text {'file' if len(found) == 1 else 'files'}{passed_over}")
     return [found[name] for name in sorted(found)]
 
 
-def _files_of(asked: str) -> tuple[str, list[str]]:
-    """(the folder below which sources are named, the files there); a name that exists is no pattern."""
+def _add(source: Source, asked: str, found: dict[str, Source], first_named: dict[str, tuple[Source, str]]) -> None:
+    """ValueError where another file has its name, or an earlier input has named its file otherwise; links that lead one
+    folder's names to one file are meant."""
+    place = os.path.realpath(source.path)
+    other = found.setdefault(source.name, source)
+    if os.path.realpath(other.path) != place:
+        raise ValueError(f"{other.path} and {source.path} have one name; give the folder that holds both")
+    first, first_asked = first_named.setdefault(place, (source, asked))
+    if other is source and first_asked != asked:
+        raise ValueError(
+            f"{first.path} (of --input {first_asked}) and {source.path} (of {asked}) are one file, whose documents "
+            "would be taken twice; leave out one of the two inputs"
+        )
+
+
+def _files_of(asked: str) -> tuple[str, list[str], list[str]]:
+    """(the folder below which sources are named, the files there, what is hidden there as from a glob); a name that
+    exists is no pattern."""
     if os.path.isdir(asked):
-        folder, paths = asked, sorted(str(path) for path in Path(asked).rglob("*"))
-    elif os.path.exists(asked):
-        folder, paths = os.path.dirname(asked), [asked]
-    else:
-        wildcards = [asked.index(mark) for mark in "*?[" if mark in asked]
-        folder, paths = os.path.dirname(asked[: min(wildcards, default=None)]), glob.glob(asked, recursive=True)
-    return folder, [path for path in paths if os.path.isfile(path)]
+        paths = list(_walk(asked, frozenset()))
+        hidden = [path for path in paths if os.path.basename(path).startswith(".")]
+        return asked, [path for path in paths if not os.path.basename(path).startswith(".")], hidden
+    if os.path.exists(asked):
+        return os.path.dirname(asked), [asked], []
+    wildcards = [asked.index(mark) for mark in "*?[" if mark in asked]
+    paths = [path for path in glob.glob(asked, recursive=True) if not os.path.isdir(path)]
+    return os.path.dirname(asked[: min(wildcards, default=None)]), paths, []
+
+
+def _walk(folder: str, above: frozenset[str]) -> Iterator[str]:
+    """What is below a folder, in order, through links, too; hidden folders themselves, and not what they hold. A link
+    back to one of the folders `above` is not followed."""
+    place = os.path.realpath(folder)
+    if place in above:
+        return
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: cannot be read ({error.strerror}), so that part of --input would be missing; have it readable, "
+            "or name the files to take"
+        ) from None
+    for entry in entries:
+        if entry.is_dir() and not entry.name.startswith("."):
+            yield from _walk(entry.path, above | {place})
+        else:
+            yield entry.path
 
 
 def _is_output(path: str, prefix: str) -> bool:
@@ -83,13 +129,21 @@ def _is_output(path: str, prefix: str) -> bool:
 
 
 def source_at(path: str, name: str) -> Source | None:
-    """One file as a source; None where its name is not that of a text."""
+    """One file as a source; None where its name is not that of a text, or it is no file. ValueError where it is a link
+    to nothing."""
     base, suffix = os.path.splitext(path)
     compression = suffix if suffix in COMPRESSIONS else ""
     kind = KINDS.get(os.path.splitext(base)[1] if compression else suffix)
     if kind is None or (kind == "parquet" and compression):
         return None
-    facts = os.stat(path)
+    try:
+        facts = os.stat(path)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}); put back what it is a link to, or remove it"
+        ) from None
+    if not stat.S_ISREG(facts.st_mode):
+        return None
     return Source(name, path, kind, compression, facts.st_size, facts.st_mtime_ns)
 
 

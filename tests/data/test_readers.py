@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import random
 import tracemalloc
 
@@ -82,6 +83,77 @@ def test_two_files_of_one_name_are_refused(tmp_path):
         (tmp_path / folder / "a.jsonl").write_bytes(LINES)
     with pytest.raises(ValueError, match="have one name"):
         find_sources([str(tmp_path / "x"), str(tmp_path / "y")])
+
+
+def names(folder, **inputs) -> list[str]:
+    return [source.name for source in find_sources([str(folder)], **inputs)]
+
+
+def test_linked_folders_are_entered_and_links_in_a_circle_end(tmp_path):
+    for folder in ("d/one", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "d/two").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "d/one")
+    (tmp_path / "d/one/there").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "d/one/self").symlink_to(tmp_path / "d")
+    below_one = ["one/a.jsonl", "one/there/a.jsonl"]
+    assert names(tmp_path / "d") == [*below_one, "two/a.jsonl", "two/back/a.jsonl"]
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
+    """The tests may run as root, whom no mode keeps out."""
+    for folder in ("open", "shut"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.jsonl").write_bytes(LINES)
+    scandir = os.scandir
+
+    def refusing(folder):
+        if str(folder).endswith("shut"):
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(ValueError, match=r"shut: cannot be read \(Permission denied\).*have it readable"):
+        find_sources([str(tmp_path)])
+
+
+@pytest.mark.parametrize("asked", ["", "b.jsonl.gz", "*"])
+def test_a_link_to_nothing_is_refused_where_it_is_named_like_a_text(tmp_path, asked):
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "notes").symlink_to(tmp_path / "gone")
+    assert names(tmp_path) == ["a.jsonl"]
+    (tmp_path / "b.jsonl.gz").symlink_to(tmp_path / "gone.jsonl.gz")
+    with pytest.raises(ValueError, match=r"b\.jsonl\.gz: cannot be read \(No such file or directory\); put back"):
+        find_sources([str(tmp_path / asked)])
+
+
+def test_what_is_passed_over_in_a_folder_is_told(tmp_path):
+    for name in ("a.jsonl", "b.jsonl", "c.ndjson", "d.JSONL", "e.jsonl.bz2", "._a.jsonl", ".checkpoints/a.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(LINES)
+    os.mkfifo(tmp_path / "f.jsonl")
+    told: list[str] = []
+    assert names(tmp_path, announce=told.append) == ["a.jsonl", "b.jsonl"]
+    assert names(tmp_path / "a.jsonl", announce=told.append) == ["a.jsonl"]
+    assert names(tmp_path / "._a.jsonl") == ["._a.jsonl"], "what is named is taken"
+    assert told == [f"2 text files (6 others passed over, first: {tmp_path}/c.ndjson)", "1 text file"]
+
+
+@pytest.mark.parametrize("turned", [1, -1])
+def test_inputs_that_overlap_are_refused(tmp_path, turned):
+    (tmp_path / "d/sub").mkdir(parents=True)
+    (tmp_path / "d/sub/a.jsonl").write_bytes(LINES)
+    with pytest.raises(ValueError, match=r"d/sub/a\.jsonl \(of .*d/sub/a\.jsonl \(of .*are one file.*leave out one"):
+        find_sources([str(tmp_path / "d"), str(tmp_path / "d/sub")][::turned])
+    (tmp_path / "d/b.jsonl").symlink_to("sub/a.jsonl")
+    inside = [str(tmp_path / "d"), str(tmp_path / "d/b.jsonl")][::turned]
+    assert [source.name for source in find_sources(inside[:1])] == (
+        ["b.jsonl", "sub/a.jsonl"][: 2 if turned > 0 else 1]
+    )
+    assert [source.name for source in find_sources([inside[0], inside[0]])] == [
+        s.name for s in find_sources(inside[:1])
+    ]
 
 
 def shards_of(path, shard_bytes, plain):
