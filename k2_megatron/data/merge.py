@@ -124,6 +124,11 @@ def write_rejects(job: Job, records: list[list[dict[str, Any]]]) -> list[dict[st
         for record in source
         for line, reason in record["rejected"]
     ]
+    write_list(job, rejects)
+    return rejects
+
+
+def write_list(job: Job, rejects: list[dict[str, Any]]) -> None:
     path = Path(job.prefix + ".rejects.jsonl")
     if rejects:
         file = HashedWriter(path)
@@ -131,7 +136,6 @@ def write_rejects(job: Job, records: list[list[dict[str, Any]]]) -> list[dict[st
         file.commit(durable=True)
     else:
         path.unlink(missing_ok=True)
-    return rejects
 
 
 def check_rejected(job: Job, rejects: list[dict[str, Any]], documents: int, max_bad_fraction: float) -> None:

@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, cast
@@ -23,9 +22,9 @@ from k2_megatron.data.compiled import compiled
 from k2_megatron.data.encoder import settings_for_workers
 from k2_megatron.data.manifest import manifest_path, open_token_files, read_manifest
 from k2_megatron.data.merge import merge, remove_leftovers
+from k2_megatron.data.rejects import Counter, Report, TooManyRejected, stop_with_list
 from k2_megatron.data.shards import Job, Progress, ShardMaker, Unit, units_of
 
-REJECTS_TO_STOP_EARLY = 1000  # fewer are judged when everything is read
 WAIT_SECONDS = 1.0
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc refuses a larger one
@@ -36,30 +35,6 @@ NOT_COMPILED = (
     "k2_megatron._cpu is not built: lines are read slower, a long one may take more memory than docs/data.md says, and "
     "large parquet pages in snappy or lz4 are refused; pip install -e . builds it"
 )
-
-Report = Callable[[Progress], None]
-
-
-@dataclass
-class Counter:
-    """Totals of a run, and the early stop where far too much is rejected."""
-
-    report: Report
-    max_bad_fraction: float
-    documents: int = 0
-    rejected: int = 0
-    tokens: int = 0
-
-    def __call__(self, progress: Progress) -> None:
-        self.documents += progress.documents
-        self.rejected += progress.rejected
-        self.tokens += progress.tokens
-        self.report(progress)
-        if self.rejected >= REJECTS_TO_STOP_EARLY and self.rejected > self.max_bad_fraction * self.documents:
-            raise ValueError(
-                f"{self.rejected} of the first {self.documents} documents rejected, more than --max-bad-fraction "
-                f"{self.max_bad_fraction}; is --json-keys right? Run again with a larger fraction to list them all"
-            )
 
 
 def preprocess(
@@ -136,13 +111,16 @@ def _preprocess(
         return finished
     if not merge_only:
         units = units_of(job)[part[0] :: part[1]]
-        counter = Counter(report, max_bad_fraction)
-        if workers <= 1 or len(units) <= 1:
-            announce(_encoder_line(maker))
-            for unit in units:
-                maker.run(unit, counter)
-        else:
-            _run_workers(maker, units, min(workers, len(units)), counter, announce)
+        counter = Counter(job, max_bad_fraction, report, announce)
+        try:
+            if workers <= 1 or len(units) <= 1:
+                announce(_encoder_line(maker))
+                for unit in units:
+                    maker.run(unit, counter)
+            else:
+                _run_workers(maker, units, min(workers, len(units)), counter, announce)
+        except TooManyRejected as found:
+            raise stop_with_list(job, max_bad_fraction, found) from None
     if part[1] > 1 and not merge_only:
         return None
     return merge(job, maker.tokenizer, max_bad_fraction)

@@ -183,14 +183,17 @@ class ShardMaker:
                 return
             shard += 1
         open_shard = _OpenShard(self, unit.source, shard)
+        end = 0 if unit.last_shard is None else (unit.last_shard + 1) * self.job.shard_bytes
         wanted = (source, self.job.keys, self.job.shard_bytes, shard, unit.last_shard)
         for piece in pieces(*wanted, self.encoder.make_room, self.encoder.bytes_at_once):
             while open_shard.number < piece.shard:
                 open_shard.close(last=False)
                 open_shard = _OpenShard(self, unit.source, open_shard.number + 1)
-            tokens = open_shard.add(piece, piece.consumed - consumed)
-            report(Progress(piece.consumed - consumed, piece.lines - len(piece.blank), len(piece.rejected), tokens))
-            consumed = piece.consumed
+            # What a line takes beyond its shard is counted with the next, of which it is the beginning
+            reached = piece.consumed if unit.last_shard is None else min(piece.consumed, end)
+            tokens = open_shard.add(piece, reached - consumed)
+            report(Progress(reached - consumed, piece.lines - len(piece.blank), len(piece.rejected), tokens))
+            consumed = reached
         open_shard.close(last=unit.last_shard is None or unit.last_shard == self._last_shard(source))
 
     def _last_shard(self, source: Source) -> int:

@@ -19,7 +19,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from token_corpora import make_job, outputs, write_jsonl
 from tokenizers import Tokenizer
 
-from k2_megatron.data import long_texts, readers, shards, store
+from k2_megatron.data import gigatoken_encoder, long_texts, readers, shards, store
 from k2_megatron.data.documents import line_of_document
 from k2_megatron.data.long_texts import UNBROKEN_BYTES
 from k2_megatron.data.manifest import manifest_of_foreign_files, manifest_path, open_token_files, read_manifest
@@ -365,11 +365,38 @@ def test_a_second_run_at_once_is_refused_and_does_the_first_no_harm(tmp_path, co
     assert not list(tmp_path.glob("*.shards")) and not list(tmp_path.glob("*.partial"))
 
 
-def test_far_too_many_bad_lines_stop_early(tmp_path, toy_tokenizer):
-    source = tmp_path / "in.jsonl"
-    source.write_text('{"body": "x"}\n' * 5000, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"of the first 5000 documents rejected, more than --max-bad-fraction 0\.5"):
-        preprocess(make_job([source], toy_tokenizer, tmp_path / "x"), workers=1, max_bad_fraction=0.5)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_far_too_many_bad_lines_stop_early_with_the_first_of_them(tmp_path, toy_tokenizer, workers):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text('\n{"body": "x"}\n' * 9_000, encoding="utf-8")
+    job = make_job([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], toy_tokenizer, tmp_path / "x", shard_bytes=1 << 15)
+    with pytest.raises(ValueError, match=r"of the first \d+ documents rejected, more than --max-bad-fraction 0\.1 can"):
+        preprocess(job, workers=workers, max_bad_fraction=0.1)
+    lines = [json.loads(line) for line in (tmp_path / "x.rejects.jsonl").read_text().splitlines()]
+    assert [(line["file"], line["line"]) for line in lines] == [("a.jsonl", 2 * n + 2) for n in range(1000)]
+    assert not list(tmp_path.glob("*.manifest.json"))
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_bad_lines_first_are_no_reason_to_stop(tmp_path, toy_tokenizer, suffix):
+    """Within the fraction in the end; of what is compressed nobody knows how many follow."""
+    content = b"broken\n" * 1500 + b'{"text":"x"}\n' * 18_500
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix else content)
+    told: list[str] = []
+    with mock.patch.object(gigatoken_encoder, "FEW_BYTES", 1 << 14):
+        job = make_job([path], toy_tokenizer, tmp_path / "x")
+        assert preprocess(job, workers=1, max_bad_fraction=0.1, announce=told.append)["rejected"] == 1500
+    assert ["1500 of the first" in text for text in told] == [False, True]
+
+
+def test_a_line_over_the_edge_of_shards_is_counted_once(tmp_path, speeches, toy_tokenizer):
+    """Bytes that were read twice would leave room for fewer documents than there are."""
+    source = write_jsonl(tmp_path / "a.jsonl", speeches)
+    counted: list[int] = []
+    job = make_job([source], toy_tokenizer, tmp_path / "x", shard_bytes=1 << 10)
+    preprocess(job, workers=1, max_bad_fraction=0, report=lambda progress: counted.append(progress.bytes))
+    assert sum(counted) <= source.stat().st_size
 
 
 def test_another_run_under_the_same_name_is_refused(tmp_path, toy_tokenizer, corpus, sentencepiece_model):
