@@ -23,7 +23,7 @@ from k2_megatron.data.manifest import manifest_path, read_manifest
 from k2_megatron.data.plan import Plan
 from k2_megatron.data.rows import unpack
 from k2_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from k2_megatron.runtime.journal import JOURNAL, read_events
+from k2_megatron.runtime.journal import JOURNAL, read_events, standing_events
 
 SAMPLES_A_SLICE = 1 << 20
 
@@ -123,32 +123,42 @@ class Run:
     @cached_property
     def steps(self) -> list[Step]:
         """Every step that the journal tells of, in order; a step done twice stands twice."""
-        times = [entry["time"] for entry in self.ledger.entries]
-        found = []
         path = self.folder / JOURNAL
-        for event in read_events(path) if path.is_file() else ():
-            if event["event"] == "step":
-                first, end = event["samples"]
-                length = event.get("sequence_length", self.first_sequence_length)  # of earlier versions, which kept it
-                # The journal of earlier versions does not say; clocks may have been set back since
-                told = event.get("ledger") or {"lines": sum(time <= event["time"] for time in times)}
-                entries = told["lines"]
-                found.append(Step(event["step"], first, end, entries, length))
-        return found
+        events = read_events(path) if path.is_file() else ()
+        return [self._step_of(event) for event in events if event["event"] == "step"]
 
     @cached_property
-    def _last_told(self) -> dict[int, Step]:
-        return {step.number: step for step in self.steps}
+    def trained(self) -> dict[int, Step]:
+        """The last telling of each step that no rollback or resume took back since."""
+        path = self.folder / JOURNAL
+        events = standing_events(path, "step") if path.is_file() else []
+        return {event["step"]: self._step_of(event) for event in events}
+
+    def _step_of(self, event: dict[str, Any]) -> Step:
+        first, end = event["samples"]
+        length = event.get("sequence_length", self.first_sequence_length)  # of earlier versions, which kept it
+        # The journal of earlier versions does not say; clocks may have been set back since
+        told = event.get("ledger")
+        entries = told["lines"] if told else sum(entry["time"] <= event["time"] for entry in self.ledger.entries)
+        return Step(event["step"], first, end, entries, length)
 
     def step(self, number: int) -> Step:
-        """The last telling of a step; where there is no journal, what the configuration says of it."""
-        if number in self._last_told:
-            return self._last_told[number]
+        """A step as it was trained; where it was not, what configuration and ledger say of it."""
+        if number in self.trained:
+            return self.trained[number]
         if not 1 <= number <= self.config.train.steps:
             raise ValueError(f"step {number}: the run has steps 1..{self.config.train.steps}")
         first = self.config.consumed_samples_at(number - 1)
         end = first + self.config.global_batch_at(number - 1)
         return Step(number, first, end, len(self.ledger.entries), self.config.sequence_length_at(number - 1))
+
+    def untrained_line(self, first_step: int, last_step: int) -> Iterator[str]:
+        """What an answer about these steps begins with where the journal does not tell that all were trained."""
+        missing = [number for number in range(first_step, last_step + 1) if number not in self.trained]
+        if not missing:
+            return
+        some = f"{len(missing)} of these steps, the first {missing[0]}, are "
+        yield f"{some if len(missing) <= last_step - first_step else ''}not trained yet; as plan and ledger stand:"
 
     def where(self, span: DocumentSpan) -> str:
         """Source, document, and the file and line it was read from."""
@@ -165,6 +175,7 @@ def step_lines(run: Run, number: int, characters: int) -> Iterator[str]:
     step = run.step(number)
     feed = run.feed_of(step)
     length = f" of {step.sequence_length} tokens" if run.config.train.history else ""
+    yield from run.untrained_line(number, number)
     yield f"step {number}: samples {step.first}..{step.end - 1}{length}"
     for sample in range(step.first, step.end):
         tokens = feed.tokens(sample, 1)[0]
@@ -208,6 +219,7 @@ def mix_lines(run: Run, first_step: int, last_step: int) -> Iterator[str]:
     train = Path(run.config.data.train)
     planned = Plan(train).sources if train.is_dir() else [{"rows_used": 1}]
     whole = sum(source["rows_used"] for source in planned)
+    yield from run.untrained_line(first_step, last_step)
     yield f"steps {first_step}..{last_step}: {total // unit} {what}"
     yield f"{'source':28}{what.split(',')[0]:>12}{'here':>9}{'plan':>9}"
     for number, name in enumerate(run.feed.source_names):

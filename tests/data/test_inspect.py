@@ -29,6 +29,7 @@ from k2_megatron.train.run_data import open_run_data
 from k2_megatron.train.verify_data import verify_lines
 
 LENGTH, BATCH, STEPS = 256, 16, 12
+UNTRAINED = "not trained yet; as plan and ledger stand:"
 DEFER_AT = 5 * BATCH
 PIECES = ["<fim_prefix>", "<fim_middle>", "<fim_suffix>"]
 
@@ -332,6 +333,24 @@ def test_mix_adds_up(folder):
     assert abs(int(rows["old"][0]) - 48) <= 16
 
 
+@pytest.mark.parametrize("event", ["rollback", "resume"])
+def test_steps_that_were_never_trained_or_taken_back_are_marked(folder, tmp_path, event):
+    """A rollback to step 4 and a new step 5: of 6 to 12 the journal tells twice, and none of it stands."""
+    for name in ("config.toml", "ledger.jsonl", "journal.jsonl"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    with open(tmp_path / "journal.jsonl", "a", encoding="utf-8") as journal:
+        journal.write(json.dumps({"event": event, "time": "2026-01-01", "step": 4}) + "\n")
+    write_steps(tmp_path / "journal.jsonl", range(5, 6), Ledger(tmp_path))
+    run = Run(tmp_path)
+    assert next(step_lines(run, 5, 0)) == f"step 5: samples {4 * BATCH}..{5 * BATCH - 1}"
+    assert list(step_lines(run, 6, 0))[:2] == [UNTRAINED, f"step 6: samples {5 * BATCH}..{6 * BATCH - 1}"]
+    assert run.step(6).ledger_entries == len(run.ledger.entries), "not what stood when it was last told of"
+    assert next(mix_lines(run, 2, 5)) == "steps 2..5: 64 rows"
+    assert next(mix_lines(run, 4, 7)) == f"2 of these steps, the first 6, are {UNTRAINED}"
+    assert len(list(document_lines(run, "old_text_document:1"))) > 1, "what saw it then is told"
+    assert [step.number for step in run.steps] == [*range(1, 9), *range(6, 13), 5]
+
+
 def test_mix_counts_every_part_of_a_row_in_the_step_that_trained_it(folder, tmp_path):
     """Four samples a row and six a step: a row that two steps share counts two in each, and all steps add up."""
     text = (folder / "config.toml").read_text(encoding="utf-8")
@@ -344,8 +363,8 @@ def test_mix_counts_every_part_of_a_row_in_the_step_that_trained_it(folder, tmp_
     for first, last in [(1, 1), (2, 2), (2, 3), (5, 9), (1, STEPS)]:
         lines = list(mix_lines(run, first, last))
         asked = sources[6 * first - 6 : 6 * last]
-        assert lines[0] == f"steps {first}..{last}: {len(asked)} samples, 4 a row"
-        assert {line.split()[0]: int(line.split()[1]) for line in lines[2:]} == {
+        assert lines[:2] == [UNTRAINED, f"steps {first}..{last}: {len(asked)} samples, 4 a row"]
+        assert {line.split()[0]: int(line.split()[1]) for line in lines[3:]} == {
             name: asked.count(name) for name in ("old", "new")
         }
 
