@@ -20,6 +20,7 @@ from typing import Any, cast
 
 from k2_megatron.data.compiled import compiled
 from k2_megatron.data.encoder import settings_for_workers
+from k2_megatron.data.indexed import strip_suffix
 from k2_megatron.data.manifest import manifest_path, open_token_files, read_manifest
 from k2_megatron.data.merge import merge, remove_leftovers
 from k2_megatron.data.rejects import Counter, Report, TooManyRejected, stop_with_list
@@ -129,6 +130,7 @@ def _preprocess(
 def _finished(job: Job, maker: ShardMaker) -> dict[str, Any] | None:
     """The totals of outputs that this very job has already made, and what a kill at its very end left is removed.
     ValueError where another job made them, or they are no longer what was made."""
+    _refuse_foreign_files(job)
     paths = [path for path in (manifest_path(job.output(key)) for key in job.keys) if path.is_file()]
     manifests = [read_manifest(path) for path in paths]
     sources = [[source.name, source.size] for source in job.sources]
@@ -155,6 +157,20 @@ def _finished(job: Job, maker: ShardMaker) -> dict[str, Any] | None:
         "rejected": manifests[0]["rejected"],
         "tokens": sum(manifest["tokens"] for manifest in manifests),
     }
+
+
+def _refuse_foreign_files(job: Job) -> None:
+    """ValueError where token files of a name are there that nothing of ours stands beside: no manifest, no hashes (they
+    stay where a manifest was removed to make all again), no record of a run that was killed."""
+    if any(job.record_folder.glob("*.json")):
+        return
+    for path in (job.output(key) + suffix for key in job.keys for suffix in (".bin", ".idx")):
+        ours = [manifest_path(path), Path(strip_suffix(path) + ".xxh3")]
+        if os.path.lexists(path) and not any(map(os.path.lexists, ours)):
+            raise ValueError(
+                f"{path}: exists, and nothing tells that this tool made it; move it away or choose another "
+                "--output-prefix, or remove it and the .bin or .idx beside it if it may be overwritten"
+            )
 
 
 def _encoder_line(maker: ShardMaker) -> str:

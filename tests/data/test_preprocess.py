@@ -336,6 +336,21 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, corpus, toy_tokenizer, 
         run(corpus, toy_tokenizer, tmp_path / prefix)
 
 
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_token_files_of_megatrons_tool_are_not_overwritten(tmp_path, corpus, toy_tokenizer, suffix):
+    foreign = tmp_path / f"x_text_document{suffix}"
+    foreign.write_bytes(b"theirs")
+    with mock.patch.object(ShardMaker, "run", side_effect=AssertionError("before any work")):
+        with pytest.raises(ValueError, match=r"x_text_document\..*: exists, and nothing tells that this tool made it"):
+            run(corpus, toy_tokenizer, tmp_path / "x")
+    assert outputs(tmp_path) == {foreign.name: b"theirs"}
+    run(corpus, toy_tokenizer, tmp_path / "y")
+    made = outputs(tmp_path)
+    manifest_path(tmp_path / "y_text_document").unlink()  # the documented way to make all again
+    run(corpus, toy_tokenizer, tmp_path / "y")
+    assert outputs(tmp_path) == made
+
+
 @pytest.mark.parametrize("prefix", ["", "new/"])
 def test_a_prefix_without_a_name_is_refused(tmp_path, corpus, toy_tokenizer, monkeypatch, prefix):
     """The outputs of "new/" would be hidden files and shards that no merge finds."""
@@ -420,6 +435,11 @@ def test_outputs_that_are_not_what_their_manifest_says_are_told(tmp_path, corpus
         with pytest.raises(ValueError, match=path.name + told):
             run(corpus, toy_tokenizer, tmp_path / "x", **settings)
     (tmp_path / "x_text_document.manifest.json").unlink()
+    if suffix == ".xxh3" and one_file:  # nothing tells any more whose the others are
+        with pytest.raises(ValueError, match="nothing tells that this tool made it"):
+            run(corpus, toy_tokenizer, tmp_path / "x", **settings)
+        for other in tmp_path.glob("*.[bi][id][nx]"):
+            other.unlink()
     run(corpus, toy_tokenizer, tmp_path / "x", **settings)
     assert outputs(tmp_path) == before
 
