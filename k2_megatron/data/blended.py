@@ -46,7 +46,7 @@ SPLIT = "1,0,0"  # everything is for training; a blend for evaluation is a blend
 class BlendSource(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     prefix: str
-    weight: float = Field(gt=0)
+    weight: float = Field(gt=0, allow_inf_nan=False)
 
 
 class Blend(BaseModel):
@@ -82,6 +82,12 @@ class BlendedFeed:
             TokenFile(source.prefix)  # one clear error for a file that is missing or cut
         self.path, self.sequence_length, self.vocab_size = path, sequence_length, vocab_size
         self.source_names = [os.path.basename(strip_suffix(source.prefix)) for source in blend.sources]
+        try:
+            os.makedirs(blend.cache, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"{path}: cache {blend.cache!r} cannot be made ({error.strerror}); name a folder that can be written"
+            ) from None
         self.dataset = _build(blend, sequence_length, seed, vocab_size)
         self.rows = min(blend.samples, len(self.dataset))
         self.seconds_waited = 0.0

@@ -107,7 +107,13 @@ def _added_pieces(tokenizer: HuggingFaceTokenizer | SentencePieceTokenizer) -> l
 
 def _tokenizers_encode(tokenizer: HuggingFaceTokenizer) -> Encode:
     def encode(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        encodings = tokenizer.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = tokenizer.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # a bare one: a word that the vocabulary lacks
+            raise ValueError(
+                f"{tokenizer.path}: a text cannot be encoded ({error}); give the tokenizer's model an unknown piece "
+                "(unk_token, of Unigram unk_id) that its vocabulary has, or take another tokenizer"
+            ) from error
         return _flatten([encoding.ids for encoding in encodings])
 
     return encode

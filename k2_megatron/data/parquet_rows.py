@@ -56,6 +56,11 @@ def parquet_pieces(
             raise ValueError(
                 f"{source.path}: no column {missing[0]!r}; it has {', '.join(file.schema_arrow.names)} (--json-keys)"
             )
+        twice = [key for key in keys if file.schema_arrow.names.count(key) > 1]
+        if twice:
+            raise ValueError(
+                f"{source.path}: {twice[0]!r} names several columns; write the file anew with names of their own"
+            )
         shard, filled = 0, 0
         for group in range(file.num_row_groups):
             if filled >= shard_bytes:

@@ -58,6 +58,13 @@ def preprocess(
             f"--output-prefix {job.prefix!r}: ends without a name, and outputs are PREFIX_KEY_document.bin; give one "
             f"such as {job.prefix + 'web'}"
         )
+    for key in job.keys:
+        if os.sep in key:
+            raise ValueError(
+                f"--json-keys {key}: a key of the record itself, without {os.sep}, since outputs are "
+                f"PREFIX_KEY_document.bin; keys within a value are not read: put the text under one such as "
+                f"{key.rpartition(os.sep)[2] or 'text'}"
+            )
     try:
         os.makedirs(os.path.dirname(job.prefix) or ".", exist_ok=True)
     except OSError as error:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 MISTAKE = 2  # exit codes; 1 is Python's own for an uncaught exception
 NOT_SOUND = 1
 INTERRUPTED = 130  # as a shell has it for SIGINT
+NOBODY_READS = 141  # as it has it for SIGPIPE
 _REMEDIES = {
     errno.EACCES: "restore access to it, or give another path",
     errno.EPERM: "restore access to it, or give another path",
@@ -32,7 +33,12 @@ class CheckFailed(ValueError):
 def run_tool(name: str, work: Callable[[], int], *, interrupted: str = "interrupted") -> int:
     """Do the work of the tool `name`; its exit code, or that of the error it raised: `exit_code` where it has one."""
     try:
-        return work()
+        code = work()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read has enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
+        return NOBODY_READS
     except (ValueError, OSError) as error:
         print(f"{name}: {_text(error)}", file=sys.stderr)
         return getattr(error, "exit_code", MISTAKE)

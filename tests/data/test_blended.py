@@ -64,6 +64,8 @@ def test_the_chain_knows_a_blend_and_amendments_are_refused(blend, tmp_path):
     ("change", "message"),
     [
         (("weight = 3.0", "weight = -1"), "sources.0.weight"),
+        (("weight = 3.0", "weight = inf"), "sources.0.weight: Input should be a finite number"),
+        (('/cache"', '/blend.toml/cache"'), r"cache '.*/blend\.toml/cache' cannot be made \(Not a directory\); name a"),
         (("samples", "sample"), r"samples: Field required; .*sample: Extra inputs"),
         (("a_text_document", "missing"), r"missing\.bin: no such file"),
         (("cache", "# \udcff\ncache"), r"blend\.toml: not TOML: 'utf-8' codec"),

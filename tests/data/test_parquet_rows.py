@@ -111,6 +111,15 @@ def test_a_category_that_is_a_long_text_is_not_copied_for_every_row():
     assert parquet_rows._arrow_value(rows[5]).size == len(long)
 
 
+def test_columns_of_one_name_are_refused_where_they_are_asked_for(tmp_path):
+    table = arrow.table([["a"], ["b"], ["c"]], names=["text", "text", "title"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    (source,) = find_sources([str(tmp_path)])
+    with pytest.raises(ValueError, match=r"a\.parquet: 'text' names several columns; write the file anew"):
+        list(pieces(source, ["title", "text"], 1 << 30, 0, None))
+    assert [piece.lines for piece in pieces(source, ["title"], 1 << 30, 0, None)] == [1]
+
+
 @pytest.mark.parametrize("kinds", [("", "ok"), ("", "ok", None), ("", "")])
 def test_short_rows_take_bounded_memory(tmp_path, kinds):
     """Row by row they are read where there are nulls; nothing but the number of rows ends a piece of empty texts."""

@@ -360,6 +360,13 @@ def test_a_prefix_without_a_name_is_refused(tmp_path, corpus, toy_tokenizer, mon
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("key", ["meta/text", "meta/"])
+def test_a_key_that_cannot_be_part_of_a_name_is_refused(tmp_path, corpus, toy_tokenizer, key):
+    with pytest.raises(ValueError, match=f"--json-keys {key}: a key of the record itself.* such as text$"):
+        run(corpus, toy_tokenizer, tmp_path / "x", keys=(key,))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_second_run_at_once_is_refused_and_does_the_first_no_harm(tmp_path, corpus, toy_tokenizer, monkeypatch):
     """The second would tidy away the open files of the first."""
     told = []

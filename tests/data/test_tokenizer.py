@@ -136,6 +136,25 @@ def test_falls_back_and_says_why(tmp_path, speeches):
         make_encoder(tokenizer, "gigatoken")
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.WordLevel({"a": 0, "</s>": 1}, unk_token="<unk>"),
+        models.WordPiece({"a": 0, "</s>": 1}, unk_token="[UNK]"),
+        models.Unigram([("a", -1.0), ("</s>", -2.0)]),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_a_tokenizer_without_unknown_piece_is_named(tmp_path, model):
+    Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    encoder = make_encoder(load_tokenizer(tmp_path), "tokenizers")
+    assert encoder.encode(["a"])[0].tolist() == [0]
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.json: a text cannot be encoded \(.*give the tokenizer's model an un"
+    ):
+        encoder.encode(["a b"])
+
+
 def test_an_encoder_that_differs_is_not_used(toy_tokenizer, monkeypatch):
     def off_by_one(tokenizer, settings):
         exact = encoders._tokenizers_encode(tokenizer)

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -28,6 +30,18 @@ def test_an_error_is_one_line_and_its_code(error, code, said, capsys):
 
     assert run_tool("some_tool", work, interrupted="stopped; nothing was written") == code
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("lines", [1, 100_000], ids=["at the exit", "while it prints"])
+def test_a_reader_that_has_enough_is_no_error(lines):
+    script = "from k2_megatron.runtime.tool import run_tool\nimport sys\n"
+    script += f"def work():\n    sys.stdin.read()\n    print('line\\n' * {lines})\n    return 0\n"
+    script += "sys.exit(run_tool('some_tool', work))"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", script], **pipes) as process:
+        process.stdout.close()
+        process.stdin.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 141)
 
 
 def test_what_is_ours_keeps_its_traceback_and_a_code_is_handed_on():
