@@ -117,6 +117,10 @@ def _preprocess(
     if finished:
         announce(f"{job.prefix}: complete already, nothing to do")
         return finished
+    if not os.access(os.path.dirname(job.prefix) or ".", os.W_OK | os.X_OK):
+        raise ValueError(
+            f"--output-prefix {job.prefix}: its folder is not yours to write to; choose a prefix in one that is"
+        )
     if not merge_only:
         units = units_of(job)[part[0] :: part[1]]
         counter = Counter(job, max_bad_fraction, report, announce)

@@ -351,6 +351,15 @@ def test_token_files_of_megatrons_tool_are_not_overwritten(tmp_path, corpus, toy
     assert outputs(tmp_path) == made
 
 
+def test_a_folder_that_is_only_read_is_named_where_there_is_work_to_do(tmp_path, corpus, toy_tokenizer):
+    """The tests may run as root, whom no mode keeps out."""
+    made = run(corpus, toy_tokenizer, tmp_path / "x")
+    with mock.patch.object(os, "access", return_value=False):
+        assert run(corpus, toy_tokenizer, tmp_path / "x") == made
+        with pytest.raises(ValueError, match=r"--output-prefix .*/y: its folder is not yours to write to; choose"):
+            run(corpus, toy_tokenizer, tmp_path / "y")
+
+
 @pytest.mark.parametrize("prefix", ["", "new/"])
 def test_a_prefix_without_a_name_is_refused(tmp_path, corpus, toy_tokenizer, monkeypatch, prefix):
     """The outputs of "new/" would be hidden files and shards that no merge finds."""
