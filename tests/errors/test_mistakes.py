@@ -189,7 +189,7 @@ def test_mistake_in_our_code_keeps_its_traceback(attempt):
 def broken_step() -> None:
     import pretrain_k2
 
-    def step(*_unused):
+    def step(*_unused, **_unused_too):
         return int("a defect")  # a ValueError, but raised by Python and not by a check of ours
 
     pretrain_k2.train_step = step
