@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command and under eight minutes: builds the extension for this GPU, runs
 # `pytest -m gpu` (in processes beside each other, compute-sanitizer's last) and the benchmarks, and leaves a log of each part
-# and a summary in one folder. OUT.tar.gz holds all of it after every part, for machines from which few files come back.
+# and a summary in one folder. OUT.tar.gz holds all of it after every part: one file to copy back.
 #
 #   scripts/gpu_check.sh [WHEELS]
 #
