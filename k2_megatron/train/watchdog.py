@@ -114,9 +114,8 @@ class Watchdog:
         if phase == STEP:
             limit = step_limit_seconds(self._settings, self._recent, self._samples_at(step))
         else:
-            limit = pause_limit_seconds(
-                self._settings, self._longest.get(phase, self._longest.get(LIKE.get(phase, "")))
-            )
+            kind = phase if phase in self._longest else LIKE.get(phase)
+            limit = pause_limit_seconds(self._settings, self._longest.get(kind))
         self._watch_from_now(self._begun(phase, step, limit))
 
     @contextlib.contextmanager
@@ -126,8 +125,8 @@ class Watchdog:
         self._beside = self._begun(phase, step, limit, threading.get_ident())
         try:
             yield
+            self._measure(self._beside)  # a save that failed says nothing of how long one takes
         finally:
-            self._measure(self._beside)
             self._beside = None
 
     @contextlib.contextmanager
@@ -145,6 +144,7 @@ class Watchdog:
         """What this thread does has failed, on all ranks alike, and begins anew: so does its time."""
         if self._beside is not None and self._beside.thread == threading.get_ident():
             self._beside = replace(self._beside, since=time.monotonic())
+            self._set_backstop()
         else:
             self._watch_from_now(replace(self._progress, since=time.monotonic()))
 
@@ -171,11 +171,11 @@ class Watchdog:
 
     def _watch_from_now(self, progress: Progress) -> None:
         self._progress = progress
-        if progress.limit < math.inf:
-            seconds = progress.limit + GRACE_SECONDS + BACKSTOP_SECONDS
-            faulthandler.dump_traceback_later(seconds, exit=True, file=sys.stderr)
-        else:
-            faulthandler.cancel_dump_traceback_later()
+        self._set_backstop()
+
+    def _set_backstop(self) -> None:
+        limit = min(self._progress.limit, collective_timeout_seconds(self._settings))  # no limit where the loop waits
+        faulthandler.dump_traceback_later(limit + GRACE_SECONDS + BACKSTOP_SECONDS, exit=True, file=sys.stderr)
 
     def _watch(self) -> None:
         interval = min(1.0, self._settings.heartbeat_seconds, self._settings.minimum_seconds / 4)

@@ -72,7 +72,11 @@ def test_what_goes_on_beside_the_steps_has_a_limit_of_its_own(tmp_path, monkeypa
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(watchdog.Watchdog, "_watch", lambda self: None)
     guard = watchdog.Watchdog(Settings(), tmp_path, 0, 1)
-    limits = []
+    with pytest.raises(OSError), guard.beside("save in the background", 1):
+        raise OSError("at once: nothing is known of a save that is written")
+    assert guard._beside is None
+    limits, backstops = [], []
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda limit, **_: backstops.append(limit))
     for seconds in (50.0, 10.0, 10.0):
         with guard.beside("save in the background", 1):
             guard.at("step", 1)
@@ -83,6 +87,9 @@ def test_what_goes_on_beside_the_steps_has_a_limit_of_its_own(tmp_path, monkeypa
             now[0] += seconds
         assert guard._beside is None
     assert limits == [3600.0, 450.0, 450.0]
+    backstops.clear()
+    with guard.waiting():
+        assert backstops and 3600.0 < backstops[-1] < math.inf
     guard.stop()
 
 
