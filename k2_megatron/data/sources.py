@@ -87,8 +87,8 @@ def _add(source: Source, asked: str, found: dict[str, Source], first_named: dict
 
 
 def _files_of(asked: str) -> tuple[str, list[str], list[str]]:
-    """(the folder below which sources are named, the files there, what is hidden there as from a glob); a name that
-    exists is no pattern."""
+    """(the folder below which sources are named, the files there, what is passed over: in a folder what is hidden as
+    from a glob, of a glob the folders whose files it does not match); a name that exists is no pattern."""
     if os.path.isdir(asked):
         paths = list(_walk(asked, frozenset()))
         hidden = [path for path in paths if os.path.basename(path).startswith(".")]
@@ -96,8 +96,19 @@ def _files_of(asked: str) -> tuple[str, list[str], list[str]]:
     if os.path.exists(asked):
         return os.path.dirname(asked), [asked], []
     wildcards = [asked.index(mark) for mark in "*?[" if mark in asked]
-    paths = [path for path in glob.glob(asked, recursive=True) if not os.path.isdir(path)]
-    return os.path.dirname(asked[: min(wildcards, default=None)]), paths, []
+    beginning = os.path.dirname(asked[: min(wildcards, default=None)])
+    paths = [path for path in glob.glob(asked, recursive=True) if not _goes_in_a_circle(path, beginning)]
+    folders = [path for path in paths if os.path.isdir(path)]
+    files = [path for path in paths if not os.path.isdir(path)]
+    return beginning, files, [] if "**" in asked else folders
+
+
+def _goes_in_a_circle(path: str, beginning: str) -> bool:
+    """Whether a path comes, below its beginning, to a folder in which it is already: `**` follows links back up."""
+    below = os.path.relpath(os.path.dirname(path) or ".", beginning or ".")
+    names = [] if below == os.curdir else below.split(os.sep)
+    folders = [os.path.realpath(os.path.join(beginning, *names[:depth])) for depth in range(len(names) + 1)]
+    return len(set(folders)) < len(folders)
 
 
 def _walk(folder: str, above: frozenset[str]) -> Iterator[str]:

@@ -101,6 +101,23 @@ def test_linked_folders_are_entered_and_links_in_a_circle_end(tmp_path):
     assert names(tmp_path / "d") == [*below_one, "two/a.jsonl", "two/back/a.jsonl"]
 
 
+def test_a_pattern_goes_through_links_and_not_in_a_circle(tmp_path, monkeypatch):
+    """Python's glob follows a link to its own folder 40 times; and it says nothing of folders that it matches."""
+    (tmp_path / "d/sub").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for folder in ("d", "d/sub", "elsewhere"):
+        (tmp_path / folder / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "d/loop").symlink_to(".")
+    (tmp_path / "d/linked").symlink_to(tmp_path / "elsewhere")
+    expected = ["a.jsonl", "linked/a.jsonl", "sub/a.jsonl"]
+    assert names(tmp_path / "d/**/*.jsonl") == expected
+    monkeypatch.chdir(tmp_path / "d")
+    assert names("**/*.jsonl") == expected
+    told: list[str] = []
+    assert names("*", announce=told.append) == ["a.jsonl"]
+    assert told[0].startswith("1 text file (3 others passed over, first: ")
+
+
 def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
     """The tests may run as root, whom no mode keeps out."""
     for folder in ("open", "shut"):
