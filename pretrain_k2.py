@@ -34,9 +34,10 @@ from k2_megatron.runtime.mistakes import leave, run_program
 from k2_megatron.runtime.seeds import require_determinism, seed_everything
 from k2_megatron.runtime.signals import StopSignals, end_at_once
 from k2_megatron.train.agreement import code_and_configuration, open_agreed_data, require_agreement
-from k2_megatron.train.checkpoint import find_checkpoint, load_checkpoint
-from k2_megatron.train.checkpoint_files import remove_unfinished
-from k2_megatron.train.checkpoint_manifest import read_manifest
+from k2_megatron.train.checkpoints.folders import remove_unfinished
+from k2_megatron.train.checkpoints.load import find_checkpoint, load_checkpoint
+from k2_megatron.train.checkpoints.manifest import read_manifest
+from k2_megatron.train.checkpoints.start_from import check_start, start_from_checkpoint, start_plan, start_report
 from k2_megatron.train.doubts import Doubts, Place
 from k2_megatron.train.events import change_fields, resume_fields, start_fields, step_fields
 from k2_megatron.train.layer_norms import ActivationSquares
@@ -58,7 +59,6 @@ from k2_megatron.train.saves import Saves
 from k2_megatron.train.schedule import learning_rate_at
 from k2_megatron.train.spikes.rollback import decide_together, go_back
 from k2_megatron.train.spikes.watch import SpikeWatch
-from k2_megatron.train.start_from import check_start, start_from_checkpoint, start_plan, start_report
 from k2_megatron.train.step import evaluate, train_step
 from k2_megatron.train.stragglers import StragglerReports
 from k2_megatron.train.summary import resume_changes, resume_report, stopped_text, summary_text

@@ -26,12 +26,12 @@ from k2_megatron.runtime.devices import find_device
 from k2_megatron.runtime.groups import build_groups, connect, disconnect
 from k2_megatron.runtime.launch import single_rank
 from k2_megatron.runtime.seeds import seed_everything
-from k2_megatron.train import checkpoint_hashing
-from k2_megatron.train.checkpoint import find_checkpoint, load_checkpoint
-from k2_megatron.train.checkpoint_manifest import read_manifest
-from k2_megatron.train.checkpoint_save import CheckpointWriter
-from k2_megatron.train.checkpoint_state import model_state, optimizer_state, part_bytes, weight_fingerprint
-from k2_megatron.train.file_hash import AES_LANES, HASHES
+from k2_megatron.train.checkpoints import hashing_writer
+from k2_megatron.train.checkpoints.file_hash import AES_LANES, HASHES
+from k2_megatron.train.checkpoints.load import find_checkpoint, load_checkpoint
+from k2_megatron.train.checkpoints.manifest import read_manifest
+from k2_megatron.train.checkpoints.save import CheckpointWriter
+from k2_megatron.train.checkpoints.state import model_state, optimizer_state, part_bytes, weight_fingerprint
 from k2_megatron.train.optimizer import build_optimizer, wrap_model
 from k2_megatron.train.parts import Parts
 
@@ -74,7 +74,7 @@ class HashClock:
             time.thread_time()
         reading = (time.thread_time() - began) / CLOCK_READINGS
         self.seconds = 0.0
-        make = checkpoint_hashing.new_hash
+        make = hashing_writer.new_hash
         clock = self
 
         class Digest:
@@ -89,7 +89,7 @@ class HashClock:
             def hexdigest(self) -> str:
                 return self.digest.hexdigest()
 
-        checkpoint_hashing.new_hash = Digest
+        hashing_writer.new_hash = Digest
 
 
 def write_plainly(path: Path, size: int) -> float:
@@ -121,7 +121,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         for buffer in chunks[0].buffers:  # no step is taken
             buffer.grad_data.untyped_storage().resize_(0)
         parameters = sum(parameter.numel() for parameter in chunks[0].parameters())
-        checkpoint_hashing.HASH = options.hash
+        hashing_writer.HASH = options.hash
         process, clock = psutil.Process(), HashClock()
         resident = process.memory_info().rss
         print(f"{parameters / 1e6:.0f} M parameters, {resident / 1e9:.1f} GB resident, {options.mode}", flush=True)

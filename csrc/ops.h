@@ -139,7 +139,7 @@ enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
 //   holds the last 64 KiB before. state [7]: both positions, what is under way, and 1 where a copy begins before `out`
 //   (state[4] is then how far back).
 //
-// The hash of checkpoint files, aes_lanes (k2_megatron/train/aes_lanes.py defines it; csrc/aes_lanes.h makes it an
+// The hash of checkpoint files, aes_lanes (train/checkpoints/aes_lanes.py defines it; csrc/aes_lanes.h makes it an
 // object), in two parts, on one thread:
 // aes_lanes_absorb: lanes, 32 words of 16 bytes, take `stripes` stripes of 512 bytes: lane = AES round(lane) xor word.
 // aes_lanes_digest: 16 bytes of `lanes` and of the number of bytes that were taken.

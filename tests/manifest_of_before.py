@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from k2_megatron.train.checkpoint_manifest import manifest_text
-from k2_megatron.train.file_hash import XXH3, hash_file
+from k2_megatron.train.checkpoints.file_hash import XXH3, hash_file
+from k2_megatron.train.checkpoints.manifest import manifest_text
 
 
 def write_manifest_of_before(folder: Path) -> None:

@@ -8,7 +8,7 @@ from small_run import checkpoint_tensors
 
 from k2_megatron.data.ledger import Ledger
 from k2_megatron.runtime.journal import read_events, read_steps
-from k2_megatron.train.file_hash import hash_file
+from k2_megatron.train.checkpoints.file_hash import hash_file
 
 # Fields of a step that hold measured time
 MEASURED = {"time", "ledger", "step_seconds", "data_seconds", "tokens_per_second", "model_flops_utilization"}

@@ -22,7 +22,7 @@ from k2_megatron.data.inspect import Run, document_lines, mix_lines, show_lines,
 from k2_megatron.data.manifest import manifest_of_foreign_files, manifest_path
 from k2_megatron.runtime.journal import Journal
 from k2_megatron.runtime.tool import CheckFailed, run_tool
-from k2_megatron.train.checkpoint_manifest import is_imported
+from k2_megatron.train.checkpoints.manifest import is_imported
 from k2_megatron.train.position import refuse_in_the_past
 from k2_megatron.train.run_data import open_run_data
 from k2_megatron.train.run_folder import hold_run_folder, newest_manifest, with_past

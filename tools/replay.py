@@ -31,9 +31,9 @@ from k2_megatron.data.ledger import FILE_NAME as LEDGER
 from k2_megatron.runtime.durable import write_file
 from k2_megatron.runtime.journal import JOURNAL, read_events, read_steps, standing_events
 from k2_megatron.runtime.tool import run_tool
-from k2_megatron.train.checkpoint_files import complete_checkpoints
-from k2_megatron.train.checkpoint_manifest import is_imported, read_manifest, step_of
-from k2_megatron.train.checkpoint_state import layout_name
+from k2_megatron.train.checkpoints.folders import complete_checkpoints
+from k2_megatron.train.checkpoints.manifest import is_imported, read_manifest, step_of
+from k2_megatron.train.checkpoints.state import layout_name
 from k2_megatron.train.run_folder import CONFIG
 
 EQUAL, DIFFERENT = 0, 1

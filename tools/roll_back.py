@@ -19,8 +19,8 @@ from k2_megatron.config import Config, load_run_config
 from k2_megatron.config.schema import Spikes
 from k2_megatron.runtime.journal import JOURNAL, Journal, read_events, read_steps
 from k2_megatron.runtime.tool import run_tool
-from k2_megatron.train.checkpoint_files import complete_checkpoints
-from k2_megatron.train.checkpoint_manifest import step_of
+from k2_megatron.train.checkpoints.folders import complete_checkpoints
+from k2_megatron.train.checkpoints.manifest import step_of
 from k2_megatron.train.run_data import open_run_data
 from k2_megatron.train.run_folder import CONFIG, hold_run_folder
 from k2_megatron.train.spikes.detector import Finding

@@ -22,8 +22,15 @@ from k2_megatron.convert.transformers_model import TransformersModel
 from k2_megatron.convert.work import require_space, run_units
 from k2_megatron.convert.workers import Workers
 from k2_megatron.runtime.durable import sync, write_file
-from k2_megatron.train.file_hash import XXH3, file_facts, hash_file
-from k2_megatron.train.imported_record import TOKENIZER, Record, copy_tokenizer, find_record, tokenizer_files, versions
+from k2_megatron.train.checkpoints.file_hash import XXH3, file_facts, hash_file
+from k2_megatron.train.checkpoints.imported_record import (
+    TOKENIZER,
+    Record,
+    copy_tokenizer,
+    find_record,
+    tokenizer_files,
+    versions,
+)
 
 MANIFEST = "k2_conversion.json"
 

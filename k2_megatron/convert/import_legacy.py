@@ -23,7 +23,7 @@ from k2_megatron.convert.training_side import (
 )
 from k2_megatron.convert.work import run_checks
 from k2_megatron.convert.workers import Workers
-from k2_megatron.train.imported_record import versions
+from k2_megatron.train.checkpoints.imported_record import versions
 
 
 def import_legacy(options: ImportOptions, *, optimizer: bool) -> Path:

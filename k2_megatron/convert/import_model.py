@@ -26,7 +26,7 @@ from k2_megatron.convert.training_side import (
 from k2_megatron.convert.transformers_model import TransformersModel
 from k2_megatron.convert.workers import Workers
 from k2_megatron.runtime.durable import write_file
-from k2_megatron.train.imported_record import RECORD, TOKENIZER, Record, copy_tokenizer
+from k2_megatron.train.checkpoints.imported_record import RECORD, TOKENIZER, Record, copy_tokenizer
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from k2_megatron.convert.errors import ConversionError
 from k2_megatron.runtime.durable import make_folder
-from k2_megatron.train.file_hash import problem_of_file
+from k2_megatron.train.checkpoints.file_hash import problem_of_file
 
 JOURNAL = "finished.jsonl"
 

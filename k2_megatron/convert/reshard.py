@@ -23,7 +23,7 @@ from k2_megatron.convert.training_side import (
 )
 from k2_megatron.convert.verify import training_problems, verify_phases
 from k2_megatron.convert.workers import Workers
-from k2_megatron.train.imported_record import carry_record, require_own_record, versions
+from k2_megatron.train.checkpoints.imported_record import carry_record, require_own_record, versions
 
 _KEPT_OUT = ("files", "weights", "precision", "config", "format")
 

@@ -17,7 +17,7 @@ from k2_megatron.convert.source import Kind
 from k2_megatron.convert.torch_dist import TorchDistSource
 from k2_megatron.convert.work import HashedFile, Unit
 from k2_megatron.convert.workers import resident_bytes
-from k2_megatron.train.file_hash import XXH3
+from k2_megatron.train.checkpoints.file_hash import XXH3
 
 BLOCK_BYTES = 32 << 20
 

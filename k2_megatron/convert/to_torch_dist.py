@@ -21,7 +21,7 @@ from k2_megatron.convert.torch_blob import object_blob, tensor_blob
 from k2_megatron.convert.torch_metadata import Chunk, Stored, Tensor
 from k2_megatron.convert.work import HashedFile, Unit
 from k2_megatron.convert.workers import resident_bytes
-from k2_megatron.train.file_hash import AES_LANES
+from k2_megatron.train.checkpoints.file_hash import AES_LANES
 
 KINDS: tuple[Kind, ...] = ("weights", "main", "exp_avg", "exp_avg_sq")
 SHARED = "__0_0.distcp"

@@ -13,9 +13,9 @@ from k2_megatron.convert.safetensors_file import read_exactly
 from k2_megatron.convert.source import KEY_PREFIX, Kind
 from k2_megatron.convert.torch_blob import Payload, find_payload
 from k2_megatron.convert.torch_metadata import METADATA, Chunk, Tensor, read_metadata
-from k2_megatron.train import checkpoint_manifest
-from k2_megatron.train.checkpoint_files import latest_checkpoint
-from k2_megatron.train.checkpoint_manifest import FOLDER, MANIFEST, CheckpointError
+from k2_megatron.train.checkpoints import manifest as checkpoint_manifest
+from k2_megatron.train.checkpoints.folders import latest_checkpoint
+from k2_megatron.train.checkpoints.manifest import FOLDER, MANIFEST, CheckpointError
 
 _PRECISIONS = ("float32", "bfloat16")
 

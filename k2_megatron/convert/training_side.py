@@ -27,9 +27,9 @@ from k2_megatron.convert.torch_dist import TorchDistSource
 from k2_megatron.convert.torch_metadata import write_metadata
 from k2_megatron.convert.work import require_space, run_checks, run_units
 from k2_megatron.convert.workers import Workers
-from k2_megatron.train.checkpoint_files import publish
-from k2_megatron.train.checkpoint_manifest import folder_name
-from k2_megatron.train.file_hash import file_facts
+from k2_megatron.train.checkpoints.file_hash import file_facts
+from k2_megatron.train.checkpoints.folders import publish
+from k2_megatron.train.checkpoints.manifest import folder_name
 
 
 def writing_phases(job: TorchDistJob, workers: int) -> list[Phase]:

@@ -20,8 +20,8 @@ from k2_megatron.convert.to_torch_dist import blocks
 from k2_megatron.convert.torch_dist import MANIFEST, TorchDistSource, read_manifest
 from k2_megatron.convert.work import Unit, run_checks
 from k2_megatron.convert.workers import Workers, resident_bytes
-from k2_megatron.train.checkpoint_pickles import pickle_problems
-from k2_megatron.train.file_hash import problem_of_file
+from k2_megatron.train.checkpoints.file_hash import problem_of_file
+from k2_megatron.train.checkpoints.pickles import pickle_problems
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from k2_megatron.convert.errors import ConversionError
 from k2_megatron.convert.journal import JOURNAL, begin_or_continue, is_there
 from k2_megatron.convert.workers import Workers
 from k2_megatron.runtime.durable import make_folder
-from k2_megatron.train.file_hash import new_hash
+from k2_megatron.train.checkpoints.file_hash import new_hash
 
 
 class Unit(NamedTuple):

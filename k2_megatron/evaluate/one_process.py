@@ -15,8 +15,8 @@ from k2_megatron.runtime.devices import find_device
 from k2_megatron.runtime.groups import build_groups, connect, disconnect
 from k2_megatron.runtime.launch import single_rank
 from k2_megatron.runtime.seeds import seed_everything
-from k2_megatron.train.checkpoint import find_checkpoint, load_weights
-from k2_megatron.train.checkpoint_manifest import CheckpointError, read_manifest
+from k2_megatron.train.checkpoints.load import find_checkpoint, load_weights
+from k2_megatron.train.checkpoints.manifest import CheckpointError, read_manifest
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from k2_megatron.config.changes import Change
 from k2_megatron.config.flops import flops_per_token
 from k2_megatron.kernels.dispatch import choices
 from k2_megatron.runtime.devices import Device, peak_bf16_flops
-from k2_megatron.train.checkpoint_save import SaveResult
-from k2_megatron.train.checkpoint_state import layout_name
+from k2_megatron.train.checkpoints.save import SaveResult
+from k2_megatron.train.checkpoints.state import layout_name
 from k2_megatron.train.position import change_at
 from k2_megatron.train.run_folder import provenance
 from k2_megatron.train.schedule import learning_rate_at

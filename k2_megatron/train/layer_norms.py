@@ -16,7 +16,7 @@ import torch
 import torch.distributed as distributed
 
 from k2_megatron.kernels.gradient_norm import gradient_norm_squared
-from k2_megatron.train.checkpoint_state import unwrapped
+from k2_megatron.train.model_chunks import unwrapped
 from k2_megatron.train.order_free import order_free_sums
 from k2_megatron.train.parts import Parts
 

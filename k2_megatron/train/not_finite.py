@@ -10,7 +10,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from k2_megatron.data.feed import AnyFeed
 from k2_megatron.runtime.journal import Journal, read_events
-from k2_megatron.train.checkpoint_state import named_parameters
+from k2_megatron.train.model_chunks import named_parameters
 from k2_megatron.train.parts import Parts
 from k2_megatron.train.replica_gradients import NAMED, gradient_of
 from k2_megatron.train.step import StepResult

@@ -25,8 +25,8 @@ from k2_megatron.config import Config
 from k2_megatron.kernels.adamw import AdamW
 from k2_megatron.kernels.gradient_norm import clip_factor, gradient_norm_squared
 from k2_megatron.model.transformer_config import DTYPES
-from k2_megatron.train.checkpoint_state import unwrapped
 from k2_megatron.train.gradient_tree import TreeSummedGradients
+from k2_megatron.train.model_chunks import unwrapped
 from k2_megatron.train.order_free import largest_square, order_free_sums, squares_of
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from k2_megatron.config import Config
 from k2_megatron.config.batch import samples_until, stages_of_saved
 from k2_megatron.data.ledger import Ledger
-from k2_megatron.train.checkpoint_manifest import CheckpointError, is_imported
+from k2_megatron.train.checkpoints.manifest import CheckpointError, is_imported
 
 # What decides, with the step, which samples are next
 KEYS = ("train.global_batch", "train.batch_ramp", "model.sequence_length")

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as distributed
 
 from k2_megatron.runtime.groups import Groups
-from k2_megatron.train.checkpoint_state import named_parameters
+from k2_megatron.train.model_chunks import named_parameters
 
 NAMED = 4  # parameters of a rank that are named; usually it is one, or all
 

@@ -18,7 +18,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from k2_megatron.runtime.journal import Journal
 from k2_megatron.runtime.mistakes import StopRun
-from k2_megatron.train.checkpoint_state import named_parameters
+from k2_megatron.train.model_chunks import named_parameters
 from k2_megatron.train.parts import Parts
 
 NAMED = 4  # tensors named a rank

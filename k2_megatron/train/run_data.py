@@ -10,7 +10,7 @@ from k2_megatron.data.ledger import CHAIN_START, Ledger, LedgerNotWritten
 from k2_megatron.data.plan import Plan
 from k2_megatron.data.tokenizer import load_tokenizer
 from k2_megatron.runtime.durable import persist
-from k2_megatron.train.checkpoint_manifest import CheckpointError, is_imported
+from k2_megatron.train.checkpoints.manifest import CheckpointError, is_imported
 from k2_megatron.train.position import refuse_in_the_past
 
 

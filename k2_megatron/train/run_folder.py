@@ -17,8 +17,8 @@ from k2_megatron.config.changes import changes
 from k2_megatron.data.ledger import Ledger
 from k2_megatron.runtime.durable import make_folder, write_file
 from k2_megatron.runtime.journal import JOURNAL, read_events
-from k2_megatron.train.checkpoint_files import candidate_checkpoints
-from k2_megatron.train.checkpoint_manifest import CheckpointError, is_imported, read_manifest
+from k2_megatron.train.checkpoints.folders import candidate_checkpoints
+from k2_megatron.train.checkpoints.manifest import CheckpointError, is_imported, read_manifest
 from k2_megatron.train.heartbeats import HEARTBEATS, read_heartbeats
 from k2_megatron.train.position import going_on_from
 

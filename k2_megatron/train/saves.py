@@ -12,10 +12,10 @@ from k2_megatron.config import Config
 from k2_megatron.config.schema import Checkpoint
 from k2_megatron.runtime.journal import Journal
 from k2_megatron.runtime.mistakes import StopRun
-from k2_megatron.train.checkpoint_files import apply_retention
-from k2_megatron.train.checkpoint_manifest import CheckpointError
-from k2_megatron.train.checkpoint_save import CheckpointWriter, SaveResult
-from k2_megatron.train.checkpoint_state import part_bytes
+from k2_megatron.train.checkpoints.folders import apply_retention
+from k2_megatron.train.checkpoints.manifest import CheckpointError
+from k2_megatron.train.checkpoints.save import CheckpointWriter, SaveResult
+from k2_megatron.train.checkpoints.state import part_bytes
 from k2_megatron.train.events import checkpoint_fields
 from k2_megatron.train.parts import Parts
 from k2_megatron.train.spikes.watch import SpikeWatch

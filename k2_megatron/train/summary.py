@@ -7,11 +7,11 @@ from pathlib import Path
 from k2_megatron.config import Config
 from k2_megatron.config.changes import Change, changes
 from k2_megatron.runtime.journal import read_events, read_steps
-from k2_megatron.train.checkpoint_manifest import MANIFEST, CheckpointError, is_imported
-from k2_megatron.train.checkpoint_state import layout_name
+from k2_megatron.train.checkpoints.manifest import MANIFEST, CheckpointError, is_imported
+from k2_megatron.train.checkpoints.start_from import require_same_shapes
+from k2_megatron.train.checkpoints.state import layout_name
 from k2_megatron.train.position import change_at, change_text
 from k2_megatron.train.schedule import learning_rate_at
-from k2_megatron.train.start_from import require_same_shapes
 
 _OF_IMPORTED = ("model.rope_base", "model.norm_epsilon", "model.sequence_length")  # besides the shapes
 

@@ -16,8 +16,8 @@ from k2_megatron.data.ledger import CHAIN_START, chain_samples
 from k2_megatron.data.plan import Plan
 from k2_megatron.data.source_check import check_sources
 from k2_megatron.runtime.journal import JOURNAL, read_events
-from k2_megatron.train.checkpoint_files import complete_checkpoints
-from k2_megatron.train.checkpoint_manifest import read_manifest
+from k2_megatron.train.checkpoints.folders import complete_checkpoints
+from k2_megatron.train.checkpoints.manifest import read_manifest
 
 Part = tuple[int, int, int]  # tokens a sample, the first sample, the one after the last
 

@@ -9,7 +9,7 @@ from rank_processes import Rank
 from transformers import LlamaForCausalLM
 
 from k2_megatron.convert.torch_dist import checkpoint_folder
-from k2_megatron.train.checkpoint import load_weights
+from k2_megatron.train.checkpoints.load import load_weights
 
 LAYERS = 3
 UNIT_ROUNDOFF = 2.0**-8  # of bfloat16, whose significand has eight bits: half of the distance between 1 and the next

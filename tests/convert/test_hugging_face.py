@@ -29,7 +29,7 @@ from k2_megatron.convert.model_facts import ModelFacts
 from k2_megatron.convert.names import EMBEDDING, OUTPUT, Place
 from k2_megatron.convert.numbers import Rounding, change_dtype, to_float32
 from k2_megatron.convert.transformers_model import TransformersModel
-from k2_megatron.train.checkpoint_manifest import manifest_text
+from k2_megatron.train.checkpoints.manifest import manifest_text
 
 SHAPES = {
     "multi-head": ({}, {}),

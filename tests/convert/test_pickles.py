@@ -37,12 +37,12 @@ from k2_megatron.convert.verify import verify_training
 from k2_megatron.runtime.devices import find_device
 from k2_megatron.runtime.groups import connect, disconnect
 from k2_megatron.runtime.launch import single_rank
-from k2_megatron.train.checkpoint import _problems_of, _read
-from k2_megatron.train.checkpoint_files import first_cause
-from k2_megatron.train.checkpoint_manifest import CheckpointError, manifest_text
-from k2_megatron.train.checkpoint_pickles import pickle_problems
-from k2_megatron.train.checkpoint_reader import RestrictedLoading
-from k2_megatron.train.file_hash import hash_file
+from k2_megatron.train.checkpoints.file_hash import hash_file
+from k2_megatron.train.checkpoints.folders import first_cause
+from k2_megatron.train.checkpoints.load import _problems_of, _read
+from k2_megatron.train.checkpoints.manifest import CheckpointError, manifest_text
+from k2_megatron.train.checkpoints.pickles import pickle_problems
+from k2_megatron.train.checkpoints.restricted_loading import RestrictedLoading
 
 
 class Attack:

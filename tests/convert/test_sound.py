@@ -15,10 +15,10 @@ from k2_megatron.convert.export_model import ExportOptions, exported_facts
 from k2_megatron.convert.reshard import reshard
 from k2_megatron.convert.torch_dist import TorchDistSource, checkpoint_folder, read_manifest
 from k2_megatron.convert.verify import HashCheck, verify_export, verify_training
-from k2_megatron.train.checkpoint_files import latest_checkpoint
-from k2_megatron.train.checkpoint_manifest import CheckpointError, manifest_text
-from k2_megatron.train.file_hash import hash_file
-from k2_megatron.train.imported_record import find_record
+from k2_megatron.train.checkpoints.file_hash import hash_file
+from k2_megatron.train.checkpoints.folders import latest_checkpoint
+from k2_megatron.train.checkpoints.imported_record import find_record
+from k2_megatron.train.checkpoints.manifest import CheckpointError, manifest_text
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from k2_megatron.convert.names import places
 from k2_megatron.convert.reshard import reshard
 from k2_megatron.convert.transformers_model import TransformersModel
 from k2_megatron.convert.verify import verify_training
-from k2_megatron.train.checkpoint_manifest import CheckpointError, read_manifest
+from k2_megatron.train.checkpoints.manifest import CheckpointError, read_manifest
 from k2_megatron.train.summary import resume_changes, resume_report
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "examples" / "toy" / "tokenizer.json"

@@ -24,7 +24,7 @@ from k2_megatron.data.manifest import manifest_of_foreign_files
 from k2_megatron.data.recipe import Recipe
 from k2_megatron.data.training import train_byte_level_bpe
 from k2_megatron.train import run_folder
-from k2_megatron.train.checkpoint_manifest import CheckpointError, manifest_text
+from k2_megatron.train.checkpoints.manifest import CheckpointError, manifest_text
 from k2_megatron.train.run_data import open_run_data
 from k2_megatron.train.verify_data import verify_lines
 

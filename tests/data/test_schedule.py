@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from k2_megatron.data.ledger import CHAIN_START, Ledger
 from k2_megatron.data.schedule import Amendment, Schedule
-from k2_megatron.train.checkpoint_manifest import CheckpointError
+from k2_megatron.train.checkpoints.manifest import CheckpointError
 from k2_megatron.train.run_data import RunData
 
 

@@ -16,9 +16,9 @@ from k2_megatron.config.schema import Parallel
 from k2_megatron.runtime.devices import find_device
 from k2_megatron.runtime.groups import build_groups, connect, disconnect
 from k2_megatron.runtime.launch import single_rank
-from k2_megatron.train.checkpoint import find_checkpoint
-from k2_megatron.train.checkpoint_files import remove_unfinished
-from k2_megatron.train.checkpoint_manifest import CheckpointError, read_manifest
+from k2_megatron.train.checkpoints.folders import remove_unfinished
+from k2_megatron.train.checkpoints.load import find_checkpoint
+from k2_megatron.train.checkpoints.manifest import CheckpointError, read_manifest
 
 DAMAGES_A_KIND = 50
 KINDS = ("flip", "truncate", "zero", "delete")

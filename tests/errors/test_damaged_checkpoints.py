@@ -202,16 +202,16 @@ def test_later_checkpoints_leave_when_the_run_is_set_back(attempt, checkpoints, 
 
 
 def manifest_unreadable_on_rank_1() -> None:
-    import k2_megatron.train.checkpoint as checkpoint
+    import k2_megatron.train.checkpoints.load as checkpoint_load
 
-    right = checkpoint.read_manifest
+    right = checkpoint_load.read_manifest
 
     def read(folder: Path) -> dict:
         if os.environ["RANK"] == "1" and folder.name == "step_00000004":
-            raise checkpoint.CheckpointError("rank 1 cannot read it")
+            raise checkpoint_load.CheckpointError("rank 1 cannot read it")
         return right(folder)
 
-    checkpoint.read_manifest = read
+    checkpoint_load.read_manifest = read
 
 
 def test_manifest_that_another_rank_cannot_read_counts(attempt, checkpoints):
@@ -225,10 +225,10 @@ def test_manifest_that_another_rank_cannot_read_counts(attempt, checkpoints):
 
 def folder_as_it_was_on_rank_1() -> None:
     """As a file system does that remembers what it has read."""
-    import k2_megatron.train.checkpoint as checkpoint
+    import k2_megatron.train.checkpoints.load as checkpoint_load
 
     if os.environ["RANK"] == "1":
-        checkpoint.candidate_checkpoints = lambda _checkpoints: ([], None)
+        checkpoint_load.candidate_checkpoints = lambda _checkpoints: ([], None)
 
 
 def test_every_rank_takes_what_rank_0_sees(attempt, checkpoints):

@@ -16,8 +16,8 @@ from small_run import overrides
 from torch.distributed import TCPStore
 
 from k2_megatron.runtime.journal import read_events
-from k2_megatron.train.checkpoint_files import complete_checkpoints
-from k2_megatron.train.checkpoint_manifest import read_manifest, verify_files
+from k2_megatron.train.checkpoints.folders import complete_checkpoints
+from k2_megatron.train.checkpoints.manifest import read_manifest, verify_files
 
 # More steps than any test waits for; not evaluated, and saved when asked to stop.
 ENDLESS = {

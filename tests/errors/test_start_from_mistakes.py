@@ -54,7 +54,7 @@ def test_damaged_source_is_named_and_left_where_it_is(attempt, finished_run, tmp
 
 
 def rank_1_sees_an_older_checkpoint():
-    import k2_megatron.train.start_from as start_from
+    import k2_megatron.train.checkpoints.start_from as start_from
 
     newest = start_from.latest_checkpoint
     if os.environ["RANK"] == "1":

@@ -13,10 +13,10 @@ import pytest
 from endings import INTERRUPTED, MISTAKE, says_one_line
 
 from k2_megatron.runtime.journal import read_events
-from k2_megatron.train import checkpoint_reader
-from k2_megatron.train.checkpoint_files import complete_checkpoints
-from k2_megatron.train.checkpoint_hashing import HashingWriter
-from k2_megatron.train.checkpoint_manifest import manifest_text, read_manifest, verify_files
+from k2_megatron.train.checkpoints import restricted_loading
+from k2_megatron.train.checkpoints.folders import complete_checkpoints
+from k2_megatron.train.checkpoints.hashing_writer import HashingWriter
+from k2_megatron.train.checkpoints.manifest import manifest_text, read_manifest, verify_files
 
 SETTINGS = {"train.steps": 6, "checkpoint.every_steps": 2, "checkpoint.retry_seconds": 0}
 
@@ -150,12 +150,12 @@ def test_links_to_checkpoints_and_latest_that_is_a_link(attempt, newest, tmp_pat
 
 def no_space_left() -> None:
     """Every write of a checkpoint's file fails, as on a full disk."""
-    import k2_megatron.train.checkpoint_hashing as checkpoint_hashing
+    import k2_megatron.train.checkpoints.hashing_writer as hashing_writer
 
     def write(self, data) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    checkpoint_hashing._HashingStream.write = write
+    hashing_writer._HashingStream.write = write
 
 
 def test_full_disk_under_a_save_in_the_background(attempt, newest):
@@ -178,7 +178,7 @@ def no_space_left_and_rank_1_slow_to_know() -> None:
     """As `no_space_left`; of the ranks one learns of it several steps after the other."""
     import time
 
-    import k2_megatron.train.checkpoint_save as checkpoint_save
+    import k2_megatron.train.checkpoints.save as checkpoint_save
 
     no_space_left()
     right = checkpoint_save.CheckpointWriter._write
@@ -214,7 +214,7 @@ def asked_twice_in(place: type, call: str) -> None:
 
 
 def asked_twice_while_loading() -> None:
-    asked_twice_in(checkpoint_reader._Planner, "load_bytes")
+    asked_twice_in(restricted_loading._Planner, "load_bytes")
 
 
 def asked_twice_while_saving() -> None:

@@ -172,7 +172,7 @@ def _in_the_optimizer(watch: _Watch) -> None:
 
 
 def _half_of_a_file_written(watch: _Watch) -> None:
-    from k2_megatron.train.checkpoint_hashing import _HashingStream
+    from k2_megatron.train.checkpoints.hashing_writer import _HashingStream
 
     calls = []
 
@@ -186,16 +186,16 @@ def _half_of_a_file_written(watch: _Watch) -> None:
 
 
 def _before_the_manifest(watch: _Watch) -> None:
-    import k2_megatron.train.checkpoint_save as checkpoint_save
+    import k2_megatron.train.checkpoints.save as checkpoint_save
 
     before(checkpoint_save, "publish", lambda *_: watch.in_save() and watch.arrived())
 
 
 def _between_save_and_latest(watch: _Watch) -> None:
-    import k2_megatron.train.checkpoint_files as checkpoint_files
+    import k2_megatron.train.checkpoints.folders as folders
 
     before(
-        checkpoint_files,
+        folders,
         "write_file",
         lambda path, _text: path.name == "latest" and watch.in_save() and watch.arrived(),
     )

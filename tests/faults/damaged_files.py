@@ -9,8 +9,8 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from k2_megatron.train.checkpoint_files import complete_checkpoints
-from k2_megatron.train.checkpoint_manifest import step_of
+from k2_megatron.train.checkpoints.folders import complete_checkpoints
+from k2_megatron.train.checkpoints.manifest import step_of
 
 Damage = Callable[[Path, random.Random], None]
 

@@ -244,7 +244,7 @@ def gradient_not_finite(call: int, rank: str) -> None:
 def gradient_too_large(call: int, rank: str) -> None:
     """From the `call`-th step on, of one layer, before the sum over replicas."""
     import pretrain_k2
-    from k2_megatron.train.checkpoint_state import named_parameters
+    from k2_megatron.train.model_chunks import named_parameters
 
     build, train_step, calls = pretrain_k2.build_optimizer, pretrain_k2.train_step, []
 
@@ -266,7 +266,7 @@ def flip_a_bit(call: int, rank: str) -> None:
     import torch
 
     import k2_megatron.train.step as step
-    from k2_megatron.train.checkpoint_state import unwrapped
+    from k2_megatron.train.model_chunks import unwrapped
 
     run, calls = step._run_schedule, []
 

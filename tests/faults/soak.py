@@ -122,7 +122,7 @@ def _gradient_wrong_once(call: int, value: float) -> None:
 
 def _disk_fails(error: int, always: bool, save: int, _rank: str = "") -> None:
     """In the `save`-th writing of a checkpoint, and with `always` in all that follow."""
-    from k2_megatron.train.checkpoint_save import _Plan
+    from k2_megatron.train.checkpoints.save import _Plan
 
     write, saves = _Plan.write, []
 

@@ -58,7 +58,7 @@ def test_while_the_model_is_built_on_one_of_two_ranks(small_config, tmp_path):
 @pytest.mark.parametrize(
     ("number", "owner", "function", "call", "step"),
     [
-        (signal.SIGINT, "k2_megatron.train.checkpoint_save:CheckpointWriter", "_write", 2, 4),
+        (signal.SIGINT, "k2_megatron.train.checkpoints.save:CheckpointWriter", "_write", 2, 4),
         (signal.SIGTERM, "pretrain_k2", "evaluate", 1, 3),
     ],
     ids=["while step 4 is saved", "while step 3 is evaluated"],
@@ -105,7 +105,7 @@ def test_before_the_ranks_have_met_it_ends_at_once(small_config, tmp_path, numbe
 
 
 def _second_ctrl_c_in_the_save() -> None:
-    from k2_megatron.train.checkpoint_save import CheckpointWriter
+    from k2_megatron.train.checkpoints.save import CheckpointWriter
 
     CheckpointWriter._write = lambda *_: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]
 

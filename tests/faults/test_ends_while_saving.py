@@ -13,7 +13,7 @@ from run_results import events_of
 from small_run import overrides
 
 from k2_megatron.runtime.mistakes import INTERRUPTED, STOPPED
-from k2_megatron.train.checkpoint_files import complete_checkpoints
+from k2_megatron.train.checkpoints.folders import complete_checkpoints
 
 SETTINGS = {
     "parallel.data": 2,
@@ -26,10 +26,11 @@ SETTINGS = {
 
 def _end_in_step_8(how: str, write_seconds: float) -> None:
     """The save of step 6 takes long, so that it is still written when the run ends in step 8."""
+    import k2_megatron.train.checkpoints.save as checkpoint_save
     import pretrain_k2
     from k2_megatron.runtime import mistakes
     from k2_megatron.runtime.mistakes import StopRun
-    from k2_megatron.train import checkpoint_save, watchdog
+    from k2_megatron.train import watchdog
 
     watchdog.GRACE_SECONDS = 0.5  # a hang would be told, and the rank ended, some 3 s after the limit of a step
     write, train_step = checkpoint_save._Plan.write, pretrain_k2.train_step

@@ -18,11 +18,11 @@ from k2_megatron.runtime.devices import find_device
 from k2_megatron.runtime.groups import build_groups, connect, disconnect
 from k2_megatron.runtime.launch import read_environment
 from k2_megatron.runtime.seeds import seed_everything
-from k2_megatron.train.checkpoint import find_checkpoint
-from k2_megatron.train.checkpoint_files import complete_checkpoints, remove_unfinished
-from k2_megatron.train.checkpoint_manifest import CheckpointError, step_of
-from k2_megatron.train.checkpoint_save import CheckpointWriter
-from k2_megatron.train.checkpoint_state import model_state, optimizer_state
+from k2_megatron.train.checkpoints.folders import complete_checkpoints, remove_unfinished
+from k2_megatron.train.checkpoints.load import find_checkpoint
+from k2_megatron.train.checkpoints.manifest import CheckpointError, step_of
+from k2_megatron.train.checkpoints.save import CheckpointWriter
+from k2_megatron.train.checkpoints.state import model_state, optimizer_state
 from k2_megatron.train.optimizer import build_optimizer, wrap_model
 from k2_megatron.train.parts import Parts
 

@@ -111,9 +111,9 @@ def _hang_on_one_rank(place: str, call: int, rank: str, seconds: float, asynchro
     [
         ("k2_megatron.train.step:_forward", 11, "1", HOURS, "step"),
         ("k2_megatron.data.feed:Feed._read", 5, "0", HOURS, "step"),
-        ("k2_megatron.train.checkpoint_save:_Plan.write", 1, "1", HOURS, "checkpoint"),
-        ("k2_megatron.train.checkpoint_save:_Plan.write", 2, "0", MINUTES, "checkpoint"),
-        ("k2_megatron.train.checkpoint_save:_Plan.write", 2, "1", MINUTES, BACKGROUND),
+        ("k2_megatron.train.checkpoints.save:_Plan.write", 1, "1", HOURS, "checkpoint"),
+        ("k2_megatron.train.checkpoints.save:_Plan.write", 2, "0", MINUTES, "checkpoint"),
+        ("k2_megatron.train.checkpoints.save:_Plan.write", 2, "1", MINUTES, BACKGROUND),
         ("pretrain_k2:evaluate", 2, "1", MINUTES, "evaluation"),
     ],
     ids=["forward pass", "data loader", "saving", "saving again", "saving beside the steps", "evaluation again"],
@@ -150,7 +150,7 @@ def _quarters_of_an_hour_pass() -> None:
         ("pretrain_k2:build_model", 1),
         ("k2_megatron.train.step:_forward", 1),
         ("pretrain_k2:evaluate", 1),
-        ("k2_megatron.train.checkpoint_save:_Plan.write", 1),
+        ("k2_megatron.train.checkpoints.save:_Plan.write", 1),
         ("k2_megatron.train.step:_forward", 30),  # of four a step, and four of the evaluation
     ):
         _replace(place, call, pass_on)
@@ -174,7 +174,7 @@ def _first_save_takes_a_quarter_of_an_hour() -> None:
         clock.ahead += 1000.0
         time.sleep(1.2)
 
-    _replace("k2_megatron.train.checkpoint_save:_Plan.write", 1, last)
+    _replace("k2_megatron.train.checkpoints.save:_Plan.write", 1, last)
 
 
 def test_save_that_waits_for_the_first_one_is_no_hang(small_config, tmp_path):
@@ -196,7 +196,7 @@ def _disk_fills_at_the_end_of_each_try() -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     for call in (2, 3):
-        _replace("k2_megatron.train.checkpoint_save:_Plan.write", call, fill)
+        _replace("k2_megatron.train.checkpoints.save:_Plan.write", call, fill)
 
 
 @pytest.mark.parametrize("asynchronous", ["false", "true"])

@@ -53,7 +53,7 @@ def _draw_in_every_step(restored: bool) -> None:
     import torch
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    import k2_megatron.train.checkpoint as checkpoint
+    import k2_megatron.train.checkpoints.load as checkpoint_load
     import pretrain_k2
 
     train_step = pretrain_k2.train_step
@@ -66,7 +66,7 @@ def _draw_in_every_step(restored: bool) -> None:
 
     pretrain_k2.train_step = step
     if not restored:
-        checkpoint.restore_random_states = lambda _states: None
+        checkpoint_load.restore_random_states = lambda _states: None
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from k2_megatron.runtime.devices import find_device
 from k2_megatron.runtime.groups import build_groups, connect, disconnect
 from k2_megatron.runtime.journal import read_steps
 from k2_megatron.runtime.launch import single_rank
-from k2_megatron.train.checkpoint import find_checkpoint
-from k2_megatron.train.checkpoint_files import complete_checkpoints, remove_unfinished
-from k2_megatron.train.checkpoint_manifest import read_manifest, step_of, verify_files
+from k2_megatron.train.checkpoints.folders import complete_checkpoints, remove_unfinished
+from k2_megatron.train.checkpoints.load import find_checkpoint
+from k2_megatron.train.checkpoints.manifest import read_manifest, step_of, verify_files
 
 # As small as a model gets: every state of its checkpoints is made and read. Kept two, so that old ones leave.
 SETTINGS = [

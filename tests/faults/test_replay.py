@@ -25,7 +25,7 @@ def _flip_a_weight_bit_after_step_4() -> None:
     import torch
 
     import pretrain_k2
-    from k2_megatron.train.checkpoint_state import unwrapped
+    from k2_megatron.train.model_chunks import unwrapped
 
     train_step = pretrain_k2.train_step
 

@@ -11,7 +11,7 @@ from rank_processes import pretrain, results_of, run_ranks
 from run_results import events_of, steps_of, stored_state
 from training_rank import TORCH_KERNELS, training_rank
 
-from k2_megatron.train.checkpoint_state import unwrapped
+from k2_megatron.train.model_chunks import unwrapped
 from k2_megatron.train.optimizer import set_learning_rate
 from k2_megatron.train.replicas import _sum_of_bits, compare_replicas, majority_of, replicated_tensors
 from k2_megatron.train.run_data import open_run_data
@@ -180,7 +180,7 @@ def test_majority_of_two_is_nobody():
 def _flip_on_rank_1_in_step_3() -> None:
     """After the backward pass of step 3, before its update: the weights that the step computed with have changed."""
     import k2_megatron.train.step as step
-    from k2_megatron.train.checkpoint_state import unwrapped
+    from k2_megatron.train.model_chunks import unwrapped
 
     run, calls = step._run_schedule, []
 

@@ -2,7 +2,7 @@
 
 import os
 
-from k2_megatron.train.checkpoint_files import (
+from k2_megatron.train.checkpoints.folders import (
     apply_retention,
     complete_checkpoints,
     latest_checkpoint,
@@ -11,8 +11,8 @@ from k2_megatron.train.checkpoint_files import (
     set_later_aside,
     start_writing,
 )
-from k2_megatron.train.checkpoint_hashing import HashingWriter
-from k2_megatron.train.checkpoint_manifest import read_manifest, step_of, verify_files
+from k2_megatron.train.checkpoints.hashing_writer import HashingWriter
+from k2_megatron.train.checkpoints.manifest import read_manifest, step_of, verify_files
 
 KILLS = 100
 KEEP_LAST, KEEP_EVERY, PINNED = 2, 5, {7}

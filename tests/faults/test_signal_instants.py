@@ -11,8 +11,8 @@ from pathlib import Path
 from rank_processes import REPOSITORY, Rank, pretrain, results_of, run_pretrain
 from run_results import differences, events_of, events_told
 
-from k2_megatron.train.checkpoint_files import complete_checkpoints
-from k2_megatron.train.checkpoint_manifest import read_manifest, step_of, verify_files
+from k2_megatron.train.checkpoints.folders import complete_checkpoints
+from k2_megatron.train.checkpoints.manifest import read_manifest, step_of, verify_files
 
 STEPS = 90
 GRACE_SECONDS = 30.0

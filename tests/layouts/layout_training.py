@@ -6,8 +6,8 @@ from pathlib import Path
 
 from training_rank import training_rank
 
-from k2_megatron.train.checkpoint_save import CheckpointWriter
-from k2_megatron.train.checkpoint_state import weight_fingerprint
+from k2_megatron.train.checkpoints.save import CheckpointWriter
+from k2_megatron.train.checkpoints.state import weight_fingerprint
 from k2_megatron.train.layer_norms import ActivationSquares, LayerNorms
 from k2_megatron.train.optimizer import set_learning_rate
 from k2_megatron.train.run_data import open_run_data

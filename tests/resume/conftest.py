@@ -8,8 +8,8 @@ import pytest
 from rank_processes import pretrain, results_of
 from small_run import overrides
 
-from k2_megatron.train.checkpoint_files import complete_checkpoints
-from k2_megatron.train.checkpoint_manifest import step_of
+from k2_megatron.train.checkpoints.folders import complete_checkpoints
+from k2_megatron.train.checkpoints.manifest import step_of
 
 SETTINGS = {
     "train.steps": 8,

@@ -39,7 +39,7 @@ def killed_in_step_5() -> None:
 
 def killed_when_the_ledger_is_told() -> None:
     """The position is in the ledger, and no checkpoint follows."""
-    from k2_megatron.train.checkpoint_save import CheckpointWriter
+    from k2_megatron.train.checkpoints.save import CheckpointWriter
 
     CheckpointWriter.save = lambda *_unused: os.kill(os.getpid(), signal.SIGKILL)
 

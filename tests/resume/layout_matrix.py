@@ -21,12 +21,12 @@ from k2_megatron.runtime.devices import Device, find_device
 from k2_megatron.runtime.groups import build_groups, connect, disconnect
 from k2_megatron.runtime.launch import read_environment
 from k2_megatron.runtime.seeds import seed_everything
-from k2_megatron.train.checkpoint import load_checkpoint
-from k2_megatron.train.checkpoint_manifest import read_manifest
-from k2_megatron.train.checkpoint_save import CheckpointWriter
-from k2_megatron.train.checkpoint_state import model_state, optimizer_state, weight_fingerprint
+from k2_megatron.train.checkpoints.load import load_checkpoint
+from k2_megatron.train.checkpoints.manifest import read_manifest
+from k2_megatron.train.checkpoints.optimizer_boxes import built
+from k2_megatron.train.checkpoints.save import CheckpointWriter
+from k2_megatron.train.checkpoints.state import model_state, optimizer_state, weight_fingerprint
 from k2_megatron.train.optimizer import build_optimizer, wrap_model
-from k2_megatron.train.optimizer_boxes import built
 from k2_megatron.train.parts import Parts
 
 STEP = "step_00000003"
@@ -66,7 +66,7 @@ def save_and_load_all(
                     states[GATHERED[name]] = gathered_state
                 for save, state in states.items():
                     saver = CheckpointWriter(folder / save, parts.groups, asynchronous=False)
-                    with mock.patch("k2_megatron.train.checkpoint_save.optimizer_state", state):
+                    with mock.patch("k2_megatron.train.checkpoints.save.optimizer_state", state):
                         saver.save(manifest["step"], config, parts, {})
                     saver.wait()
                     saves.append(save)

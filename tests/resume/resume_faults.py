@@ -1,18 +1,18 @@
 """The faults that a resume must not survive unseen."""
 
-import k2_megatron.train.checkpoint as checkpoint
+import k2_megatron.train.checkpoints.load as checkpoint_load
 import k2_megatron.train.optimizer as optimizer
 import k2_megatron.train.step as step
 
 
 def optimizer_not_restored() -> None:
     """The run goes on with moments of zero."""
-    checkpoint.restore_optimizer = lambda *_unused: None
+    checkpoint_load.restore_optimizer = lambda *_unused: None
 
 
 def second_moment_not_restored() -> None:
     """One of the two moments is lost."""
-    right = checkpoint.restore_optimizer
+    right = checkpoint_load.restore_optimizer
 
     def without(restored, *rest) -> None:
         right(restored, *rest)
@@ -20,13 +20,13 @@ def second_moment_not_restored() -> None:
             for state in part.optimizer.state.values():
                 state["exp_avg_sq"].zero_()
 
-    checkpoint.restore_optimizer = without
+    checkpoint_load.restore_optimizer = without
 
 
 def optimizer_step_not_restored() -> None:
     """Adam's bias correction begins anew."""
-    right = checkpoint.restore_optimizer
-    checkpoint.restore_optimizer = lambda restored, loaded, local, _step: right(restored, loaded, local, 0)
+    right = checkpoint_load.restore_optimizer
+    checkpoint_load.restore_optimizer = lambda restored, loaded, local, _step: right(restored, loaded, local, 0)
 
 
 def next_sample_is_the_first() -> None:

@@ -23,7 +23,7 @@ from k2_megatron.data.feed import open_feed
 from k2_megatron.data.inspect import Run, document_lines, mix_lines, step_lines
 from k2_megatron.data.ledger import Ledger
 from k2_megatron.plan import plan_text
-from k2_megatron.train.checkpoint_manifest import read_manifest
+from k2_megatron.train.checkpoints.manifest import read_manifest
 from k2_megatron.train.run_folder import with_past
 from k2_megatron.train.verify_data import verify_lines
 

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from k2_megatron.convert.names import places
 from k2_megatron.convert.torch_dist import TorchDistSource
-from k2_megatron.train.checkpoint_manifest import read_manifest
+from k2_megatron.train.checkpoints.manifest import read_manifest
 
 SHARDED = {"parallel.distributed_optimizer": True}
 LAYOUTS = {

@@ -11,7 +11,7 @@ from k2_megatron.config import load_run_config
 from k2_megatron.data.ledger import Ledger
 from k2_megatron.plan.text import checkpoint_bytes
 from k2_megatron.runtime.journal import read_events, read_steps
-from k2_megatron.train.checkpoint_manifest import read_manifest
+from k2_megatron.train.checkpoints.manifest import read_manifest
 
 LAYOUTS = {
     "one": (1, {}),

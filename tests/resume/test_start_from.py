@@ -10,8 +10,8 @@ from rank_processes import Rank, pretrain, results_of
 from small_run import checkpoint_tensors, overrides
 from test_resume import events, told, unequal_tensors
 
-from k2_megatron.train.checkpoint import load_weights
-from k2_megatron.train.checkpoint_manifest import read_manifest
+from k2_megatron.train.checkpoints.load import load_weights
+from k2_megatron.train.checkpoints.manifest import read_manifest
 from k2_megatron.train.run_data import open_run_data
 
 STAGE_1 = {"model.init_std": 0.2}  # weights so large that attention heeds positions after a few steps already

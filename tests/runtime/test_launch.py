@@ -193,7 +193,7 @@ def _timeouts_of_all_groups(seconds: float, folder: Path) -> list[float]:
     from k2_megatron.config.schema import Parallel
     from k2_megatron.runtime.devices import find_device
     from k2_megatron.runtime.groups import build_groups, connect, disconnect
-    from k2_megatron.train.checkpoint_save import CheckpointWriter
+    from k2_megatron.train.checkpoints.save import CheckpointWriter
 
     connect(launch.single_rank(), find_device(0), 60.0)
     groups = build_groups(Parallel(), seconds)

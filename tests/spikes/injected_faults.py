@@ -117,7 +117,7 @@ def flipped_weight_bit(steps: range) -> None:
     """The highest bit of the exponent of one weight of the third layer."""
 
     def flip(parts):
-        from k2_megatron.train.checkpoint_state import unwrapped
+        from k2_megatron.train.model_chunks import unwrapped
 
         weight = unwrapped(parts.chunks[0]).decoder.layers[2].mlp.linear_fc2.weight
         bits = weight.data.view(-1).view(torch.int32)
@@ -130,7 +130,7 @@ def corrupted_moment(steps: range) -> None:
     """The first moments of one matrix of the second layer are far too large, and its updates with them."""
 
     def corrupt(parts):
-        from k2_megatron.train.checkpoint_state import unwrapped
+        from k2_megatron.train.model_chunks import unwrapped
 
         weight = unwrapped(parts.chunks[0]).decoder.layers[1].mlp.linear_fc1.weight
         (part,) = parts.optimizer.chained_optimizers

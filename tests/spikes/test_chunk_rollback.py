@@ -25,7 +25,7 @@ from k2_megatron.data.inspect import Run
 from k2_megatron.data.ledger import Ledger
 from k2_megatron.data.manifest import manifest_of_foreign_files
 from k2_megatron.data.recipe import load_recipe
-from k2_megatron.train.checkpoint_files import complete_checkpoints
+from k2_megatron.train.checkpoints.folders import complete_checkpoints
 from k2_megatron.train.verify_data import verify_lines
 
 STEPS, CHUNKS, STEPS_PER_CHUNK, BATCH = 72, 6, 12, 8

@@ -11,7 +11,7 @@ from k2_megatron.config.schema import Spikes
 from k2_megatron.data.amendments import amended
 from k2_megatron.data.recipe import chunk_order, load_recipe
 from k2_megatron.data.schedule import Amendment, Schedule
-from k2_megatron.train.checkpoint_manifest import CheckpointError
+from k2_megatron.train.checkpoints.manifest import CheckpointError
 from k2_megatron.train.spikes.detector import Finding, State, observe
 from k2_megatron.train.spikes.policy import Decision, amendment, decide
 from k2_megatron.train.spikes.rollback import fitting_amendment

@@ -65,7 +65,7 @@ def test_going_back_and_skipping_equals_a_fresh_start_under_the_ledger(small_con
 
 def _saves_seen_when_waited_for() -> None:
     """As slow storage does, a save in the background is still in flight when the verdict comes."""
-    from k2_megatron.train.checkpoint_save import CheckpointWriter
+    from k2_megatron.train.checkpoints.save import CheckpointWriter
 
     CheckpointWriter.finished = lambda self: None
     poison()

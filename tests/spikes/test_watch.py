@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from k2_megatron.config.schema import Spikes
-from k2_megatron.train.checkpoint_files import apply_retention, complete_checkpoints
-from k2_megatron.train.checkpoint_manifest import MANIFEST, folder_name, step_of
+from k2_megatron.train.checkpoints.folders import apply_retention, complete_checkpoints
+from k2_megatron.train.checkpoints.manifest import MANIFEST, folder_name, step_of
 from k2_megatron.train.spikes.detector import Finding, State
 from k2_megatron.train.spikes.layer_signals import LayerState
 from k2_megatron.train.spikes.watch import KEPT_FOR, SpikeWatch

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from k2_megatron.train.aes_lanes import AesLanesReference, aes_lanes
+from k2_megatron.train.checkpoints.aes_lanes import AesLanesReference, aes_lanes
 
 compiled = pytest.mark.skipif(isinstance(aes_lanes(), AesLanesReference), reason="k2_megatron._cpu is not built")
 LENGTHS = sorted({*range(0, 1101, 13), *(edge + by for edge in (16, 32, 512, 1024) for by in (-1, 0, 1)), 1100})

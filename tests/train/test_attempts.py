@@ -114,7 +114,7 @@ def _flip(rank: str, calls_spoiled: tuple[int, ...], leave_after: int | None = N
     element; with it generators are drawn from, as a model with dropout would."""
     import k2_megatron.train.step as step
     import pretrain_k2
-    from k2_megatron.train.checkpoint_state import named_parameters
+    from k2_megatron.train.model_chunks import named_parameters
 
     finalize, calls = step.finalize_model_grads, []
 
@@ -211,7 +211,7 @@ def test_what_comes_again_is_the_datas_and_is_applied(small_config, tmp_path):
 def _weight_is_lost() -> None:
     """Rank 1 computes step 3, and it again, with a weight that is not a number."""
     import k2_megatron.train.step as step
-    from k2_megatron.train.checkpoint_state import named_parameters
+    from k2_megatron.train.model_chunks import named_parameters
 
     run_schedule, calls = step._run_schedule, []
 

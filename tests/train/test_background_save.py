@@ -13,12 +13,12 @@ from rank_processes import Rank, run_ranks
 from small_run import checkpoint_tensors
 from training_rank import TORCH_KERNELS, training_rank
 
-from k2_megatron.train.checkpoint import load_weights
-from k2_megatron.train.checkpoint_files import complete_checkpoints
-from k2_megatron.train.checkpoint_manifest import CheckpointError, read_manifest, verify_files
-from k2_megatron.train.checkpoint_save import CheckpointWriter
-from k2_megatron.train.checkpoint_state import model_state, optimizer_state, weight_fingerprint
-from k2_megatron.train.file_hash import hash_file
+from k2_megatron.train.checkpoints.file_hash import hash_file
+from k2_megatron.train.checkpoints.folders import complete_checkpoints
+from k2_megatron.train.checkpoints.load import load_weights
+from k2_megatron.train.checkpoints.manifest import CheckpointError, read_manifest, verify_files
+from k2_megatron.train.checkpoints.save import CheckpointWriter
+from k2_megatron.train.checkpoints.state import model_state, optimizer_state, weight_fingerprint
 
 SETTINGS = ["parallel.tensor=2", "model.layers=2"]
 SHARED = ["parallel.distributed_optimizer=true", "model.layers=2"]
@@ -46,7 +46,7 @@ def _change_at_once(config_path: Path, checkpoints: Path, copies: bool) -> tuple
 
 def _share_the_tensors(saver: CheckpointWriter) -> None:
     """The fault this test is for: the background thread reads the tensors that training changes."""
-    import k2_megatron.train.checkpoint_save as checkpoint_save
+    import k2_megatron.train.checkpoints.save as checkpoint_save
 
     class Shared(checkpoint_save._Plan):
         def __init__(self, replicas, *, copies, agreement) -> None:
@@ -141,7 +141,7 @@ def test_a_hundred_snapshots_are_of_the_moment_they_were_asked_for(small_config:
 def _held_by_a_save(config_path: Path, checkpoints: Path) -> tuple[int, int]:
     """(bytes of the storages that a save in the background keeps, bytes of the tensors in them), of this rank, after
     two saves, whose storages are the same."""
-    import k2_megatron.train.checkpoint_save as checkpoint_save
+    import k2_megatron.train.checkpoints.save as checkpoint_save
 
     held = []
 

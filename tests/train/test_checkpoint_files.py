@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from k2_megatron.config import load_config
 from k2_megatron.runtime import durable
 from k2_megatron.runtime.durable import make_folder
-from k2_megatron.train.checkpoint_files import (
+from k2_megatron.train.checkpoints.file_hash import hash_file
+from k2_megatron.train.checkpoints.folders import (
     apply_retention,
     candidate_checkpoints,
     complete_checkpoints,
@@ -26,8 +27,8 @@ from k2_megatron.train.checkpoint_files import (
     set_later_aside,
     start_writing,
 )
-from k2_megatron.train.checkpoint_hashing import HashingWriter
-from k2_megatron.train.checkpoint_manifest import (
+from k2_megatron.train.checkpoints.hashing_writer import HashingWriter
+from k2_megatron.train.checkpoints.manifest import (
     CheckpointError,
     CheckpointVersionError,
     content_hash,
@@ -36,7 +37,6 @@ from k2_megatron.train.checkpoint_manifest import (
     step_of,
     verify_files,
 )
-from k2_megatron.train.file_hash import hash_file
 from k2_megatron.train.summary import resume_changes
 
 FACTS = {"layout": "tp1", "precision": "float32", "weights": "00", "config": {}, "optimizer_step": 1234}

@@ -21,7 +21,7 @@ from k2_megatron.runtime.groups import build_groups, connect, disconnect
 from k2_megatron.runtime.journal import Journal
 from k2_megatron.runtime.launch import read_environment
 from k2_megatron.runtime.seeds import seed_everything
-from k2_megatron.train.checkpoint_state import weight_fingerprint
+from k2_megatron.train.checkpoints.state import weight_fingerprint
 from k2_megatron.train.not_finite import in_vain
 from k2_megatron.train.optimizer import build_optimizer, set_learning_rate, wrap_model
 from k2_megatron.train.parts import Parts

@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from training_rank import TORCH_KERNELS, training_rank
 
-from k2_megatron.train.checkpoint import load_checkpoint
-from k2_megatron.train.checkpoint_manifest import read_manifest, verify_files
-from k2_megatron.train.checkpoint_save import CheckpointWriter
-from k2_megatron.train.checkpoint_state import model_state, optimizer_state, part_bytes
-from k2_megatron.train.optimizer_boxes import boxes, optimizer_boxes
+from k2_megatron.train.checkpoints.load import load_checkpoint
+from k2_megatron.train.checkpoints.manifest import read_manifest, verify_files
+from k2_megatron.train.checkpoints.optimizer_boxes import boxes, optimizer_boxes
+from k2_megatron.train.checkpoints.save import CheckpointWriter
+from k2_megatron.train.checkpoints.state import model_state, optimizer_state, part_bytes
 
 
 @settings(deadline=None)

@@ -20,8 +20,8 @@ from k2_megatron.runtime.groups import build_groups, connect, disconnect
 from k2_megatron.runtime.launch import read_environment
 from k2_megatron.runtime.seeds import seed_everything
 from k2_megatron.train.attempts import Attempts
-from k2_megatron.train.checkpoint_state import named_parameters
 from k2_megatron.train.doubts import Doubts, Place, Settled
+from k2_megatron.train.model_chunks import named_parameters
 from k2_megatron.train.not_finite import where_not_finite
 from k2_megatron.train.optimizer import build_optimizer, wrap_model
 from k2_megatron.train.parts import Parts

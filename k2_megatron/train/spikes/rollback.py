@@ -16,8 +16,8 @@ from k2_megatron.config import Config
 from k2_megatron.data.blended import amendable
 from k2_megatron.runtime.durable import persist, sync, write_file
 from k2_megatron.runtime.mistakes import StopRun
-from k2_megatron.train.checkpoint_files import complete_checkpoints
-from k2_megatron.train.checkpoint_manifest import CheckpointError, folder_name, step_of
+from k2_megatron.train.checkpoints.folders import complete_checkpoints
+from k2_megatron.train.checkpoints.manifest import CheckpointError, folder_name, step_of
 from k2_megatron.train.run_data import RunData
 from k2_megatron.train.spikes.detector import Finding
 from k2_megatron.train.spikes.policy import Decision, amendment, decide, in_words, is_watched

@@ -16,8 +16,8 @@ from k2_megatron.config.schema import Spikes
 from k2_megatron.data.feed import AnyFeed
 from k2_megatron.runtime.durable import write_file
 from k2_megatron.runtime.journal import Journal
-from k2_megatron.train.checkpoint_files import complete_checkpoints
-from k2_megatron.train.checkpoint_manifest import step_of
+from k2_megatron.train.checkpoints.folders import complete_checkpoints
+from k2_megatron.train.checkpoints.manifest import step_of
 from k2_megatron.train.spikes.ceiling import Ceiling, ceiling
 from k2_megatron.train.spikes.detector import Finding, State, batch_of, observe, restore
 from k2_megatron.train.spikes.layer_signals import signals

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from k2_megatron.runtime.durable import make_folder, sync, write_file
-from k2_megatron.train.checkpoint_manifest import CheckpointError
+from k2_megatron.train.checkpoints.manifest import CheckpointError
 
 RECORD = "conversion.json"
 FORMAT = 1

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem
 
-from k2_megatron.train.checkpoint_pickles import Tensor, read_tables
+from k2_megatron.train.checkpoints.pickles import Tensor, read_tables
 
 
 class RestrictedLoading(megatron_torch.TorchDistLoadShardedStrategy):

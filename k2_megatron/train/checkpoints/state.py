@@ -8,7 +8,7 @@ meet in one naming: `optimizer.state.{exp_avg, exp_avg_sq, param}.<parameter>`. 
 main parameter and "param" repeats it, so that a run can go on with or without the distributed optimizer.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -28,36 +28,18 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
     is_main_replica,
 )
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.transformer.module import MegatronModule
 
 from k2_megatron.config import Config
 from k2_megatron.model.initialize import hash_mix
 from k2_megatron.runtime.groups import Groups
 from k2_megatron.runtime.seeds import random_states
-from k2_megatron.train.optimizer_boxes import STATE, built, optimizer_boxes
+from k2_megatron.train.checkpoints.optimizer_boxes import STATE, built, optimizer_boxes
+from k2_megatron.train.model_chunks import unwrapped
 
 _MAIN = f"{STATE}param."
 _MAIN_FLOAT16 = f"{STATE}fp32_param."
-
-
-def unwrapped(chunk: MegatronModule) -> GPTModel:
-    """The GPTModel inside DistributedDataParallel and Float16Module."""
-    while not isinstance(chunk, GPTModel):
-        chunk = chunk.module
-    return chunk
-
-
-def named_parameters(chunks: Sequence) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(name, parameter) of all that a rank holds; layers are counted over the whole model, from 0."""
-    for chunk in map(unwrapped, chunks):
-        for name, parameter in chunk.named_parameters():
-            parts = name.split(".")
-            if parts[:2] == ["decoder", "layers"]:  # whose third part is the number within the chunk
-                parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
-            yield ".".join(parts), parameter
 
 
 def model_state(chunks: Sequence) -> dict:

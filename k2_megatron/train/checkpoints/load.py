@@ -1,7 +1,7 @@
 """Find and load the checkpoint a run goes on from, in whatever layout it was saved.
 
 The ranks share the work of checking every file's hash, load what their layout needs, and compare a fingerprint of the
-loaded weights with the one taken when they were saved. Saving is in checkpoint_save.py.
+loaded weights with the one taken when they were saved. Saving is in save.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,31 +19,31 @@ from k2_megatron.config import Config
 from k2_megatron.runtime.collector import collector_paused
 from k2_megatron.runtime.groups import Groups
 from k2_megatron.runtime.seeds import restore_random_states
-from k2_megatron.train.checkpoint_files import (
+from k2_megatron.train.checkpoints.folders import (
     candidate_checkpoints,
     first_cause,
     set_damaged_aside,
     set_incomplete_aside,
     set_later_aside,
 )
-from k2_megatron.train.checkpoint_manifest import (
+from k2_megatron.train.checkpoints.manifest import (
     MANIFEST,
     CheckpointError,
     CheckpointVersionError,
     read_manifest,
     verify_files,
 )
-from k2_megatron.train.checkpoint_pickles import EXTRA_STATE, EXTRA_STATE_REFUSED, pickle_problems
-from k2_megatron.train.checkpoint_reader import RestrictedLoading
-from k2_megatron.train.checkpoint_state import (
+from k2_megatron.train.checkpoints.pickles import EXTRA_STATE, EXTRA_STATE_REFUSED, pickle_problems
+from k2_megatron.train.checkpoints.restricted_loading import RestrictedLoading
+from k2_megatron.train.checkpoints.state import (
     layout_name,
     model_state,
     optimizer_state,
     random_state,
     restore_optimizer,
-    unwrapped,
     weight_fingerprint,
 )
+from k2_megatron.train.model_chunks import unwrapped
 from k2_megatron.train.parts import Parts
 
 

@@ -2,7 +2,7 @@
 
 torch's own reader unpickles both without restriction: whoever can write the folder could run code where it is loaded.
 Here tables are read by an unpickler that turns each name it knows into a record and refuses every other; training
-builds torch's tables from these records (checkpoint_reader.py) and loads byte objects with weights_only. The extra
+builds torch's tables from these records (restricted_loading.py) and loads byte objects with weights_only. The extra
 state of layers, which Transformer Engine would unpickle, has to be empty. This file needs no torch:
 tools/convert_checkpoint.py asks it too. common.pt megatron-core itself loads with weights_only.
 """

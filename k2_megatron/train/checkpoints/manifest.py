@@ -14,7 +14,7 @@ from typing import Any
 
 import xxhash
 
-from k2_megatron.train.file_hash import HASHES, problem_of_file
+from k2_megatron.train.checkpoints.file_hash import HASHES, problem_of_file
 
 MANIFEST = "k2.json"
 MANIFEST_FORMAT = 2

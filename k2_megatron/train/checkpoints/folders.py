@@ -14,7 +14,8 @@ import shutil
 from pathlib import Path
 
 from k2_megatron.runtime.durable import ASIDE, make_folder, sync, write_file
-from k2_megatron.train.checkpoint_manifest import (
+from k2_megatron.train.checkpoints.file_hash import hash_file
+from k2_megatron.train.checkpoints.manifest import (
     FOLDER,
     MANIFEST,
     CheckpointError,
@@ -22,7 +23,6 @@ from k2_megatron.train.checkpoint_manifest import (
     manifest_text,
     step_of,
 )
-from k2_megatron.train.file_hash import hash_file
 
 
 def first_cause(error: BaseException) -> str:

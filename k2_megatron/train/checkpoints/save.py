@@ -49,19 +49,19 @@ from k2_megatron.config import Config
 from k2_megatron.runtime.devices import device_for_threads
 from k2_megatron.runtime.durable import Refusal, persist
 from k2_megatron.runtime.groups import Groups
-from k2_megatron.train import aes_lanes
-from k2_megatron.train.checkpoint_copies import HostCopies
-from k2_megatron.train.checkpoint_files import aside_folder, first_cause, publish, start_writing
-from k2_megatron.train.checkpoint_hashing import HashingWriter, SavePlanner
-from k2_megatron.train.checkpoint_manifest import CheckpointError, folder_name
-from k2_megatron.train.checkpoint_state import (
+from k2_megatron.train.checkpoints import aes_lanes
+from k2_megatron.train.checkpoints.folders import aside_folder, first_cause, publish, start_writing
+from k2_megatron.train.checkpoints.hashing_writer import HashingWriter, SavePlanner
+from k2_megatron.train.checkpoints.host_copies import HostCopies
+from k2_megatron.train.checkpoints.manifest import CheckpointError, folder_name
+from k2_megatron.train.checkpoints.optimizer_boxes import STATE
+from k2_megatron.train.checkpoints.state import (
     fingerprint,
     layout_name,
     model_state,
     optimizer_state,
     random_state,
 )
-from k2_megatron.train.optimizer_boxes import STATE
 from k2_megatron.train.parts import Parts
 from k2_megatron.train.watchdog import Watchdog
 

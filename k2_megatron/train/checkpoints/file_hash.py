@@ -10,7 +10,7 @@ from typing import Any
 
 import xxhash
 
-from k2_megatron.train.aes_lanes import Hash, aes_lanes
+from k2_megatron.train.checkpoints.aes_lanes import Hash, aes_lanes
 
 AES_LANES, XXH3 = "aes_lanes", "xxh3"
 HASHES = (AES_LANES, XXH3)

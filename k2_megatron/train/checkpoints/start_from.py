@@ -14,10 +14,10 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from k2_megatron.config import Config
 from k2_megatron.config.changes import STORED_AS
-from k2_megatron.train.checkpoint import as_rank_0_sees, load_state, shared_problems
-from k2_megatron.train.checkpoint_files import complete_checkpoints, latest_checkpoint
-from k2_megatron.train.checkpoint_manifest import CheckpointError, read_manifest
-from k2_megatron.train.imported_record import carry_record, require_own_record
+from k2_megatron.train.checkpoints.folders import complete_checkpoints, latest_checkpoint
+from k2_megatron.train.checkpoints.imported_record import carry_record, require_own_record
+from k2_megatron.train.checkpoints.load import as_rank_0_sees, load_state, shared_problems
+from k2_megatron.train.checkpoints.manifest import CheckpointError, read_manifest
 from k2_megatron.train.parts import Parts
 
 KEY = "checkpoint.start_from"

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from k2_megatron.runtime.collector import collector_paused
-from k2_megatron.train.file_hash import AES_LANES, new_hash
+from k2_megatron.train.checkpoints.file_hash import AES_LANES, new_hash
 
 HASH = AES_LANES
 _BLOCK = 256 << 10  # stays in a core's second cache between writing and hashing
