@@ -18,7 +18,7 @@ from k2_megatron.convert.safetensors_file import INDEX
 from k2_megatron.convert.source import Kind
 from k2_megatron.convert.to_hugging_face import HuggingFaceJob, tied_rows_equal
 from k2_megatron.convert.torch_dist import TorchDistSource, checkpoint_folder, read_manifest
-from k2_megatron.convert.transformers_model import TransformersModel
+from k2_megatron.convert.transformers_model import TransformersModel, require_transformers
 from k2_megatron.convert.work import require_space, run_units
 from k2_megatron.convert.workers import Workers
 from k2_megatron.runtime.durable import sync, write_file
@@ -54,6 +54,8 @@ def export_hugging_face(options: ExportOptions) -> Path:
     """Convert, check the fingerprint, prove, publish; returns the folder. ConversionError otherwise; CheckpointError
     where the record of an imported model is damaged."""
     _require_new(options.save)
+    if options.proof:
+        require_transformers()
     folder = checkpoint_folder(options.load)
     manifest = read_manifest(folder)
     source = TorchDistSource(folder, manifest)

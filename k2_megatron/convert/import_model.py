@@ -23,7 +23,7 @@ from k2_megatron.convert.training_side import (
     write_checkpoint,
     writing_phases,
 )
-from k2_megatron.convert.transformers_model import TransformersModel
+from k2_megatron.convert.transformers_model import TransformersModel, require_transformers
 from k2_megatron.convert.workers import Workers
 from k2_megatron.runtime.durable import write_file
 from k2_megatron.train.checkpoints.imported_record import RECORD, TOKENIZER, Record, copy_tokenizer
@@ -47,6 +47,8 @@ class ImportOptions:
 def import_hugging_face(options: ImportOptions) -> Path:
     """Convert, compare, prove, publish; returns the checkpoint. ConversionError names what stands against it."""
     require_new(options.save, 0)
+    if options.proof:
+        require_transformers()
     facts = ModelFacts.from_hugging_face(options.load)
     source = HuggingFaceSource(options.load, facts)
     config = training_config(options, facts, source.dtypes["weights"])

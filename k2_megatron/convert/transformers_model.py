@@ -5,6 +5,7 @@ The code, the names and the library that finds tensors in safetensors files are 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,14 @@ from k2_megatron.convert.safetensors_file import read_index
 
 if TYPE_CHECKING:
     import torch
+
+
+def require_transformers() -> None:
+    """ConversionError where it is not installed: asked before anything is converted, for the proof comes last."""
+    if find_spec("transformers") is None:
+        raise ConversionError(
+            'the proof runs transformers, which is not installed: pip install "k2_megatron[proof]", or --no-proof'
+        )
 
 
 @dataclass(frozen=True)
@@ -34,15 +43,11 @@ class TransformersModel:
             return self._logits(tokens)
 
     def _logits(self, tokens: "torch.Tensor") -> "torch.Tensor":
-        from k2_megatron.convert.layer_parts import fill_as_they_run
-
-        try:
-            from transformers import AutoConfig, LlamaForCausalLM
-        except ImportError:
-            raise ConversionError(
-                'the proof runs transformers, which is not installed: pip install "k2_megatron[proof]", or --no-proof'
-            ) from None
+        require_transformers()
         import torch
+        from transformers import AutoConfig, LlamaForCausalLM
+
+        from k2_megatron.convert.layer_parts import fill_as_they_run
 
         try:
             config = AutoConfig.from_pretrained(self.folder)

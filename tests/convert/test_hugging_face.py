@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import numpy
@@ -354,3 +355,16 @@ def test_what_is_not_read_back_as_it_was_written_is_not_published(tmp_path: Path
     with pytest.raises(ProofFailed, match=r"\(layer 1\) was not written as it was read"):
         import_model(tmp_path / "hf", tmp_path / "run")
     assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))
+
+
+def test_a_missing_transformers_is_told_before_anything_is_converted(tmp_path: Path, monkeypatch, capsys) -> None:
+    """The proof comes last: a model of 65B had been converted by then."""
+    write_llama(tmp_path / "hf")
+    import_model(tmp_path / "hf", tmp_path / "run")
+    capsys.readouterr()
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for convert, load in ((import_model, "hf"), (export_model, "run")):
+        with pytest.raises(ConversionError, match=r"not installed: pip install .* or --no-proof"):
+            convert(tmp_path / load, tmp_path / "new", proof=True)
+    assert capsys.readouterr().out == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]
