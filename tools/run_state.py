@@ -15,6 +15,8 @@ from k2_megatron.config import load_config
 from k2_megatron.runtime.arguments import step_number
 from k2_megatron.runtime.journal import JOURNAL, read_events
 from k2_megatron.runtime.tool import run_tool
+from k2_megatron.train.checkpoints.folders import latest_checkpoint
+from k2_megatron.train.checkpoints.manifest import step_of
 
 FINISHED, UNFINISHED = 0, 10
 
@@ -32,21 +34,25 @@ def state(arguments: argparse.Namespace) -> int:
     # In a batch script the layout follows from the job's tasks, as it will for the ranks.
     tasks = os.environ.get("SLURM_NTASKS")
     config = load_config(arguments.config, arguments.overrides, world_size=int(tasks) if tasks else None)
-    journal = Path(config.run.folder) / JOURNAL
-    if not journal.is_file():
-        print(f"{config.run.folder}: not started, {config.train.steps} steps to do")
+    folder = Path(config.run.folder)
+    if not (folder / JOURNAL).is_file():
+        print(f"{folder}: not started, {config.train.steps} steps to do")
         return UNFINISHED
-    return _tell(config.run.folder, journal, config.train.steps, arguments.until)
+    return _tell(folder, config.train.steps, arguments.until)
 
 
-def _tell(folder: str, journal: Path, total: int, until: int | None) -> int:
+def _tell(folder: Path, total: int, until: int | None) -> int:
     reached, saved, last = 0, 0, {}
-    for event in read_events(journal):
+    for event in read_events(folder / JOURNAL):
         if event["event"] in ("step", "resume", "rollback"):
             reached = event["step"]
         if event["event"] in ("checkpoint", "resume", "rollback"):
             saved = event["step"]
         last = event
+    newest, _ = latest_checkpoint(folder / "checkpoints")
+    if newest is not None and step_of(newest) < saved:  # going back was interrupted, or somebody moved the last ones
+        print(f"{folder}: the journal tells of a save at step {saved}, the newest checkpoint is that of {newest.name}")
+        saved = step_of(newest)
     if saved >= total:
         print(f"{folder}: finished, {total} steps")
         return FINISHED

@@ -60,6 +60,11 @@ class Journal:
             with contextlib.suppress(OSError):  # lines that could not be written were told of
                 os.fsync(self._file.fileno())
 
+    def require_written(self) -> None:
+        """OSError where a line still waits for room: for who has nothing to go on with."""
+        if self._unwritten:
+            raise OSError(f"{self.path} does not take its last lines")
+
     def close(self) -> None:
         if self._file is not None:
             with contextlib.suppress(OSError):  # lines that could not be written are tried once more, and were told of

@@ -25,7 +25,9 @@ from k2_megatron.data.inspect import Run
 from k2_megatron.data.ledger import Ledger
 from k2_megatron.data.manifest import manifest_of_foreign_files
 from k2_megatron.data.recipe import load_recipe
+from k2_megatron.runtime.journal import Journal
 from k2_megatron.train.checkpoints.folders import complete_checkpoints
+from k2_megatron.train.spikes.by_hand import steps_made
 from k2_megatron.train.verify_data import verify_lines
 
 STEPS, CHUNKS, STEPS_PER_CHUNK, BATCH = 72, 6, 12, 8
@@ -226,17 +228,30 @@ def test_full_disk_while_going_back_by_hand_is_told_and_the_same_command_does_th
     assert roll_back.main() == 2
     assert "is all that is left of the data" in capsys.readouterr().err
     arguments = [str(folder), "--before", "49", "--defer", "chunk", "--reason", "x"]
+
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(sys, "argv", ["roll_back.py", *arguments])
     with monkeypatch.context() as full:
-
-        def write(_self, _line):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        full.setattr(Ledger, "_write", write)
+        full.setattr(Ledger, "_write", no_room)
         assert roll_back.main() == 3
     assert "give the same command again" in capsys.readouterr().err
     assert (folder / "ledger.jsonl").read_text() == before
+    # Next the journal has no room; then the command is killed before it writes there. The chunk has moved by now.
+    with monkeypatch.context() as full:
+        full.setattr(Journal, "_write", no_room)
+        assert roll_back.main() == 3
+    assert "does what is left, and nothing twice" in capsys.readouterr().err
+    with monkeypatch.context() as killed:
+        killed.setattr(Journal, "write", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+        assert roll_back.main() == 130
+    told = tool(f"python tools/run_state.py {folder / 'config.toml'} --set run.folder={folder}")
+    assert told.returncode == 10, f"a job that asks whether it is finished has steps to do: {told.stdout}"
+    assert f"a save at step {STEPS}, the newest checkpoint is that of step_00000048" in told.stdout
+    capsys.readouterr()
     assert roll_back.main() == 0
+    assert "the ledger had this line already" in capsys.readouterr().out
     assert len(Ledger(folder).amendments) == 2
     assert (folder / "checkpoints" / "latest").read_text() == "step_00000048\n"
     assert [event["step"] for event in events_of(folder, "rollback")][-1:] == [48]
@@ -245,7 +260,6 @@ def test_full_disk_while_going_back_by_hand_is_told_and_the_same_command_does_th
 def test_steps_that_were_passed_over_can_be_gone_back_before(whole, tmp_path):
     """They are no step events, and are the likeliest to be bad."""
     folder = shutil.copytree(whole, tmp_path / "run")
-    steps_made = loaded_roll_back().steps_made
     with (folder / "journal.jsonl").open("a") as journal:
         journal.write(json.dumps({"event": "incident", "kind": "not finite", "step": STEPS + 3}) + "\n")
     assert (steps_made(whole), steps_made(folder)) == (STEPS, STEPS + 3)

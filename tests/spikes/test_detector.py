@@ -259,6 +259,22 @@ def test_layer_that_was_creeping_takes_none_of_the_patience_and_does_not_date_wh
         assert found[1].step == found[1].onset + SETTINGS.benign_steps
 
 
+def test_patience_lowered_while_a_layer_is_up_does_not_end_what_is_amended_before_the_loss_rose():
+    losses, norms = signals(400, 6)
+    layers = in_layer(layer_signals(400, 8, 6), "gradient_norm", 7, 6.0, slice(300, None))
+    losses[340:] += 0.4
+    state, found, settings = State(), [], SETTINGS
+    for number in range(400):
+        if number == 346:  # changed at a restart
+            settings = Spikes(benign_steps=20)
+        state, finding = observe(
+            state, settings, number + 1, float(losses[number]), float(norms[number]), layers[number]
+        )
+        found += [finding] if finding else []
+    assert [(finding.kind, finding.onset) for finding in found[:2]] == [("spike", 301), ("malignant", 341)]
+    assert found[0].trip < 341 <= found[1].trip <= found[1].step
+
+
 def test_layers_are_watched_on_from_a_stored_state_as_if_never_stopped():
     losses, norms = signals(500, 6)
     layers = in_layer(layer_signals(500, 3, 6), "gradient_norm", 2, 6.0, slice(300, 340))

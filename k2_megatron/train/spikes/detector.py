@@ -113,6 +113,10 @@ class Finding:
     layers: tuple[Deviation, ...] = ()
     over: bool = False
 
+    def __post_init__(self) -> None:
+        # What is skipped ends with the trip: before the onset it would hold none of the rows that did it.
+        assert self.onset <= self.trip, f"called at step {self.trip}, before it began at step {self.onset}"
+
 
 def observe(
     state: State,
@@ -180,7 +184,9 @@ def _observed(
         assert measured.trip is not None, "what is found was called"
         usual, over = (usual_loss, math.exp(usual_norm)), _is_over(measured, threshold)
         first = _first_step(measured, settings)
-        finding = Finding(kind, step, first, measured.trip, loss_deviation, norm_deviation, *usual, deviating, over)
+        # A layer had called one, long before: what loss and norm began after that is first told of now.
+        trip = measured.trip if first <= measured.trip else step
+        finding = Finding(kind, step, first, trip, loss_deviation, norm_deviation, *usual, deviating, over)
     # Until a spike is called, what looks like noise is noise, and the medians bear some outliers. During a spike the
     # measure stands still, so that a spike cannot become its own norm; after a malignant one it begins anew.
     if following.trip is None and kind != "malignant":
