@@ -22,9 +22,9 @@ import numpy as np
 import xxhash
 
 from k2_megatron.data.build import build_plans
-from k2_megatron.data.feed import open_feed
 from k2_megatron.data.indexed import index_bytes
 from k2_megatron.data.manifest import FORMAT, manifest_path
+from k2_megatron.data.open_feed import open_feed
 from k2_megatron.data.recipe import Recipe
 from k2_megatron.data.store import BLOCK_BYTES, HashedWriter, write_sealed
 

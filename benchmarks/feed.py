@@ -22,11 +22,11 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch import distributed
 
-from k2_megatron.data import feed as feeds
+import k2_megatron.data.open_feed as opening
 from k2_megatron.data.blended import open_blend
 from k2_megatron.data.build import build_plans
-from k2_megatron.data.feed import open_feed
 from k2_megatron.data.manifest import manifest_of_foreign_files
+from k2_megatron.data.open_feed import open_feed
 from k2_megatron.data.recipe import Recipe
 from k2_megatron.data.store import TokenWriter
 from k2_megatron.data.training import train_byte_level_bpe
@@ -113,7 +113,7 @@ def main() -> None:
         for _ in range(3):
             feed = open_feed(folder / "plan", **SHAPE)
             print(f"{pass_over(feed):8.1f} {pass_over(feed):8.1f} {pass_over(blend):8.1f}", flush=True)
-        feeds.INDEX_BYTES_CHECKED_AT_START = 0  # as with K2's files
+        opening.INDEX_BYTES_CHECKED_AT_START = 0  # as with K2's files
         few, many = (reordered(folder / str(documents), documents) for documents in (45_000, 4_000_000))
         print(f"us a document reordered or not: {few:.1f} of 45,000, {many:.1f} of 4 million")
         multiprocessing.spawn(tensor_parallel_rank, args=(folder, str(folder / "store")), nprocs=2)

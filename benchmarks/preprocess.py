@@ -97,10 +97,10 @@ def encode_share(tokenizer_path: str, path: Path, share: tuple[int, int], limit:
     os.environ["RAYON_NUM_THREADS"] = "1"
     from k2_megatron.data import encoder as encoders
     from k2_megatron.data import gigatoken_encoder
-    from k2_megatron.data.preprocess import keep_freed_memory
     from k2_megatron.data.tokenizer import load_tokenizer
+    from k2_megatron.runtime.memory import keep_freed_buffers
 
-    keep_freed_memory()
+    keep_freed_buffers()
     gigatoken_encoder.MANY_WORDS_BYTES = gigatoken_encoder.FEWER_WORDS_BYTES = (
         1 << 60
     )  # the texts in memory are no reason to forget words

@@ -18,7 +18,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from k2_megatron.data.inspect import Run, document_lines, mix_lines, show_lines, step_lines
+from k2_megatron.data.inspect import document_lines, mix_lines, show_lines, step_lines
+from k2_megatron.data.inspected_run import Run
 from k2_megatron.data.manifest import manifest_of_foreign_files, manifest_path
 from k2_megatron.runtime.journal import Journal
 from k2_megatron.runtime.tool import CheckFailed, run_tool

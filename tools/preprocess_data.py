@@ -18,8 +18,8 @@ import time
 from k2_megatron.data.encoder import ENCODERS
 from k2_megatron.data.long_texts import UNBROKEN_BYTES
 from k2_megatron.data.preprocess import preprocess
+from k2_megatron.data.preprocess_job import Job
 from k2_megatron.data.progress import ConsoleProgress
-from k2_megatron.data.shards import Job
 from k2_megatron.data.sources import find_sources
 from k2_megatron.runtime.tool import run_tool
 

@@ -38,7 +38,7 @@ from k2_megatron.data.permutation import hash64
 from k2_megatron.data.schedule import Schedule
 
 if TYPE_CHECKING:
-    from k2_megatron.data.feed import AnyFeed, Feed
+    from k2_megatron.data.feed import Feed
 
 SPLIT = "1,0,0"  # everything is for training; a blend for evaluation is a blend file of its own
 
@@ -152,7 +152,7 @@ def open_blend(path: Path, ledger: Ledger | None, **settings: int) -> BlendedFee
     return feed
 
 
-def amendable(feed: AnyFeed) -> Feed:
+def amendable(feed: Feed | BlendedFeed) -> Feed:
     """The feed, whose order can be amended. ValueError where it is mcore's."""
     if isinstance(feed, BlendedFeed):
         raise ValueError("the order of mcore's blended datasets cannot be amended; build a plan (tools/build_plan.py)")

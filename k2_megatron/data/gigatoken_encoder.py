@@ -8,7 +8,6 @@ others fails the probe of make_encoder.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,19 +20,13 @@ import psutil
 
 from k2_megatron.data.texts import Texts
 from k2_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
+from k2_megatron.runtime.memory import release_freed_memory
 
 # Of a worker that may take 300 MB. The table of words doubles when it is full, at 0.4, 0.8 and 1.6 million words, which
 # takes 65, 131 and 233 MB meanwhile: words are forgotten before the last, beside a long text before the last but one.
 LARGE_PROCESS_BYTES = 180 << 20
 MANY_WORDS_BYTES, FEWER_WORDS_BYTES = 80 << 20, 36 << 20
 FEW_BYTES, MANY_BYTES = 2 << 20, 4 << 20  # of text at once: 8 MiB of new words took 328 MB
-
-
-def release_freed_memory() -> None:
-    """Have glibc give back what is free (preprocess.py has it keep that)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-    if trim is not None:
-        trim(0)
 
 
 class GigatokenEncode:

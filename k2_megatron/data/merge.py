@@ -21,7 +21,7 @@ import xxhash
 
 from k2_megatron.data.indexed import TokenFile
 from k2_megatron.data.manifest import FORMAT, manifest_path
-from k2_megatron.data.shards import Job, read_record, unbroken_rejected
+from k2_megatron.data.preprocess_job import Job, read_record, unbroken_rejected
 from k2_megatron.data.store import HashedWriter, publish, write_sealed
 
 COPY_BYTES = 8 << 20

@@ -1,4 +1,4 @@
-"""Text to token files with several workers: hands out units, watches the workers, merges the shards.
+"""Text to token files: what is there already is known again, what is missing is made here or by workers, and merged.
 
 In: a `Job`. Out: token files and their manifest (see merge.py). The result is the same bytes for any number of workers
 or parts, killed and started again or not.
@@ -7,30 +7,20 @@ or parts, killed and started again or not.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
-import gc
-import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from k2_megatron.data.compiled import compiled
-from k2_megatron.data.encoder import settings_for_workers
 from k2_megatron.data.indexed import strip_suffix
 from k2_megatron.data.manifest import manifest_path, open_token_files, read_manifest
 from k2_megatron.data.merge import merge, remove_leftovers
+from k2_megatron.data.preprocess_job import Job, units_of
+from k2_megatron.data.preprocess_workers import encoder_line, run_workers
 from k2_megatron.data.rejects import Counter, Report, TooManyRejected, stop_with_list
-from k2_megatron.data.shards import Job, Progress, ShardMaker, Unit, units_of
-
-WAIT_SECONDS = 1.0
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc refuses a larger one
-KEPT_BYTES = 64 << 20
-HUGE_PAGES = "glibc.malloc.hugetlb=1"  # for the workers' tables of words: 3 to 5 % of encoding
+from k2_megatron.data.shards import ShardMaker
 
 NOT_COMPILED = (
     "k2_megatron._cpu is not built: lines are read slower, a long one may take more memory than docs/data.md says, and "
@@ -126,11 +116,11 @@ def _preprocess(
         counter = Counter(job, max_bad_fraction, report, announce)
         try:
             if workers <= 1 or len(units) <= 1:
-                announce(_encoder_line(maker))
+                announce(encoder_line(maker))
                 for unit in units:
                     maker.run(unit, counter)
             else:
-                _run_workers(maker, units, min(workers, len(units)), counter, announce)
+                run_workers(maker, units, min(workers, len(units)), counter, announce)
         except TooManyRejected as found:
             raise stop_with_list(job, max_bad_fraction, found) from None
     if part[1] > 1 and not merge_only:
@@ -182,131 +172,3 @@ def _refuse_foreign_files(job: Job) -> None:
                 f"{path}: exists, and nothing tells that this tool made it; move it away or choose another "
                 "--output-prefix, or remove it and the .bin or .idx beside it if it may be overwritten"
             )
-
-
-def _encoder_line(maker: ShardMaker) -> str:
-    return f"encoder: {maker.encoder.name} ({maker.encoder.reason})"
-
-
-def _worker(job: Job, connection: Connection) -> None:
-    """A worker process: gigatoken's settings and then units in, until None comes; out what encodes, then progress."""
-    os.environ["RAYON_NUM_THREADS"] = "1"  # the encoders' own threads would fight the other workers for the cores
-    os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # its own allocators copy a long row where it grows
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
-    keep_freed_memory()
-    gc.disable()
-    try:
-        maker = ShardMaker(job)
-        maker.tokenizer  # noqa: B018  loaded while the parent makes the settings
-        maker.settings = connection.recv()
-        connection.send(_encoder_line(maker))
-        gc.freeze()  # what is loaded stays: no collection need look at it
-        gc.enable()
-        while (unit := connection.recv()) is not None:
-            maker.run(unit, connection.send)
-            connection.send(None)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the parent is gone
-    except (ValueError, OSError, RuntimeError) as error:
-        connection.send(error)
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep the pieces' buffers from piece to piece: by default it maps each anew, and the system clears its
-    pages, which takes a tenth of a fast encoder's time."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
-        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-
-
-class _Crew:
-    """The running workers: which connection belongs to whom, and what each is doing."""
-
-    def __init__(self, job: Job, workers: int):
-        context = multiprocessing.get_context("spawn")
-        os.environ.setdefault("GLIBC_TUNABLES", HUGE_PAGES)
-        self.job = job
-        self.connections: dict[Connection, Any] = {}
-        self.doing: dict[Connection, Unit | None] = {}
-        for number in range(workers):
-            here, there = context.Pipe()
-            process = context.Process(target=_worker, args=(job, there), name=f"worker {number}", daemon=True)
-            process.start()
-            there.close()
-            self.connections[here] = process
-            self.doing[here] = None
-
-    def give(self, connection: Connection, unit: Unit | None) -> None:
-        self.doing[connection] = unit
-        self.send(connection, unit)
-
-    def send(self, connection: Connection, message: Unit | str | None) -> None:
-        try:
-            connection.send(message)
-        except (BrokenPipeError, ConnectionResetError):
-            raise self.death(connection) from None
-
-    def receive(self, connection: Connection) -> Progress | str | None:
-        """The next message of a worker: what encodes, Progress, or None for a unit done. It died if its pipe ends."""
-        try:
-            message = connection.recv()
-        except (EOFError, ConnectionResetError):
-            raise self.death(connection) from None
-        if isinstance(message, Exception):
-            raise message
-        return message
-
-    def death(self, connection: Connection) -> RuntimeError:
-        """What to say of a worker whose pipe has ended."""
-        process, unit = self.connections[connection], self.doing[connection]
-        process.join(1)
-        code = process.exitcode
-        how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
-        source = self.job.sources[unit.source].path if unit else "nothing"
-        return RuntimeError(
-            f"{process.name} (pid {process.pid}) died with {how} while it read {source}; run the same command again: "
-            "finished shards are kept (a SIGKILL is often the system short of memory: fewer --workers)"
-        )
-
-    def end(self) -> None:
-        for process in self.connections.values():
-            process.terminate()
-        for process in self.connections.values():
-            process.join(2)
-            if process.is_alive():
-                process.kill()
-
-
-def _run_workers(
-    maker: ShardMaker, units: list[Unit], workers: int, counter: Counter, announce: Callable[[str], None]
-) -> None:
-    crew = _Crew(maker.job, workers)
-    waiting = list(reversed(units))
-    left = len(units)
-    encoders: set[str] = set()  # that were announced; the parent needs none, and saves the time to load one
-    try:
-        settings = settings_for_workers(maker.tokenizer, maker.job.encoder)  # while they start
-        for connection in crew.connections:
-            crew.doing[connection] = waiting.pop()
-            crew.send(connection, settings)
-        for connection, unit in crew.doing.items():
-            crew.send(connection, unit)
-        while left:
-            for ready in wait(list(crew.connections), timeout=WAIT_SECONDS):
-                connection = cast(Connection, ready)
-                message = crew.receive(connection)
-                if isinstance(message, str):
-                    if message not in encoders:
-                        announce(message)
-                    encoders.add(message)
-                    continue
-                if isinstance(message, Progress):
-                    counter(message)
-                    continue
-                left -= 1
-                crew.give(connection, waiting.pop() if waiting else None)
-                if crew.doing[connection] is None:
-                    crew.connections.pop(connection).join()
-    finally:
-        crew.end()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 
-from k2_megatron.data.shards import Progress
+from k2_megatron.data.preprocess_job import Progress
 
 LINE_EVERY_SECONDS = 10.0
 DRAW_EVERY_SECONDS = 0.2

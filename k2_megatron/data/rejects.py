@@ -12,8 +12,8 @@ from itertools import islice
 from typing import Any
 
 from k2_megatron.data.merge import write_list
+from k2_megatron.data.preprocess_job import Job, Progress
 from k2_megatron.data.readers import pieces
-from k2_megatron.data.shards import Job, Progress
 
 REJECTS_TO_STOP_EARLY = 1000  # fewer are judged when everything is read; so many are listed
 SHORTEST_LINE_BYTES = 8  # of a document: {"k":""}

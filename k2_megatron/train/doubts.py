@@ -13,7 +13,7 @@ from functools import partial
 import torch.distributed as distributed
 
 from k2_megatron.config.schema import Spikes
-from k2_megatron.data.feed import AnyFeed
+from k2_megatron.data.open_feed import AnyFeed
 from k2_megatron.runtime.journal import Journal
 from k2_megatron.runtime.mistakes import StopNotFinite, StopRun
 from k2_megatron.train.attempts import SAME, Attempts, alike, reruns_left, settle

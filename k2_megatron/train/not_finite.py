@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.distributed as distributed
 from megatron.core.optimizer import MegatronOptimizer
 
-from k2_megatron.data.feed import AnyFeed
+from k2_megatron.data.open_feed import AnyFeed
 from k2_megatron.runtime.journal import Journal, read_events
 from k2_megatron.train.model_chunks import named_parameters
 from k2_megatron.train.parts import Parts

@@ -5,8 +5,9 @@ from functools import partial
 from pathlib import Path
 
 from k2_megatron.config import Config, batch
-from k2_megatron.data.feed import AnyFeed, Feed, open_feed
+from k2_megatron.data.feed import Feed
 from k2_megatron.data.ledger import CHAIN_START, Ledger, LedgerNotWritten
+from k2_megatron.data.open_feed import AnyFeed, open_feed
 from k2_megatron.data.plan import Plan
 from k2_megatron.data.tokenizer import load_tokenizer
 from k2_megatron.runtime.durable import persist

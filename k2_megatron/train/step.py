@@ -20,7 +20,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from k2_megatron.config import Config
 from k2_megatron.config.leaves import micro_batches_of_a_rank
-from k2_megatron.data.feed import AnyFeed
+from k2_megatron.data.open_feed import AnyFeed
 from k2_megatron.model.context_parallel import context_positions
 from k2_megatron.runtime.groups import Groups
 from k2_megatron.train.layer_norms import ActivationSquares, LayerNorms, layer_norms

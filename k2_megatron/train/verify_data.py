@@ -11,7 +11,7 @@ from pathlib import Path
 
 from k2_megatron.config.batch import carried_over
 from k2_megatron.data.feed import Feed
-from k2_megatron.data.inspect import Run
+from k2_megatron.data.inspected_run import Run
 from k2_megatron.data.ledger import CHAIN_START, chain_samples
 from k2_megatron.data.plan import Plan
 from k2_megatron.data.source_check import check_sources

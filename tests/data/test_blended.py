@@ -8,9 +8,9 @@ from token_corpora import ROOT, tokenize
 
 from k2_megatron.config import load_config
 from k2_megatron.config.schema import Spikes
-from k2_megatron.data.feed import open_feed
 from k2_megatron.data.indexed import TokenFile
 from k2_megatron.data.ledger import Ledger
+from k2_megatron.data.open_feed import open_feed
 from k2_megatron.train.run_data import open_run_data
 from k2_megatron.train.spikes.detector import Finding
 from k2_megatron.train.spikes.policy import Decision

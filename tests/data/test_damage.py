@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from token_corpora import tokenize
 
-from k2_megatron.data import feed as feeds
+import k2_megatron.data.open_feed as opening
 from k2_megatron.data.build import build_plans
-from k2_megatron.data.feed import open_feed
 from k2_megatron.data.manifest import manifest_of_foreign_files
+from k2_megatron.data.open_feed import open_feed
 from k2_megatron.data.recipe import Recipe
 from k2_megatron.data.store import TokenWriter
 from k2_megatron.data.training import train_byte_level_bpe
@@ -134,7 +134,7 @@ def test_documents_are_told_apart_by_checked_blocks_of_an_index_too_large_to_rea
     tmp_path, reordered, monkeypatch, field
 ):
     """A document that begins a token later would be cut and reordered otherwise, and every sample stay a whole row."""
-    monkeypatch.setattr(feeds, "INDEX_BYTES_CHECKED_AT_START", 0)
+    monkeypatch.setattr(opening, "INDEX_BYTES_CHECKED_AT_START", 0)
     samples = read_all(reordered, [], most=200)
     folder = tmp_path / "damaged"
     shutil.copytree(reordered, folder)
@@ -153,7 +153,7 @@ def test_documents_are_told_apart_by_checked_blocks_of_an_index_too_large_to_rea
 
 
 def test_to_find_a_row_in_its_documents_reads_little_of_the_index(reordered, monkeypatch):
-    monkeypatch.setattr(feeds, "INDEX_BYTES_CHECKED_AT_START", 0)
+    monkeypatch.setattr(opening, "INDEX_BYTES_CHECKED_AT_START", 0)
     feed = open_feed(reordered / "train", sequence_length=LENGTH, seed=0, vocab_size=4096)
     file, read = feed.store.sources[0][0].file, []
     monkeypatch.setattr(file, "check_index_bytes", lambda first, end: read.append(end - first))

@@ -14,9 +14,9 @@ from token_corpora import ROOT
 
 from k2_megatron.data.build import build_plans
 from k2_megatron.data.documents import describe_row
-from k2_megatron.data.feed import open_feed
 from k2_megatron.data.indexed import TokenFile
 from k2_megatron.data.ledger import Ledger
+from k2_megatron.data.open_feed import open_feed
 from k2_megatron.data.recipe import Recipe
 from k2_megatron.data.store import TokenWriter
 
@@ -281,6 +281,6 @@ def test_mistakes_are_named(token_prefix, arguments, message):
 def test_training_imports_nothing_heavy():
     """A rank that feeds needs numpy and the hash: no parquet, no tokenizers, no pydantic, no torch."""
     heavy = ["pyarrow", "gigatoken", "awkward", "tokenizers", "sentencepiece", "pydantic", "torch", "rich"]
-    code = f"import sys, k2_megatron.data.feed; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, k2_megatron.data.open_feed; print([name for name in {heavy} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

@@ -11,8 +11,8 @@ import pytest
 from token_corpora import tokenize
 
 from k2_megatron.data.build import build_plans
-from k2_megatron.data.feed import open_feed
 from k2_megatron.data.fim import FimRates, Segment, reorder
+from k2_megatron.data.open_feed import open_feed
 from k2_megatron.data.plan import Plan
 from k2_megatron.data.recipe import Recipe
 from k2_megatron.data.store import write_sealed

@@ -18,7 +18,8 @@ from token_corpora import ROOT, tokenize
 from k2_megatron.config import load_config
 from k2_megatron.data.build import build_plans
 from k2_megatron.data.indexed import TokenFile
-from k2_megatron.data.inspect import Run, document_lines, mix_lines, show_lines, step_lines
+from k2_megatron.data.inspect import document_lines, mix_lines, show_lines, step_lines
+from k2_megatron.data.inspected_run import Run
 from k2_megatron.data.ledger import Ledger
 from k2_megatron.data.manifest import manifest_of_foreign_files
 from k2_megatron.data.recipe import Recipe
@@ -553,7 +554,7 @@ def test_the_toy_goes_through_the_same_tools(tmp_path, tool_environment):
     tool("preprocess_data.py", *inputs, "--output-prefix", "runs/toy_data/speeches", "--append-eod")
     output = ["--output", "runs/toy_data/train", "--held-out", "runs/toy_data/held_out"]
     tool("build_plan.py", str(toy / "data.toml"), *output)
-    from k2_megatron.data.feed import open_feed
+    from k2_megatron.data.open_feed import open_feed
 
     shape = {"sequence_length": LENGTH, "seed": 1, "vocab_size": 4096}
     train = open_feed(tmp_path / "runs/toy_data/train", **shape)

@@ -18,8 +18,8 @@ from token_corpora import ROOT, outputs, tokenize
 from k2_megatron.config import Config, load_config
 from k2_megatron.data import build, plan_folders
 from k2_megatron.data.build import _ChunkWriter, build_plans
-from k2_megatron.data.feed import open_feed
 from k2_megatron.data.manifest import manifest_of_foreign_files, manifest_path
+from k2_megatron.data.open_feed import open_feed
 from k2_megatron.data.plan import Plan
 from k2_megatron.data.plan_folders import folder_aside, give_names, write_durably
 from k2_megatron.data.recipe import Recipe

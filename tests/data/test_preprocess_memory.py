@@ -29,9 +29,10 @@ import sys
 from pathlib import Path
 sys.path.insert(0, "tests/data")
 from token_corpora import make_job
-from k2_megatron.data.preprocess import keep_freed_memory
-from k2_megatron.data.shards import ShardMaker, units_of
-keep_freed_memory()
+from k2_megatron.runtime.memory import keep_freed_buffers
+from k2_megatron.data.shards import ShardMaker
+from k2_megatron.data.preprocess_job import units_of
+keep_freed_buffers()
 job = make_job([Path(sys.argv[1])], sys.argv[2], Path(sys.argv[3]), keys=tuple(sys.argv[4:]))
 (unit,) = units_of(job)
 ShardMaker(job).run(unit, lambda progress: None)

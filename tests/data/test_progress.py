@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from k2_megatron.data.preprocess_job import Progress
 from k2_megatron.data.progress import ConsoleProgress
-from k2_megatron.data.shards import Progress
 
 
 def test_the_line_tells_speed_and_time_left(capsys):

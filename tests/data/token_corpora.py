@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from k2_megatron.data.preprocess import preprocess
-from k2_megatron.data.shards import Job
+from k2_megatron.data.preprocess_job import Job
 from k2_megatron.data.sources import find_sources
 
 ROOT = Path(__file__).parents[2]

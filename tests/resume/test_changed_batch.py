@@ -19,9 +19,10 @@ from run_results import events_of, steps_of
 from small_run import overrides
 
 from k2_megatron.config import load_config
-from k2_megatron.data.feed import open_feed
-from k2_megatron.data.inspect import Run, document_lines, mix_lines, step_lines
+from k2_megatron.data.inspect import document_lines, mix_lines, step_lines
+from k2_megatron.data.inspected_run import Run
 from k2_megatron.data.ledger import Ledger
+from k2_megatron.data.open_feed import open_feed
 from k2_megatron.plan import plan_text
 from k2_megatron.train.checkpoints.manifest import read_manifest
 from k2_megatron.train.run_folder import with_past

@@ -21,7 +21,7 @@ from run_results import events_of, steps_of, stored_state
 from small_run import write_text
 
 from k2_megatron.data.build import build_plans
-from k2_megatron.data.inspect import Run
+from k2_megatron.data.inspected_run import Run
 from k2_megatron.data.ledger import Ledger
 from k2_megatron.data.manifest import manifest_of_foreign_files
 from k2_megatron.data.recipe import load_recipe

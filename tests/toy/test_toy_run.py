@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy
 import pytest
 
-from k2_megatron.data.feed import open_feed
+from k2_megatron.data.open_feed import open_feed
 from k2_megatron.runtime.journal import read_events, read_steps
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from k2_megatron.config.schema import Spikes
-from k2_megatron.data.feed import AnyFeed
+from k2_megatron.data.open_feed import AnyFeed
 from k2_megatron.runtime.durable import write_file
 from k2_megatron.runtime.journal import Journal
 from k2_megatron.train.checkpoints.folders import complete_checkpoints
