@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import fcntl
-import importlib.util
 import json
 import re
 import shutil
@@ -13,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from loaded_tool import loaded_tool
 from token_corpora import ROOT, tokenize
 
 from k2_megatron.config import load_config
@@ -169,7 +169,7 @@ def test_an_amendment_that_cannot_hold_is_not_written(folder, tmp_path, order, m
     (tmp_path / "config.toml").write_text(longer, encoding="utf-8")
     save_checkpoint(tmp_path, 12)
     before = (tmp_path / "ledger.jsonl").read_bytes()
-    inspect_data = loaded_inspect_data()
+    inspect_data = loaded_tool("inspect_data")
     options = ["inspect_data.py", "amend", str(tmp_path), *order.split(), "--reason", "by hand"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", options)
@@ -185,15 +185,6 @@ def test_an_amendment_that_cannot_hold_is_not_written(folder, tmp_path, order, m
             list(inspect_data.answer(inspect_data.parse_arguments()))
         lock.close()
     assert (tmp_path / "ledger.jsonl").read_bytes() == before
-
-
-def loaded_inspect_data():
-    """tools/inspect_data.py as a module."""
-    specification = importlib.util.spec_from_file_location("inspect_data", ROOT / "tools/inspect_data.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 def test_step_names_source_file_line_and_text(folder, speeches):

@@ -1,11 +1,11 @@
 """tools/continue_text.py asked for what no model can do: one line before the model is loaded, and exit code 2."""
 
 import contextlib
-import importlib.util
 from types import SimpleNamespace
 
 import pytest
 from endings import MISTAKE
+from loaded_tool import loaded_tool
 from rank_processes import REPOSITORY
 
 from k2_megatron.runtime.mistakes import run_program
@@ -13,10 +13,7 @@ from k2_megatron.runtime.mistakes import run_program
 
 @pytest.fixture
 def tool():
-    spec = importlib.util.spec_from_file_location("continue_text", REPOSITORY / "tools" / "continue_text.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded_tool("continue_text")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """tools/replay.py: steps made again are equal to the bit; what a machine did wrong, or does differently, shows."""
 
-import importlib.util
 import itertools
 import json
 import os
@@ -12,13 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from loaded_tool import loaded_tool
 from rank_processes import REPOSITORY, Rank, pretrain, run_pretrain
 
 from k2_megatron.config import load_config
+from k2_megatron.train import replay
 
 STEPS = 9
 SETTINGS = [f"train.steps={STEPS}", "checkpoint.every_steps=3", "train.evaluate_every_steps=9"]
-TOOL = REPOSITORY / "tools" / "replay.py"
 
 
 def _flip_a_weight_bit_after_step_4() -> None:
@@ -93,9 +93,7 @@ def whole(run) -> Path:
 @pytest.fixture
 def replayed(tmp_path, monkeypatch, capfd):
     """replayed(run, step) -> (exit code, what was said), with the ranks forked instead of started anew."""
-    specification = importlib.util.spec_from_file_location("replay", TOOL)
-    tool = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(tool)
+    tool = loaded_tool("replay")
 
     def forked(command: list[str]):
         assert command[:2] == [sys.executable, str(REPOSITORY / "pretrain_k2.py")]
@@ -105,7 +103,7 @@ def replayed(tmp_path, monkeypatch, capfd):
         return SimpleNamespace(returncode=ended.exit_code)
 
     def go(folder: Path, step: int) -> tuple[int, str]:
-        monkeypatch.setattr(tool.subprocess, "run", forked)
+        monkeypatch.setattr(replay.subprocess, "run", forked)
         monkeypatch.setattr(sys, "argv", ["replay.py", str(folder), "--step", str(step)])
         code = tool.main()
         monkeypatch.undo()
@@ -123,7 +121,7 @@ def files(folder: Path) -> dict[Path, bytes]:
 def test_sound_step_is_equal_to_the_bit_and_the_run_untouched(whole):
     before = files(whole)
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(TOOL), str(whole), "--step", "5"]
+    command = [sys.executable, str(REPOSITORY / "tools" / "replay.py"), str(whole), "--step", "5"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "from step_00000003 to step 6" in done.stdout
@@ -251,35 +249,28 @@ def test_what_others_computed_is_not_judged(run, tmp_path, replayed):
     assert "computed in layout tp2-pp1-vp1-cp1-dp1" in said and "says tp1-pp1-vp1-cp1-dp1" in said
 
 
-def replay_tool():
-    specification = importlib.util.spec_from_file_location("replay", TOOL)
-    tool = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(tool)
-    return tool
-
-
 def test_replay_is_no_second_run_where_people_look(small_config, tmp_path, monkeypatch):
     config = load_config(small_config, ["log.wandb=k2", "log.tensorboard=true", "spikes.policy=watch"])
-    tool, started, ended = replay_tool(), [], SimpleNamespace(returncode=0)
-    (tmp_path / tool.REPLAYED).write_text(config.to_toml())
-    monkeypatch.setattr(tool.subprocess, "run", lambda command: started.append(command) or ended)
-    tool.train([], tmp_path, 3, config)
+    started, ended = [], SimpleNamespace(returncode=0)
+    (tmp_path / replay.REPLAYED).write_text(config.to_toml())
+    monkeypatch.setattr(replay.subprocess, "run", lambda command: started.append(command) or ended)
+    replay.train([], REPOSITORY / "pretrain_k2.py", tmp_path, 3, config)
     (command,) = started
     sets = [given for option, given in itertools.pairwise(command) if option == "--set"]
-    shown = load_config(tmp_path / tool.REPLAYED, sets).log
+    shown = load_config(tmp_path / replay.REPLAYED, sets).log
     assert (shown.wandb, shown.tensorboard) == (None, False)
 
 
 def test_what_other_ranks_repeat_otherwise_is_not_judged():
     """--launch may start any number of them, whatever the configuration says."""
     two, one = ({"device": "cpu", "kernels": {}, "layout": f"tp1-pp1-vp1-cp1-dp{data}"} for data in (2, 1))
-    replay_tool().refuse_other_machines(range(1, 3), {1: two}, {1: two})
+    replay.refuse_other_machines(range(1, 3), {1: two}, {1: two})
     with pytest.raises(ValueError, match=r"computed by .*dp2, and repeated by .*dp1; use the former"):
-        replay_tool().refuse_other_machines(range(1, 3), {1: two}, {1: one})
-    replay_tool().refuse_other_machines(range(1, 3), {1: two}, {1: one}, any_data_size=True)
+        replay.refuse_other_machines(range(1, 3), {1: two}, {1: one})
+    replay.refuse_other_machines(range(1, 3), {1: two}, {1: one}, any_data_size=True)
     tensor = {**one, "layout": "tp2-pp1-vp1-cp1-dp1"}
     with pytest.raises(ValueError, match=r"tp1-pp1-vp1-cp1, and repeated by .*tp2-pp1-vp1-cp1; use the former"):
-        replay_tool().refuse_other_machines(range(1, 3), {1: two}, {1: tensor}, any_data_size=True)
+        replay.refuse_other_machines(range(1, 3), {1: two}, {1: tensor}, any_data_size=True)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +288,7 @@ def test_what_other_ranks_repeat_otherwise_is_not_judged():
     ],
 )
 def test_wrong_input_is_one_line(whole, monkeypatch, capsys, arguments, said):
-    tool = replay_tool()
+    tool = loaded_tool("replay")
     monkeypatch.setattr(sys, "argv", ["replay.py", *(argument.format(run=whole) for argument in arguments)])
     assert tool.main() == 2
     error = capsys.readouterr().err

@@ -4,7 +4,6 @@ The data is a prefix, whose rows of 32 tokens stand in one order: a change cuts 
 """
 
 import hashlib
-import importlib.util
 import shutil
 import signal
 import sys
@@ -14,7 +13,8 @@ from pathlib import Path
 import data_changes
 import numpy
 import pytest
-from rank_processes import REPOSITORY, Outcome, Rank, results_of, run_pretrain, run_ranks
+from loaded_tool import loaded_tool
+from rank_processes import Outcome, Rank, results_of, run_pretrain, run_ranks
 from run_results import events_of, steps_of
 from small_run import overrides
 
@@ -343,12 +343,9 @@ def test_a_run_that_goes_back_to_before_the_change_goes_on_under_it(small_config
 def test_set_back_by_hand_to_before_the_change(changed, small_config, tmp_path, monkeypatch):
     """The samples to skip are counted in the present length; the file with the old values goes on under them."""
     run = Path(shutil.copytree(changed[0], tmp_path / "run"))
-    specification = importlib.util.spec_from_file_location("roll_back", REPOSITORY / "tools" / "roll_back.py")
-    tool = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(tool)
     arguments = ["--before", "4", "--to", "7", "--skip", "batches", "--reason", "x"]
     monkeypatch.setattr(sys, "argv", ["roll_back.py", str(run), *arguments])
-    assert tool.main() == 0
+    assert loaded_tool("roll_back").main() == 0
     (amendment,) = Ledger(run).amendments  # from token 768 to 30 * 96 + 2 * 4 * 96 = 3648
     assert (amendment["from_sample"], amendment["samples"], amendment["sequence_length"]) == (8, [8, 38], 96)
     results_of(life(small_config, run, 4, {}))

@@ -1,7 +1,6 @@
 """K2-65B's cure on a real plan: the chunk in which a malignant spike began goes to the end, by itself and by hand."""
 
 import errno
-import importlib.util
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 import injected_faults
 import numpy as np
 import pytest
+from loaded_tool import loaded_tool
 from rank_processes import REPOSITORY, pretrain, results_of
 from run_results import events_of, steps_of, stored_state
 from small_run import write_text
@@ -206,21 +206,12 @@ def test_commands_of_the_page_on_spikes_and_replay_run(whole, tmp_path):
     assert (tmp_path / "spikes.html").is_file()
 
 
-def loaded_roll_back():
-    """tools/roll_back.py as a module."""
-    specification = importlib.util.spec_from_file_location("roll_back", REPOSITORY / "tools" / "roll_back.py")
-    assert specification is not None and specification.loader is not None
-    roll_back = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(roll_back)
-    return roll_back
-
-
 def test_full_disk_while_going_back_by_hand_is_told_and_the_same_command_does_the_rest(
     whole, tmp_path, capsys, monkeypatch
 ):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
-    roll_back, before = loaded_roll_back(), (folder / "ledger.jsonl").read_text()
+    roll_back, before = loaded_tool("roll_back"), (folder / "ledger.jsonl").read_text()
     # The chunk of step 61 is the last: there is nothing to put before it
     monkeypatch.setattr(
         sys, "argv", ["roll_back.py", str(folder), "--before", "61", "--defer", "chunk", "--reason", "x"]
@@ -269,7 +260,7 @@ def test_steps_that_were_passed_over_can_be_gone_back_before(whole, tmp_path):
 
 
 def test_going_back_by_hand_says_what_is_missing_and_changes_nothing(whole, capsys, monkeypatch):
-    roll_back = loaded_roll_back()
+    roll_back = loaded_tool("roll_back")
     before = (whole / "ledger.jsonl").read_text()
     for arguments, text in (
         ("--before 12", "no checkpoint from before step 12 is kept"),

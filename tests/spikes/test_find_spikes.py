@@ -1,7 +1,6 @@
 """tools/find_spikes.py over a journal and over a CSV: the same spikes, and a picture that stands alone."""
 
 import csv
-import importlib.util
 import json
 import os
 import subprocess
@@ -9,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from loaded_tool import loaded_tool
 from rank_processes import REPOSITORY
 from test_detector import layer_signals, signals, with_fault
 
@@ -66,18 +66,10 @@ def test_layers_of_a_journal_are_watched(tmp_path):
     assert "; activation_rms of layer 3 " in found.stdout
 
 
-def loaded_find_spikes():
-    spec = importlib.util.spec_from_file_location("find_spikes", REPOSITORY / "tools" / "find_spikes.py")
-    tool = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = tool  # its dataclasses look themselves up there
-    spec.loader.exec_module(tool)
-    return tool
-
-
 @pytest.fixture
 def ended(tmp_path, monkeypatch, capsys):
     """ended(content, *options, name="curve.csv") -> (exit code, stdout, stderr) over a file of that content."""
-    tool = loaded_find_spikes()
+    tool = loaded_tool("find_spikes")
 
     def end(content: bytes | None, *options: str, name: str = "curve.csv") -> tuple[int, str, str]:
         if content is not None:
