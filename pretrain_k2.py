@@ -38,7 +38,7 @@ from k2_megatron.train.checkpoints.folders import remove_unfinished
 from k2_megatron.train.checkpoints.load import find_checkpoint, load_checkpoint
 from k2_megatron.train.checkpoints.manifest import read_manifest
 from k2_megatron.train.checkpoints.start_from import check_start, start_from_checkpoint, start_plan, start_report
-from k2_megatron.train.doubts import Doubts, Place
+from k2_megatron.train.doubts import Batch, Doubts
 from k2_megatron.train.events import change_fields, resume_fields, start_fields, step_fields
 from k2_megatron.train.layer_norms import ActivationSquares
 from k2_megatron.train.not_finite import computed_in_vain, count_as_update
@@ -176,9 +176,9 @@ def train(
         measured = activations if (step + 1) % config.log.layers_every_steps == 0 else None
         every = config.log.phases_every_steps
         phases = StepPhases(device.torch) if every and (step + 1) % every == 0 else None
-        place = Place(step + 1, config.consumed_samples_at(step), config.consumed_samples_at(step + 1), data.train)
+        batch = Batch(step + 1, config.consumed_samples_at(step), config.consumed_samples_at(step + 1), data.train)
         attempt = partial(train_step, config, parts, data.train, step, activations=measured, phases=phases)
-        settled = doubts.settle(place, attempt, spikes.ceiling(), begin_again=partial(watchdog.at, STEP, step))
+        settled = doubts.settle(batch, attempt, spikes.ceiling(), begin_again=partial(watchdog.at, STEP, step))
         result = settled.result
         step += 1
         event = step_fields(config, step, result, settled.seconds, device)
@@ -194,7 +194,7 @@ def train(
             count_as_update(optimizer)
         if phases:
             reports.tell(step, {**phases.collect(result.data_seconds), "checkpoint": saves.take_seconds()})
-        data.consumed(place.first_sample, place.end_sample)
+        data.consumed(batch.first_sample, batch.end_sample)
         spike = spikes.observe(event, result.sample_losses) if result.updated else None
         if spike:
             watchdog.at("spike", step)  # the others wait for rank 0's dossier in stop.agreed, before the next step

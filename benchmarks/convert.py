@@ -11,7 +11,6 @@ worker, read from the tool's own output.
 """
 
 import argparse
-import json
 import os
 import resource
 import shutil
@@ -24,13 +23,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from old_iteration import write_old_iteration
+from random_model import write_random_model
 
 from k2_megatron.convert.hugging_face import HuggingFaceSource
 from k2_megatron.convert.model_facts import ModelFacts
 from k2_megatron.convert.names import Shape, places
-from k2_megatron.convert.safetensors_file import SINGLE, header_bytes
 
 TOOL = str(Path(__file__).resolve().parents[1] / "tools" / "convert_checkpoint.py")
 COPY_BLOCK = 32 << 20
@@ -42,26 +40,6 @@ def shape_of(gigabytes: float) -> Shape:
     a_layer = 4 * hidden * hidden + 3 * hidden * ffn + 2 * hidden
     layers = max(1, round((gigabytes * 1e9 / 2 - 2 * vocabulary * hidden) / a_layer))
     return Shape(layers, hidden, ffn, 16, 16, vocabulary, vocabulary)
-
-
-def write_model(folder: Path, shape: Shape) -> int:
-    """Random weights as one safetensors file; returns their bytes."""
-    folder.mkdir()
-    facts = ModelFacts(shape, 2048, 10000.0, 1e-5)
-    (folder / "config.json").write_text(json.dumps(facts.hugging_face_config("bfloat16", {})))
-    tensors = {}
-    for place in places(shape):
-        for index, name in enumerate(place.hugging_face):
-            rows, columns = place.entry.hugging_face_size(index, shape)
-            tensors[name] = ("bfloat16", (rows,) if place.entry.cut == "whole" else (rows, columns))
-    generator = np.random.default_rng(0)
-    with (folder / SINGLE).open("wb") as stream:
-        stream.write(header_bytes(tensors))
-        for _dtype, size in tensors.values():
-            # Bits of numbers around 0.01: exponents that bfloat16 weights have, all mantissas and signs
-            bits = generator.integers(0, 1 << 11, size, dtype=np.uint16)
-            stream.write(((bits & 0x3FF) | 0x3C00 | ((bits & 0x400) << 5)).tobytes())
-    return 2 * shape.parameters
 
 
 def copy_files(sources: list[Path], folder: Path, workers: int) -> tuple[float, int]:
@@ -130,7 +108,7 @@ def main() -> int:
 def report(scratch: Path, gigabytes: float, workers: int, turns: int) -> None:
     shape = shape_of(gigabytes)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # its memory is not to be measured
-        size = pool.submit(write_model, scratch / "hf", shape).result()
+        size = pool.submit(write_random_model, scratch / "hf", shape, 2048).result()
     facts = ModelFacts.from_hugging_face(scratch / "hf")
     assert HuggingFaceSource(scratch / "hf", facts).shape.parameters == shape.parameters, "the model is not as planned"
     largest = 2 * max(rows * columns for rows, columns in (place.entry.size(shape) for place in places(shape)))

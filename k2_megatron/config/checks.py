@@ -139,16 +139,11 @@ def sequence_length_splits(tree: Any) -> Iterator[Problem]:
 
 
 def batches_divide(tree: Any) -> Iterator[Problem]:
-    micro, data = tree.train.micro_batch, tree.parallel.data
-    product = f"train.micro_batch * parallel.data = {micro} * {data}"
-    for key, value in _batch_sizes(tree.train):
-        if value % (micro * data):
-            near = _neighbours(value, micro * data)
-            yield Problem(key, value, f"must be a multiple of {product} = {micro * data}; {near}")
+    yield from _batches_divide_by(tree, "parallel.data", tree.parallel.data)
 
 
 def gradient_leaves_divide(tree: Any) -> Iterator[Problem]:
-    micro, data, leaves = tree.train.micro_batch, tree.parallel.data, tree.train.gradient_leaves
+    data, leaves = tree.parallel.data, tree.train.gradient_leaves
     if leaves is None:
         return
     sizes = data_sizes(leaves)
@@ -156,11 +151,16 @@ def gradient_leaves_divide(tree: Any) -> Iterator[Problem]:
         fitting = ", ".join(map(str, sizes))
         remedy = f"goes with parallel.data = {fitting}, which is {data}: change one of them, or leave the leaves out"
         yield Problem("train.gradient_leaves", leaves, remedy)
-    product = f"train.micro_batch * train.gradient_leaves = {micro} * {leaves}"
+    yield from _batches_divide_by(tree, "train.gradient_leaves", leaves)
+
+
+def _batches_divide_by(tree: Any, name: str, parts: int) -> Iterator[Problem]:
+    """Each of so many parts of a batch is whole micro-batches."""
+    micro = tree.train.micro_batch
     for key, value in _batch_sizes(tree.train):
-        if value % (micro * leaves):
-            near = _neighbours(value, micro * leaves)
-            yield Problem(key, value, f"must be a multiple of {product} = {micro * leaves}; {near}")
+        if value % (micro * parts):
+            rule = f"must be a multiple of train.micro_batch * {name} = {micro} * {parts} = {micro * parts}"
+            yield Problem(key, value, f"{rule}; {_neighbours(value, micro * parts)}")
 
 
 def interleaved_micro_batches(tree: Any) -> Iterator[Problem]:

@@ -1,8 +1,8 @@
 """What the journal and the console are told of a step that was computed again, or was not applied; and when a run ends
 by it.
 
-In:  how to attempt a step, and its place: its number and its samples. Out: what came of it; incidents, the same on
-every rank; StopRun or StopNotFinite, which name step, ranks and samples, where no result may be applied.
+In:  how to attempt a step, and its batch. Out: what came of it; incidents, the same on every rank; StopRun or
+StopNotFinite, which name step, ranks and samples, where no result may be applied.
 """
 
 import math
@@ -25,8 +25,8 @@ from k2_megatron.train.step import StepResult
 
 
 @dataclass(frozen=True)
-class Place:
-    """The `step`th step, counted from one, which reads samples first_sample ... end_sample - 1 of `feed`."""
+class Batch:
+    """Of the `step`th step, counted from one: samples first_sample ... end_sample - 1 of `feed`."""
 
     step: int
     first_sample: int
@@ -38,7 +38,7 @@ class Place:
 class Settled:
     """What came of a step: the last result, the seconds that it took, and the attempts."""
 
-    place: Place
+    batch: Batch
     attempts: Attempts
     result: StepResult
     seconds: float
@@ -55,12 +55,12 @@ class Doubts:
     say: Callable[[str], None]
 
     def settle(
-        self, place: Place, attempt: Callable[..., StepResult], ceiling: Ceiling, begin_again: Callable[[], None]
+        self, batch: Batch, attempt: Callable[..., StepResult], ceiling: Ceiling, begin_again: Callable[[], None]
     ) -> Settled:
         """Attempt a step (attempts.settle) as often as it takes."""
-        attempts = Attempts(ceiling, reruns_left(self.settings.not_finite_reruns, place.step, self.in_vain))
-        tell = partial(self._made_again, place)
-        return Settled(place, attempts, *settle(attempts, attempt, self.parts.chunks, tell, begin_again))
+        attempts = Attempts(ceiling, reruns_left(self.settings.not_finite_reruns, batch.step, self.in_vain))
+        tell = partial(self._made_again, batch)
+        return Settled(batch, attempts, *settle(attempts, attempt, self.parts.chunks, tell, begin_again))
 
     def tell(self, settled: Settled) -> None:
         """Tell what came of computations that were finite and in doubt. StopRun when the last is as well; one that is
@@ -77,41 +77,41 @@ class Doubts:
             elif result.updated:
                 self._came_again(settled, one)
         if wrong and result.updated:
-            self.say(f"step {settled.place.step} was computed wrongly, made again and taken: {wrong[0]}")
+            self.say(f"step {settled.batch.step} was computed wrongly, made again and taken: {wrong[0]}")
         elif not result.updated:
             self._stop(settled, wrong)
 
     def passed_over(self, settled: Settled, event: dict, *, end: bool) -> None:
         """Tell of the last computation, which was not finite and not applied; `event` is what the step would have
         written. StopNotFinite where the run is to `end` by it."""
-        place, result = settled.place, settled.result
-        told = self._where_not_finite(place, result)
+        batch, result = settled.batch, settled.result
+        told = self._where_not_finite(batch, result)
         self.journal.write("incident", kind="not finite", made_again=False, **event, **told)
         if end:
             raise StopNotFinite(
-                f"step {place.step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, "
+                f"step {batch.step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, "
                 f"{settled.attempts.earlier_not_finite + 1} times; "
                 f"{in_words(told['ranks'], told['samples_not_finite'])}. The update was not applied; its batch is "
-                f"samples {place.first_sample} to {place.end_sample - 1}"
+                f"samples {batch.first_sample} to {batch.end_sample - 1}"
             )
 
-    def _made_again(self, place: Place, result: StepResult) -> None:
+    def _made_again(self, batch: Batch, result: StepResult) -> None:
         """Tell of a computation that another one follows, while its gradients are still there."""
-        values = {"step": place.step, "loss": result.loss, "grad_norm": result.grad_norm}
+        values = {"step": batch.step, "loss": result.loss, "grad_norm": result.grad_norm}
         if result.finite:
             self.journal.write("incident", kind="in doubt", made_again=True, **values)
             why = f"in doubt: loss {result.loss:.6g}, gradient norm {result.grad_norm:.6g}"
         else:
-            told = self._where_not_finite(place, result)
+            told = self._where_not_finite(batch, result)
             self.journal.write("incident", kind="not finite", made_again=True, **values, **told)
             why = f"not finite: {in_words(told['ranks'], told['samples_not_finite'])}"
-        self.say(f"step {place.step}: {why}; the step is made again")
+        self.say(f"step {batch.step}: {why}; the step is made again")
 
-    def _where_not_finite(self, place: Place, result: StepResult) -> dict[str, dict]:
-        return where_not_finite(result, place.first_sample, self.parts, place.feed)
+    def _where_not_finite(self, batch: Batch, result: StepResult) -> dict[str, dict]:
+        return where_not_finite(result, batch.first_sample, self.parts, batch.feed)
 
     def _came_again(self, settled: Settled, one: StepResult) -> None:
-        step, result = settled.place.step, settled.result
+        step, result = settled.batch.step, settled.result
         equal = (one.sample_losses, one.grad_norm) == (result.sample_losses, result.grad_norm)
         ranks = result.apart.ranks if result.apart else {}
         values = {"step": step, "loss": one.loss, "grad_norm": one.grad_norm}
@@ -121,17 +121,17 @@ class Doubts:
 
     def _computed_wrongly(self, settled: Settled, one: StepResult, sizes: dict[str, float]) -> str:
         """Write where a computation differs from the last; the place in words."""
-        place, losses = settled.place, settled.result.sample_losses
-        pairs = enumerate(zip(one.sample_losses, losses, strict=True), start=place.first_sample)
+        batch, losses = settled.batch, settled.result.sample_losses
+        pairs = enumerate(zip(one.sample_losses, losses, strict=True), start=batch.first_sample)
         samples: list[int] = [sample for sample, (before, now) in pairs if before != now][:NAMED]
         ranks = one.apart.ranks if one.apart else _ranks_wrong(sizes, self.parts)
-        values = {"step": place.step, "loss": one.loss, "grad_norm": one.grad_norm}
+        values = {"step": batch.step, "loss": one.loss, "grad_norm": one.grad_norm}
         self.journal.write("incident", kind="computed wrongly", ranks=ranks, samples=samples, **values)
         return in_words(ranks, samples)
 
     def _stop(self, settled: Settled, wrong: list[str]) -> None:
         """StopRun: nothing of the step was applied, and why."""
-        step, attempts, result = settled.place.step, settled.attempts, settled.result
+        step, attempts, result = settled.batch.step, settled.attempts, settled.result
         why, remedy = "no two alike", ""
         if result.apart and attempts.is_a_ranks(result.loss, result.apart):
             values = {"loss": result.loss, "grad_norm": result.grad_norm, "ranks": result.apart.ranks}

@@ -2,24 +2,23 @@
 as large as its largest tensor."""
 
 import gc
-import json
 import multiprocessing
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy
 import torch
 from conversions import export_model, import_model, source_of
 from legacy_checkpoint import write_legacy
 
+from benchmarks.random_model import write_random_model
 from k2_megatron.convert.import_legacy import import_legacy
 from k2_megatron.convert.import_model import ImportOptions
 from k2_megatron.convert.logits import compare_logits
 from k2_megatron.convert.model_facts import ModelFacts
 from k2_megatron.convert.names import Shape, places
 from k2_megatron.convert.reshard import reshard
-from k2_megatron.convert.safetensors_file import SINGLE, header_bytes
+from k2_megatron.convert.safetensors_file import SINGLE
 from k2_megatron.convert.transformers_model import TransformersModel
 from k2_megatron.convert.verify import verify_training
 from k2_megatron.convert.workers import process_pool, resident_bytes
@@ -30,27 +29,7 @@ SHAPE = Shape(
 LARGEST_BYTES = 4 * 4096 * 512  # of one tensor in float32
 BOUND_BYTES = 3 * LARGEST_BYTES + (16 << 20)  # and what the allocator keeps
 
-
 SMALL_SHAPE = replace(SHAPE, layers=2)
-
-
-def write_model(folder: Path, shape: Shape) -> int:
-    """A bfloat16 model, about 110 MB of SHAPE; its bytes."""
-    folder.mkdir()
-    (folder / "config.json").write_text(
-        json.dumps(ModelFacts(shape, 64, 1e4, 1e-5).hugging_face_config("bfloat16", {}))
-    )
-    tensors = {}
-    for place in places(shape):
-        for index, name in enumerate(place.hugging_face):
-            rows, columns = place.entry.hugging_face_size(index, shape)
-            tensors[name] = ("bfloat16", (rows,) if place.entry.cut == "whole" else (rows, columns))
-    generator = numpy.random.default_rng(0)
-    with (folder / SINGLE).open("wb") as stream:
-        stream.write(header_bytes(tensors))
-        for _dtype, size in tensors.values():
-            stream.write((generator.integers(0, 1 << 10, size, numpy.uint16) | 0x3C00).tobytes())
-    return (folder / SINGLE).stat().st_size
 
 
 def growth_of(action: Callable[[Path], object], rehearsal: Path, model: Path) -> int:
@@ -81,7 +60,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     large, small = tmp_path / "large", tmp_path / "small"
     for folder, shape in ((large, SHAPE), (small, SMALL_SHAPE)):
         folder.mkdir()
-        write_model(folder / "hf", shape)
+        write_random_model(folder / "hf", shape, 64)
     size = (large / "hf" / SINGLE).stat().st_size
     assert size > 2 * BOUND_BYTES
     steps: dict[str, Callable[[Path], object]] = {
@@ -131,7 +110,7 @@ def test_the_proof_holds_half_a_layer_at_most(tmp_path: Path) -> None:
     attention, mlp = (4 * count * 2560 for count in (4 * 2560, 3 * 4096))
     models = []
     for name, sizes in (("small", replace(shape, hidden_size=64, ffn_hidden_size=172)), ("large", shape)):
-        write_model(tmp_path / name, sizes)
+        write_random_model(tmp_path / name, sizes, 64)
         import_model(tmp_path / name, tmp_path / f"{name}_run")
         facts = ModelFacts.from_hugging_face(tmp_path / name)
         models.append((TransformersModel(tmp_path / name), source_of(tmp_path / f"{name}_run"), facts))

@@ -20,7 +20,7 @@ from k2_megatron.runtime.groups import build_groups, connect, disconnect
 from k2_megatron.runtime.launch import read_environment
 from k2_megatron.runtime.seeds import seed_everything
 from k2_megatron.train.attempts import Attempts
-from k2_megatron.train.doubts import Doubts, Place, Settled
+from k2_megatron.train.doubts import Batch, Doubts, Settled
 from k2_megatron.train.model_chunks import named_parameters
 from k2_megatron.train.not_finite import where_not_finite
 from k2_megatron.train.optimizer import build_optimizer, wrap_model
@@ -153,6 +153,6 @@ def test_what_is_applied_or_not_finite_is_pinned_too():
     attempts, told, said = Attempts(Ceiling(20.0, 10.0), 1, [replace(again, updated=False, apart=None)], [{}]), [], []
     journal = SimpleNamespace(write=lambda _event, **fields: told.append(fields))
     doubts = Doubts(Spikes(), (0, 0), None, journal, said.append)
-    doubts.tell(Settled(Place(7, 0, 1, None), attempts, again, 1.0))
+    doubts.tell(Settled(Batch(7, 0, 1, None), attempts, again, 1.0))
     assert [(event["kind"], event["ranks"]) for event in told] == [("came again", apart.ranks)]
     assert f"applied (far larger than in other replicas: gradients of {WEIGHT} on rank 1" in said[0]
