@@ -206,6 +206,7 @@ def train(
                 watchdog.at("rollback", step)
                 amended = go_back(config, spike, decision, checkpoints, data)
                 newest, _ = find_checkpoint(checkpoints, groups)
+                assert newest is not None, "it was decided to go back to one"
                 manifest = read_manifest(newest)
                 changes = resume_changes(config, manifest, newest, CHANGEABLE)  # they hold from here on
                 config = going_on_from(config, manifest)
@@ -222,13 +223,14 @@ def train(
                 continue
 
         last = step == config.train.steps
-        if config.train.evaluate_every_steps and (step % config.train.evaluate_every_steps == 0 or last):
+        held_out, evaluate_every = data.held_out, config.train.evaluate_every_steps
+        if held_out and evaluate_every and (step % evaluate_every == 0 or last):
             watchdog.at("evaluation", step)
-            held_out_loss = evaluate(config, parts, data.held_out)
+            held_out_loss = evaluate(config, parts, held_out)
             journal.write("evaluation", step=step, held_out_loss=held_out_loss)
             views.evaluation(step, held_out_loss)
-        leaving = stop.agreed(device.torch, save_failed=saves.failed) or ("--until" if step >= until else None)
-        if step % config.checkpoint.every_steps == 0 or last or leaving:
+        stopped_by = stop.agreed(device.torch, save_failed=saves.failed) or ("--until" if step >= until else None)
+        if step % config.checkpoint.every_steps == 0 or last or stopped_by:
             watchdog.at("checkpoint", step)
             saves.wait()
             saves.remove_older(spikes)  # here, where the others wait for as long as it takes
@@ -238,7 +240,8 @@ def train(
             facts = {**data.position(), **spikes.position(), "origin": origin, "passed_over": passed_over}
             saves.begin(step, config, parts, facts)
         saves.look()
-        if leaving and not last:
+        if stopped_by and not last:
+            leaving = stopped_by
             break
 
     # Leave

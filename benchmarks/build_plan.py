@@ -109,6 +109,7 @@ def main() -> None:
         build_plans(recipe, folder / "train", folder / "held_out", threads=options.threads, report=print)
         seconds, cpu = time.monotonic() - start, time.process_time() - cpu
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        assert recipe.rows_per_chunk is not None, "write_sources says it"
         rows = recipe.chunks * recipe.rows_per_chunk
         print(f"plan: {rows / 1e6:.1f} M rows, {seconds:.1f} s wall, {cpu:.1f} s CPU, peak {peak:.2f} GB")
         subprocess.run([sys.executable, __file__, "--open", str(folder / "train")], check=True)

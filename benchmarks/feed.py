@@ -16,6 +16,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from k2_megatron.data.store import TokenWriter
 from k2_megatron.data.training import train_byte_level_bpe
 
 LENGTH, MICRO_BATCH, DOCUMENT = 2048, 4, 1100
-SHAPE = {"sequence_length": LENGTH, "seed": 1, "vocab_size": 32032}
+SHAPE: dict[str, Any] = {"sequence_length": LENGTH, "seed": 1, "vocab_size": 32032}
 
 
 def make_data(folder: Path, tokens: int) -> None:

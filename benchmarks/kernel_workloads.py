@@ -11,7 +11,8 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -47,8 +48,8 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def peer(package: str, module: str, name: str) -> Callable | None:
-    """A function of a package that may or may not be there."""
+def peer(package: str, module: str, name: str) -> Any:
+    """A function of a package that may or may not be there; None where it is not."""
     if not installed(package):
         return None
     try:
@@ -57,7 +58,7 @@ def peer(package: str, module: str, name: str) -> Callable | None:
         return None
 
 
-def offered(device: str, **candidates: Callable | None) -> dict[str, Callable]:
+def offered(device: str, **candidates: Callable | Literal[False] | None) -> dict[str, Callable]:
     """Those that exist; packages other than torch have kernels for GPUs only."""
     return {name: run for name, run in candidates.items() if run and (device == "cuda" or name in ("ours", "eager"))}
 
@@ -84,7 +85,7 @@ def computed(leaf: torch.Tensor) -> torch.Tensor:
 
 def rms_norm_workload(tokens: int, dtype: torch.dtype, device: str, add: bool) -> Workload:
     size = torch.empty((), dtype=dtype).element_size() * tokens * HIDDEN
-    like = {"device": device, "dtype": dtype}
+    like: dict[str, Any] = {"device": device, "dtype": dtype}
     liger = peer(
         "liger_kernel", "liger_kernel.transformers.functional", "liger_fused_add_rms_norm" if add else "liger_rms_norm"
     )
@@ -238,7 +239,7 @@ def linear_cross_entropy_workload(
     """Bound by its GEMMs: no bytes are claimed. The weights are of an output layer's size: with logits that run over
     a hundred, half the gradient is subnormal numbers, which a CPU's GEMM multiplies ten times as slowly."""
     labels = torch.randint(0, vocabulary, (tokens,), device=device)
-    like = {"device": device, "dtype": dtype}
+    like: dict[str, Any] = {"device": device, "dtype": dtype}
 
     def reference(hidden, weight):
         return F.cross_entropy((hidden @ weight.t()).float(), labels, reduction="none")
@@ -261,10 +262,14 @@ def optimizer_workloads(elements: int, device: str) -> Iterator[Workload]:
     shape = f"{sum(sizes)} elements, {len(sizes)} tensors"
     yield adamw_workload(sizes, shape, device, with_copies=False)
     yield adamw_workload(sizes, shape, device, with_copies=True)
+
+    def gradients(dtype: torch.dtype):
+        return ([torch.randn(size, device=device).to(dtype) for size in sizes],)
+
     for dtype in (torch.float32, torch.bfloat16):
         yield Workload(
             "gradient_norm", shape, dtype, dtype.itemsize * sum(sizes), 0,
-            lambda dtype=dtype: ([torch.randn(size, device=device).to(dtype) for size in sizes],), lambda inputs: (),
+            partial(gradients, dtype), lambda inputs: (),
             {
                 "ours": lambda gradients: gradient_norm_squared(gradients, backend=device),
                 "eager": lambda gradients: torch.nn.utils.get_total_norm(gradients),

@@ -186,8 +186,8 @@ def ours(tokenizer: str, path: Path, workers: int, shard: str) -> Measured:
         command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", str(path), "--append-eod"]
         command += ["--tokenizer", tokenizer, "--output-prefix", f"{folder}/x", "--workers", str(workers)]
         start, cpu = time.monotonic(), cpu_of_children()
-        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen([*command, "--shard-size", shard], **silent)
+        command += ["--shard-size", shard]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         largest = largest_worker(process)
         seconds, cpu = time.monotonic() - start, cpu_of_children() - cpu
         manifest = json.loads(Path(folder, "x_text_document.manifest.json").read_text(encoding="utf-8"))

@@ -29,7 +29,7 @@ from k2_megatron.runtime.seeds import seed_everything
 from k2_megatron.train.checkpoints import hashing_writer
 from k2_megatron.train.checkpoints.file_hash import AES_LANES, HASHES
 from k2_megatron.train.checkpoints.load import find_checkpoint, load_checkpoint
-from k2_megatron.train.checkpoints.manifest import read_manifest
+from k2_megatron.train.checkpoints.manifest import folder_name, read_manifest
 from k2_megatron.train.checkpoints.save import CheckpointWriter
 from k2_megatron.train.checkpoints.state import model_state, optimizer_state, part_bytes, weight_fingerprint
 from k2_megatron.train.optimizer import build_optimizer, wrap_model
@@ -125,8 +125,12 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         process, clock = psutil.Process(), HashClock()
         resident = process.memory_info().rss
         print(f"{parameters / 1e6:.0f} M parameters, {resident / 1e9:.1f} GB resident, {options.mode}", flush=True)
-        mode = {"asynchronous": config.checkpoint.asynchronous, "part_bytes": part_bytes(chunks, groups)}
-        saver = CheckpointWriter(folder / "checkpoints", groups, **mode)
+        saver = CheckpointWriter(
+            folder / "checkpoints",
+            groups,
+            asynchronous=config.checkpoint.asynchronous,
+            part_bytes=part_bytes(chunks, groups),
+        )
         time.sleep(0.5 * parameters / 1e8 if config.checkpoint.asynchronous else 0.0)  # a run trains before it saves
         for turn in range(1, options.turns + 1):
             began = time.monotonic()
@@ -138,6 +142,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
             used = time.thread_time() - used
             held = process.memory_info().rss - resident
             saved = saver.wait()
+            assert saved is not None, "a save was begun"
             plain = write_plainly(folder / "plain", saved.bytes)
             facts = {
                 "bytes": saved.bytes,
@@ -158,7 +163,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         began = time.monotonic()
         found, doubts = find_checkpoint(folder / "checkpoints", groups)
         verified = time.monotonic() - began
-        assert found == saved.folder and not doubts
+        assert found and found.name == folder_name(options.turns) and not doubts
         load_checkpoint(found, read_manifest(found), config, parts)
         loaded = time.monotonic() - began - verified
         print(json.dumps({"verify_seconds": round(verified, 2), "load_seconds": round(loaded, 2)}))

@@ -15,11 +15,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy
 import torch
 
 from k2_megatron.config import Config
+from k2_megatron.data.open_feed import AnyFeed
 from k2_megatron.kernels.dispatch import choose_backends
 from k2_megatron.model import build_model
 from k2_megatron.runtime.cpu_stand_in import cpu_stands_in_for_cuda
@@ -90,7 +92,7 @@ def our_step(config: Config, device) -> Callable[[], float]:
     parts = Parts(groups, chunks, optimizer, device.torch)
     feed = RandomRows(config.train.global_batch, config.model.sequence_length, config.model.vocab_size)
     set_learning_rate(optimizer, LEARNING_RATE, WEIGHT_DECAY)
-    return lambda: train_step(config, parts, feed, 0).loss
+    return lambda: train_step(config, parts, cast(AnyFeed, feed), 0).loss  # it asks for tokens alone
 
 
 def transformers_step(config: Config, device) -> Callable[[], float]:
@@ -109,7 +111,7 @@ def transformers_step(config: Config, device) -> Callable[[], float]:
         max_position_embeddings=model.sequence_length,
         rms_norm_eps=model.norm_epsilon,
         tie_word_embeddings=False,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # type: ignore[call-arg]  # is of every configuration, which takes it by name
     )
     llama = LlamaForCausalLM(shape).to(device.torch, dtype)
     optimizer = torch.optim.AdamW(

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -51,7 +51,7 @@ class RankMistake(ValueError):
     """A mistake that only this rank can see, so that this rank must speak."""
 
 
-def run_program(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+def run_program(main: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Run `main(arguments)`; its exit code, or that of the mistake it raised."""
     try:
         return main(arguments)
