@@ -17,7 +17,7 @@ from pathlib import Path
 from k2_megatron.config import Config, load_config
 from k2_megatron.config.changes import CHANGEABLE, COMPUTING
 from k2_megatron.config.toml_text import toml_value
-from k2_megatron.data.ledger import FILE_NAME as LEDGER
+from k2_megatron.data.ledger import FILE_NAME, Ledger
 from k2_megatron.runtime.durable import write_file
 from k2_megatron.runtime.journal import JOURNAL, read_events, read_steps, standing_events
 from k2_megatron.train.checkpoints.folders import complete_checkpoints
@@ -51,6 +51,7 @@ def replay(run: Path, step: int, launch: list[str], kept: Path | None, *, pretra
             f"steps {steps[0]} to {end} were computed in layout {' and '.join(sorted(layouts))}, and their "
             f"configuration says {now}: another layout rounds otherwise. Choose a step that {now} computed"
         )
+    refuse_later_amendments(Ledger(run), [told[number] for number in steps if number in told])
     with folder_for(run, kept) as given:
         folder = Path(given)
         prepare(run, start, folder, config)
@@ -66,6 +67,19 @@ def replay(run: Path, step: int, launch: list[str], kept: Path | None, *, pretra
             loss, norm = again[step]["loss"], again[step]["grad_norm"]
             print(f"step {step}, which the run did not finish: loss {loss!r}, gradient norm {norm!r}")
         return found
+
+
+def refuse_later_amendments(ledger: Ledger, steps: Iterable[dict]) -> None:
+    """ValueError where the rows of "step" events were moved after they were computed: the journal has no line yet of
+    going back to before them, and they would be repeated on other rows."""
+    for event in steps:
+        end_token = event["samples"][1] * event["sequence_length"]
+        later = [entry for entry in ledger.entries[event["ledger"]["lines"] :] if entry["event"] == "amendment"]
+        if any(entry["from_sample"] * entry["sequence_length"] < end_token for entry in later):
+            raise ValueError(
+                f"no judgement: {ledger.path} was amended after step {event['step']} was computed, and gives it other "
+                "rows now: the run was ended while it went back. Start it, and replay steps that it makes from then on"
+            )
 
 
 def folder_for(run: Path, kept: Path | None) -> contextlib.AbstractContextManager:
@@ -193,14 +207,14 @@ def prepare(run: Path, start: Path | None, folder: Path, config: Config) -> None
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True)
     write_file(folder / REPLAYED, config.to_toml())
-    ledger = (run / LEDGER).read_bytes().splitlines(keepends=True) if (run / LEDGER).exists() else []
+    ledger = (run / FILE_NAME).read_bytes().splitlines(keepends=True) if (run / FILE_NAME).exists() else []
     if start is not None:
         (checkpoints / start.name).symlink_to(start.resolve(), target_is_directory=True)
         write_file(checkpoints / "latest", start.name + "\n")
     else:  # where the ledger has a position, a run does not begin anew
         ledger = list(itertools.takewhile(lambda line: json.loads(line)["event"] != "position", ledger))
     if ledger:
-        (folder / LEDGER).write_bytes(b"".join(ledger))
+        (folder / FILE_NAME).write_bytes(b"".join(ledger))
 
 
 def compare(told: dict, again: dict, steps: range, weights: dict[int, str], weights_again: dict[int, str]) -> int:

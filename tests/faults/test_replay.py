@@ -15,6 +15,8 @@ from loaded_tool import loaded_tool
 from rank_processes import REPOSITORY, Rank, pretrain, run_pretrain
 
 from k2_megatron.config import load_config
+from k2_megatron.data.ledger import Ledger
+from k2_megatron.runtime.journal import read_steps
 from k2_megatron.train import replay
 
 STEPS = 9
@@ -232,6 +234,19 @@ def test_branch_that_a_rollback_left_is_not_compared_with(whole, tmp_path, repla
     journal.write_text("".join([*lines[:first], *left]))
     code, said = replayed(folder, 8)
     assert code == 2 and "which goes to step 6" in said
+
+
+def test_rows_that_were_moved_since_are_not_judged(whole, tmp_path, replayed):
+    """A run that was killed while it went back: its ledger is amended, and its journal does not tell of it."""
+    folder = shutil.copytree(whole, tmp_path / "run")
+    step_5 = read_steps(folder / "journal.jsonl")[5]
+    ledger, (first, end) = Ledger(folder), step_5["samples"]
+    length = step_5["sequence_length"]
+    ledger.amend("skip", samples=(first, end), from_sample=first, sequence_length=length, reason="bad rows")
+    code, said = replayed(folder, 5)
+    assert code == 2 and "was amended after step 5 was computed" in said
+    code, said = replayed(folder, 2)
+    assert code == 0 and "equal to the bit: steps 1 to 3" in said
 
 
 def test_what_others_computed_is_not_judged(run, tmp_path, replayed):
