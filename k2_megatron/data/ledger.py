@@ -88,6 +88,11 @@ class Ledger:
         self._whole_bytes = len(whole)
 
     @property
+    def exists(self) -> bool:
+        """Whether there was a file when it was read, or is since."""
+        return self._exists
+
+    @property
     def amendments(self) -> list[dict[str, Any]]:
         return [entry for entry in self.entries if entry["event"] == "amendment"]
 

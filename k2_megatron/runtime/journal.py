@@ -31,7 +31,7 @@ class Journal:
         self._unwritten = b""
         if writer:
             folder.mkdir(parents=True, exist_ok=True)
-            _end_last_line(self.path)
+            self._unwritten = _end_of_last_line(self.path)
             self._file = self.path.open("ab", buffering=0)
             sync(folder)  # the name of a new journal
 
@@ -97,13 +97,13 @@ def _numbers(value: object) -> object:
     return float(value) if isinstance(value, str) and value in _NOT_FINITE else value
 
 
-def _end_last_line(path: Path) -> None:
-    """A kill may have cut the last line; end it, so that the next event starts a line of its own."""
-    if path.exists() and path.stat().st_size:
-        with path.open("rb+") as stream:
-            stream.seek(-1, os.SEEK_END)
-            if stream.read(1) != b"\n":
-                stream.write(b"\n")
+def _end_of_last_line(path: Path) -> bytes:
+    """What the last line lacks, which a kill or a full disk may have cut: the next event starts a line of its own."""
+    if not path.exists() or not path.stat().st_size:
+        return b""
+    with path.open("rb") as stream:
+        stream.seek(-1, os.SEEK_END)
+        return b"" if stream.read(1) == b"\n" else b"\n"
 
 
 def read_events(path: Path, wanted: Callable[[str], bool] | None = None) -> Iterator[dict]:

@@ -54,8 +54,9 @@ def read_environment(environ: Mapping[str, str] = os.environ) -> RankEnvironment
             world_size=int(environ["SLURM_STEP_NUM_TASKS"]),
             local_rank=int(environ["SLURM_LOCALID"]),
             address=environ.get("MASTER_ADDR") or _first_host(environ["SLURM_STEP_NODELIST"]),
-            # Two jobs on one node must not meet: the port follows the job's number unless MASTER_PORT is set.
-            port=int(environ.get("MASTER_PORT") or 20000 + int(environ["SLURM_JOB_ID"]) % 20000),
+            # Two jobs on one node must not meet: the port follows the job's number unless MASTER_PORT is set. From
+            # 32768 on Linux gives ports to whoever connects to somewhere, and one may be taken by chance.
+            port=int(environ.get("MASTER_PORT") or 20000 + int(environ["SLURM_JOB_ID"]) % 12000),
         )
     return None
 

@@ -72,7 +72,7 @@ def replay(run: Path, step: int, launch: list[str], kept: Path | None, *, pretra
 def refuse_later_amendments(ledger: Ledger, steps: Iterable[dict]) -> None:
     """ValueError where the rows of "step" events were moved after they were computed: the journal has no line yet of
     going back to before them, and they would be repeated on other rows."""
-    for event in steps:
+    for event in (event for event in steps if "ledger" in event):  # earlier versions did not write it
         end_token = event["samples"][1] * event["sequence_length"]
         later = [entry for entry in ledger.entries[event["ledger"]["lines"] :] if entry["event"] == "amendment"]
         if any(entry["from_sample"] * entry["sequence_length"] < end_token for entry in later):

@@ -11,6 +11,7 @@ from k2_megatron.data.open_feed import AnyFeed, open_feed
 from k2_megatron.data.plan import Plan
 from k2_megatron.data.tokenizer import load_tokenizer
 from k2_megatron.runtime.durable import persist
+from k2_megatron.runtime.journal import JOURNAL, read_events
 from k2_megatron.train.checkpoints.manifest import CheckpointError, is_imported
 from k2_megatron.train.position import refuse_in_the_past
 
@@ -81,6 +82,7 @@ class RunData:
                 )
             self.fingerprint = manifest["data"]  # as the run has called it from its beginning, and its chain does
         try:
+            refuse_lost_ledger(self.ledger)
             self.ledger.check_mark(manifest)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
@@ -96,6 +98,19 @@ class RunData:
         if self._writer:
             self.ledger.continue_from(manifest)
         self.chain, self._from_step = manifest["chain"], manifest["step"]
+
+
+def refuse_lost_ledger(ledger: Ledger) -> None:
+    """ValueError where there is none and the journal beside it tells of its lines: what they amend would be undone.
+    A checkpoint that was taken to a new folder has no such journal."""
+    journal = ledger.path.with_name(JOURNAL)
+    if ledger.exists or not journal.is_file():
+        return
+    lines = max((event["ledger"]["lines"] for event in read_events(journal) if "ledger" in event), default=0)
+    if lines:
+        raise ValueError(
+            f"{ledger.path} is gone, and {JOURNAL} tells of {lines} lines in it: put back the ledger.jsonl of this run"
+        )
 
 
 def _stage_line(config: Config, step: int) -> dict[str, int]:

@@ -73,10 +73,10 @@ def resume_report(config: Config, manifest: dict, folder: Path, doubts: list[str
 
 def summary_text(config: Config, journal: Path) -> str:
     """The finished run in a few lines, from its journal."""
-    steps = read_steps(journal)
-    held_out = [event["held_out_loss"] for event in read_events(journal) if event["event"] == "evaluation"]
+    steps = read_steps(journal) if journal.is_file() else {}
     if not steps:
-        return f"finished: {config.run.folder}; its journal could not be written and tells of no step"
+        return f"finished: {config.run.folder}; its journal could not be written, or was removed, and tells of no step"
+    held_out = [event["held_out_loss"] for event in read_events(journal) if event["event"] == "evaluation"]
     first, last = steps[min(steps)], steps[max(steps)]
     # The median is what a step costs; the first steps also warm up caches and threads.
     speeds = sorted(event["tokens_per_second"] for event in steps.values())

@@ -186,6 +186,18 @@ def test_run_that_lost_its_checkpoints_does_not_begin_again(attempt, checkpoints
     assert not [path for path in checkpoints.iterdir() if path.name.startswith("step_")], "nothing was trained"
 
 
+def test_lost_ledger_is_not_begun_anew_beside_its_journal(attempt, checkpoints):
+    """What a person has amended since the last save would be undone without a word."""
+    (checkpoints.parent / "ledger.jsonl").unlink()
+    says_one_line(
+        attempt(SETTINGS),
+        MISTAKE,
+        f"{checkpoints.parent / 'ledger.jsonl'} is gone, and journal.jsonl tells of",
+        "put back the ledger.jsonl of this run",
+    )
+    assert not (checkpoints.parent / "ledger.jsonl").exists()
+
+
 def test_later_checkpoints_leave_when_the_run_is_set_back(attempt, checkpoints, finished_run):
     """`latest` is what a person, or a rollback that was killed, goes back by: the branch after it must not be taken for
     the new one, neither by retention nor by the next start."""

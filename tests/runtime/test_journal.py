@@ -5,6 +5,7 @@ import math
 import resource
 import subprocess
 
+import pytest
 from rank_processes import REPOSITORY
 
 from k2_megatron.runtime.journal import Journal, read_events, read_steps, standing_events
@@ -51,6 +52,23 @@ def test_line_that_a_kill_cut_is_passed_over_and_ended(tmp_path):
     journal.close()
     assert [event["event"] for event in read_events(path)] == ["step", "resume"]
     assert path.read_text().count("\n") == 3
+
+
+def test_start_on_a_full_disk_that_cut_the_last_line_is_no_error_of_the_journal(tmp_path, capsys):
+    """A disk that fills up cuts a line where a block ends, so that not even the end of that line has room."""
+    path = tmp_path / "journal.jsonl"
+    path.write_text('{"event": "step", "step": 1}\n{"event": "step", "st')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, limits[1]))
+    try:
+        journal = Journal(tmp_path, writer=True)
+        journal.write("resume", step=1)
+        with pytest.raises(OSError, match="does not take its last lines"):
+            journal.require_written()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    journal.close()
+    assert [event["event"] for event in read_events(path)] == ["step", "resume"]
 
 
 def test_lines_that_are_no_events_are_passed_over(tmp_path):

@@ -56,7 +56,7 @@ def test_our_own_launcher():
 
 
 def test_srun_meets_on_the_first_host_at_a_port_of_the_job():
-    assert read_environment(SRUN) == RankEnvironment("srun", 9, 16, 1, "node3", 20000 + 123456 % 20000)
+    assert read_environment(SRUN) == RankEnvironment("srun", 9, 16, 1, "node3", 20000 + 123456 % 12000)
 
 
 def test_srun_takes_a_given_meeting_point():

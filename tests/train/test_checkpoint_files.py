@@ -1,5 +1,6 @@
 """Checkpoint folders as files: what is complete, which is the latest, which ones go."""
 
+import errno
 import json
 import os
 import re
@@ -368,6 +369,18 @@ def test_failed_rename_puts_the_replaced_checkpoint_back(saved, monkeypatch):
     assert steps(checkpoints) == [5]
 
 
+def test_what_a_save_cannot_remove_before_it_begins_is_told_as_it_is(tmp_path, monkeypatch):
+    """Not as a folder that exists, which would invite to delete it."""
+    start_writing(tmp_path, 6)
+
+    def refused(path):
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+
+    monkeypatch.setattr("k2_megatron.train.checkpoints.folders.shutil.rmtree", refused)
+    with pytest.raises(PermissionError, match=r"not permitted: .*step_00000006\.writing"):
+        start_writing(tmp_path, 6)
+
+
 def test_words_of_torchs_zip_writer_on_a_full_disk_say_so():
     class Full:
         def write(self, data) -> int:
@@ -381,6 +394,8 @@ def test_words_of_torchs_zip_writer_on_a_full_disk_say_so():
     for error in (caught.value, CheckpointException("write", {1: (caught.value, trace)})):
         assert first_cause(error).endswith("(the disk may be full)")
     assert "full" not in first_cause(CheckpointException("read", {1: (RuntimeError("damaged"), trace)}))
+    closing = RuntimeError("basic_ios::clear: iostream error")  # of its other writer, when it closes the file
+    assert first_cause(closing).endswith("(the disk may be full)")
 
 
 def test_folder_of_another_name_has_no_step(tmp_path):

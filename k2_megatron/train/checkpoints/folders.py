@@ -46,7 +46,8 @@ def first_cause(error: BaseException) -> str:
 def _in_words(error: BaseException) -> str:
     text = f"{type(error).__name__}: {error}"
     # torch's zip writer closes the file as well after a write that the disk refused, and tells of that error alone.
-    return f"{text} (the disk may be full)" if "inline_container" in text and "unexpected pos" in text else text
+    of_the_disk = ("inline_container" in text and "unexpected pos" in text) or "iostream error" in text
+    return f"{text} (the disk may be full)" if of_the_disk else text
 
 
 _REPLACED = "replaced"
@@ -63,7 +64,8 @@ def start_writing(checkpoints: Path, step: int) -> Path:
     """Make that folder, empty."""
     make_folder(checkpoints)
     aside = aside_folder(checkpoints, step)
-    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(aside)
     aside.mkdir()
     return aside
 
@@ -110,7 +112,7 @@ def _remove(folder: Path) -> None:
 def set_damaged_aside(folder: Path) -> Path:
     """Rename a damaged checkpoint so that no reader takes it, and nothing of it is lost. CheckpointError when that is
     not allowed."""
-    aside = _free_name(folder.with_name(f"damaged_{folder.name}"))  # one of the same step may be there, as evidence
+    aside = free_name(folder.with_name(f"damaged_{folder.name}"))  # one of the same step may be there, as evidence
     try:
         os.rename(folder, aside)
     except OSError as error:
@@ -157,7 +159,7 @@ def set_later_aside(checkpoints: Path, chosen: Path) -> list[str]:
     names = []
     for folder in complete_checkpoints(checkpoints):
         if step_of(folder) > step_of(chosen):
-            aside = _free_name(folder.with_name(f"abandoned_{folder.name}"))
+            aside = free_name(folder.with_name(f"abandoned_{folder.name}"))
             try:
                 os.rename(folder, aside)
             except OSError as error:
@@ -171,7 +173,8 @@ def set_later_aside(checkpoints: Path, chosen: Path) -> list[str]:
     return names
 
 
-def _free_name(path: Path) -> Path:
+def free_name(path: Path) -> Path:
+    """`path`, or that with a number behind it: what bears the name already stays."""
     names = (path, *(path.with_name(f"{path.name}.{number}") for number in range(2, 1000)))
     return next(name for name in names if not os.path.lexists(name))
 

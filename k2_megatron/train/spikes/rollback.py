@@ -6,7 +6,6 @@ first goes on from the good checkpoint over the same data, meets the spike again
 
 import contextlib
 import os
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +13,10 @@ import torch.distributed as distributed
 
 from k2_megatron.config import Config
 from k2_megatron.data.blended import amendable
+from k2_megatron.data.ledger import LedgerNotWritten
 from k2_megatron.runtime.durable import persist, sync, write_file
 from k2_megatron.runtime.mistakes import StopRun
-from k2_megatron.train.checkpoints.folders import complete_checkpoints
+from k2_megatron.train.checkpoints.folders import complete_checkpoints, free_name
 from k2_megatron.train.checkpoints.manifest import CheckpointError, folder_name, step_of
 from k2_megatron.train.run_data import RunData
 from k2_megatron.train.spikes.detector import Finding
@@ -61,8 +61,9 @@ def go_back(config: Config, finding: Finding, decision: Decision, checkpoints: P
     except ValueError as error:
         raise StopRun(f"{decision.reason}; going back is not possible: {error}") from None
     if distributed.get_rank() == 0:
-        set_back(checkpoints, decision.checkpoint_step)
-        data.ledger.amend(**fields)
+        retry_seconds = config.checkpoint.retry_seconds
+        persist(partial(set_back, checkpoints, decision.checkpoint_step), retry_seconds, CheckpointError)
+        persist(partial(data.ledger.amend, **fields), retry_seconds, LedgerNotWritten)
     distributed.barrier()
     return fields
 
@@ -116,11 +117,16 @@ def check_fits(config: Config, fields: dict, data: RunData) -> None:
 
 
 def set_back(checkpoints: Path, good: int) -> None:
-    """Make the checkpoint of step `good` the newest; later ones stay as spiked_step_*: they show what the spike did."""
-    write_file(checkpoints / "latest", folder_name(good) + "\n")
-    for folder in complete_checkpoints(checkpoints):
-        if step_of(folder) > good:
-            aside = folder.with_name(f"spiked_{folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(folder, aside)
-    sync(checkpoints)
+    """Make the checkpoint of step `good` the newest; later ones stay as spiked_step_*, beside those of an earlier time:
+    they show what the spike did. CheckpointError where the disk does not take it; it may be tried again."""
+    try:
+        write_file(checkpoints / "latest", folder_name(good) + "\n")
+        for folder in complete_checkpoints(checkpoints):
+            if step_of(folder) > good:
+                os.rename(folder, free_name(folder.with_name(f"spiked_{folder.name}")))
+        sync(checkpoints)
+    except OSError as error:
+        raise CheckpointError(
+            f"{checkpoints} could not be set back to {folder_name(good)} ({error}); make room or restore access, and "
+            "start again"
+        ) from None
