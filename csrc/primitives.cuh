@@ -345,7 +345,9 @@ int launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, size_t s
   const dim3 grid(static_cast<unsigned>(blocks));
 #ifdef K2_EMULATION
   static_cast<void>(stream);
-  emulation::launch(grid, threads, shared_bytes, [&] { kernel(arguments...); });
+  if (k2_launch_observer != nullptr)
+    emulation::show_launch(k2_launch_observer, kernel, grid, threads, shared_bytes, arguments...);
+  else emulation::launch(grid, threads, shared_bytes, [&] { kernel(arguments...); });
   return cudaSuccess;
 #else
   if (shared_bytes > 0) {  // with its static memory beyond 48 KiB it must be told once a device; again costs nothing

@@ -6,6 +6,7 @@
 //   shared_memory.h   poisoned shared memory
 //   block.h           scheduler: barriers, warp collectives, deadlocks, the order of things
 //   intrinsics.h      device functions
+//   launch_observer.h who runs the launches in the emulation's place: the tests' interpreter of PTX
 //   runtime.cpp       the few host calls (last error, attributes)
 //
 // Caught: divergent or missing barriers, divergent collectives, reading what nobody wrote, copies not waited for,
@@ -34,6 +35,7 @@
 
 #include "block.h"
 #include "intrinsics.h"
+#include "launch_observer.h"
 
 #define threadIdx (emulation::block().current->index)
 #define blockIdx (emulation::block().index)

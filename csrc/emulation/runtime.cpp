@@ -1,7 +1,9 @@
 // The host side of the CUDA runtime, as far as the launchers and bindings use it: one device, nothing ever fails.
-#include <cuda_runtime.h>
+#include "launch_observer.h"
 
 extern "C" {
+
+emulation::LaunchObserver k2_launch_observer = nullptr;
 
 cudaError_t CUDARTAPI cudaGetLastError(void) { return cudaSuccess; }
 const char* CUDARTAPI cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "error"; }
