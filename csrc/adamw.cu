@@ -14,11 +14,24 @@
 namespace k2::cuda {
 namespace {
 
+constexpr int width = 4;  // elements of a vector: 16 bytes of the fp32 state, 8 of the gradient and the copy in 16 bits
+
 enum List { parameter, gradient, first_moment, second_moment, model_copy, lists };
 
 struct Constants {
   float decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inverse_correction, epsilon;
 };
+
+// The group that begins at `group`, where all of it is there and aligned.
+template <class T>
+__device__ __forceinline__ void load_whole_group(const T* group, float (&values)[multi_tensor_group]) {
+  VectorWords<width, T> words[Group<width>::vectors];
+#pragma unroll
+  for (int i = 0; i < Group<width>::vectors; ++i)
+    words[i] = load_words<VectorWords<width, T>, Cache::streamed>(group + i * Group<width>::stride);
+#pragma unroll
+  for (int i = 0; i < Group<width>::vectors; ++i) unpack_vector<width, T>(words[i], values + i * width);
+}
 
 template <class G, class M>
 __global__ void __launch_bounds__(multi_tensor_threads)
@@ -33,13 +46,15 @@ __global__ void __launch_bounds__(multi_tensor_threads)
   auto* copy_of = address(model_copy) == 0 ? nullptr : reinterpret_cast<M*>(address(model_copy)) + part.first;
   const float scale = gradient_scale == nullptr ? 1.0f : *gradient_scale;
 
-  for (int first = threadIdx.x * group; first < part.size; first += multi_tensor_threads * group) {
-    const int left = static_cast<int>(part.size) - first, count = left < group ? left : group;
+  const int size = static_cast<int>(part.size);
+  for (int first = Group<width>::first(); first < size; first += multi_tensor_threads * group) {
     float p[group], m[group], v[group], g[group];
-    load_group(p_of + first, count, p);
-    load_group(m_of + first, count, m);
-    load_group(v_of + first, count, v);
-    load_group(g_of + first, count, g);
+    const auto load_all = [&](auto load) { load(p_of, p), load(m_of, m), load(v_of, v), load(g_of, g); };
+    const auto is_whole = [&](const auto* chunk) { return Group<width>::is_whole(chunk, first, size); };
+    // One branch for all four: their loads are under way together, with no code for elements between them.
+    if (is_whole(p_of) && is_whole(m_of) && is_whole(v_of) && is_whole(g_of))
+      load_all([&](const auto* chunk, float (&values)[group]) { load_whole_group(chunk + first, values); });
+    else load_all([&](const auto* chunk, float (&values)[group]) { load_group<width>(chunk, first, size, values); });
 #pragma unroll
     for (int i = 0; i < group; ++i) {
       const float gradient = g[i] * scale;
@@ -47,10 +62,10 @@ __global__ void __launch_bounds__(multi_tensor_threads)
       v[i] = c.beta2 * v[i] + c.one_minus_beta2 * gradient * gradient;
       p[i] = p[i] * c.decay - c.step_size * m[i] / (sqrtf(v[i]) * c.inverse_correction + c.epsilon);
     }
-    store_group(p_of + first, count, p);
-    store_group(m_of + first, count, m);
-    store_group(v_of + first, count, v);
-    if (copy_of != nullptr) store_group(copy_of + first, count, p);
+    store_group<width>(p_of, first, size, p);
+    store_group<width>(m_of, first, size, m);
+    store_group<width>(v_of, first, size, v);
+    if (copy_of != nullptr) store_group<width>(copy_of, first, size, p);
   }
 }
 

@@ -34,10 +34,11 @@ __global__ void __launch_bounds__(multi_tensor_threads)
   if (part.size == multi_tensor_chunk && reinterpret_cast<uintptr_t>(elements) % 16 == 0) {
     WholeChunk<T>(elements).for_each_group(add);
   } else {
-    for (int first = threadIdx.x * group; first < part.size; first += multi_tensor_threads * group) {
-      const int left = static_cast<int>(part.size) - first;
+    constexpr int width = Packed<T>::count;
+    const int size = static_cast<int>(part.size);
+    for (int first = Group<width>::first(); first < size; first += multi_tensor_threads * group) {
       float values[group];
-      load_group(elements + first, left < group ? left : group, values);
+      load_group<width>(elements, first, size, values);
       add(values);
     }
   }
@@ -71,14 +72,15 @@ __global__ void __launch_bounds__(multi_tensor_threads)
   if (by == 1.0f) return;
   const Part part(table);
   T* elements = reinterpret_cast<T*>(table.addresses[0][part.tensor]) + part.first;
+  constexpr int width = Packed<T>::count;
+  const int size = static_cast<int>(part.size);
 #pragma unroll 2
-  for (int first = threadIdx.x * group; first < part.size; first += multi_tensor_threads * group) {
-    const int left = static_cast<int>(part.size) - first, count = left < group ? left : group;
+  for (int first = Group<width>::first(); first < size; first += multi_tensor_threads * group) {
     float values[group];
-    load_group(elements + first, count, values);
+    load_group<width>(elements, first, size, values);
 #pragma unroll
     for (int i = 0; i < group; ++i) values[i] *= by;
-    store_group(elements + first, count, values);
+    store_group<width>(elements, first, size, values);
   }
 }
 

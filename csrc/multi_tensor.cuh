@@ -7,7 +7,7 @@
 namespace k2::cuda {
 
 constexpr int multi_tensor_threads = 256;
-constexpr int multi_tensor_group = 8;  // elements that a thread takes at once: one 16-byte access in bf16, two in fp32
+constexpr int multi_tensor_group = 8;  // elements that a thread takes at once, as vectors
 constexpr int64_t multi_tensor_chunk = 8192;  // elements of a block: 4 groups a thread
 
 template <int LISTS>
@@ -40,53 +40,96 @@ struct Part {
   }
 };
 
-// `count` of the group's elements, from `address` on; the rest reads as zero. Vectors where the address allows.
-template <class T>
-__device__ __forceinline__ void load_group(const T* address, int count, float (&values)[multi_tensor_group]) {
-  if (count == multi_tensor_group && reinterpret_cast<uintptr_t>(address) % 16 == 0) {
+// A thread's group: vectors of WIDTH elements, each as far from the one before as the block's vectors reach. The vectors
+// of a warp lie side by side, so that one access of theirs moves whole sectors of 32 bytes: were all of a thread's
+// elements consecutive, each of the two accesses to fp32 would move every sector for one half of it.
+template <int WIDTH>
+struct Group {
+  static constexpr int vectors = multi_tensor_group / WIDTH, stride = multi_tensor_threads * WIDTH;
+
+  __device__ __forceinline__ static int first() { return threadIdx.x * WIDTH; }
+  // Whether all of the group that begins at element `first` is there, where whole vectors may be accessed.
+  template <class T>
+  __device__ __forceinline__ static bool is_whole(const T* chunk, int first, int size) {
+    return first + (vectors - 1) * stride + WIDTH <= size &&
+           reinterpret_cast<uintptr_t>(chunk) % (WIDTH * sizeof(T)) == 0;
+  }
+  __device__ __forceinline__ static int element(int first, int i) { return first + i / WIDTH * stride + i % WIDTH; }
+};
+
+template <int WIDTH, class T>
+using VectorWords = std::conditional_t<WIDTH * sizeof(T) == 16, uint4, uint2>;
+
+template <int WIDTH, class T>
+__device__ __forceinline__ void unpack_vector(const VectorWords<WIDTH, T>& words, float* values) {
+  constexpr int in_word = Word<T>::count;
 #pragma unroll
-    for (int i = 0; i < multi_tensor_group; i += Packed<T>::count) {
-      const Packed<T> packed = load_packed<Cache::streamed>(address + i);
+  for (int word = 0; word < WIDTH / in_word; ++word) {
+    float parts[in_word];
+    Word<T>::unpack(reinterpret_cast<const uint32_t*>(&words)[word], parts);
 #pragma unroll
-      for (int j = 0; j < Packed<T>::count; ++j) values[i + j] = packed.at(j);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < multi_tensor_group; ++i) values[i] = i < count ? to_float(address[i]) : 0.0f;
+    for (int j = 0; j < in_word; ++j) values[word * in_word + j] = parts[j];
   }
 }
 
-template <class T>
-__device__ __forceinline__ void store_group(T* address, int count, const float (&values)[multi_tensor_group]) {
-  if (count == multi_tensor_group && reinterpret_cast<uintptr_t>(address) % 16 == 0) {
+// The group of a chunk of `size` elements that begins at `first`; what lies beyond the chunk reads as zero.
+template <int WIDTH, class T>
+__device__ __forceinline__ void load_group(const T* chunk, int first, int size, float (&values)[multi_tensor_group]) {
+  using G = Group<WIDTH>;
+  if (G::is_whole(chunk, first, size)) {
+    VectorWords<WIDTH, T> words[G::vectors];
 #pragma unroll
-    for (int i = 0; i < multi_tensor_group; i += Packed<T>::count) {
-      float part[Packed<T>::count];
+    for (int i = 0; i < G::vectors; ++i)
+      words[i] = load_words<VectorWords<WIDTH, T>, Cache::streamed>(chunk + first + i * G::stride);
 #pragma unroll
-      for (int j = 0; j < Packed<T>::count; ++j) part[j] = values[i + j];
-      store_packed<Cache::streamed>(address + i, pack<T>(part));
+    for (int i = 0; i < G::vectors; ++i) unpack_vector<WIDTH, T>(words[i], values + i * WIDTH);
+  } else {
+#pragma unroll
+    for (int i = 0; i < multi_tensor_group; ++i) {
+      const int element = G::element(first, i);
+      values[i] = element < size ? to_float(chunk[element]) : 0.0f;
+    }
+  }
+}
+
+template <int WIDTH, class T>
+__device__ __forceinline__ void store_group(T* chunk, int first, int size, const float (&values)[multi_tensor_group]) {
+  using G = Group<WIDTH>;
+  constexpr int in_word = Word<T>::count;
+  if (G::is_whole(chunk, first, size)) {
+#pragma unroll
+    for (int i = 0; i < G::vectors; ++i) {
+      VectorWords<WIDTH, T> words;
+#pragma unroll
+      for (int word = 0; word < WIDTH / in_word; ++word) {
+        float parts[in_word];
+#pragma unroll
+        for (int j = 0; j < in_word; ++j) parts[j] = values[i * WIDTH + word * in_word + j];
+        reinterpret_cast<uint32_t*>(&words)[word] = Word<T>::pack(parts);
+      }
+      store_words<Cache::streamed>(chunk + first + i * G::stride, words);
     }
   } else {
 #pragma unroll
     for (int i = 0; i < multi_tensor_group; ++i)
-      if (i < count) address[i] = from_float<T>(values[i]);
+      if (const int element = G::element(first, i); element < size) chunk[element] = from_float<T>(values[i]);
   }
 }
 
-// What a thread adds up of a whole chunk at an aligned address: all of its vectors are asked for at once, the elements come
-// in the order of load_group's steps.
+// What a thread adds up of a whole chunk at an aligned address: all of its vectors are asked for at once, the elements
+// come in the order of load_group's steps.
 template <class T>
 struct WholeChunk {
+  using G = Group<Packed<T>::count>;
   static constexpr int groups = multi_tensor_chunk / (multi_tensor_threads * multi_tensor_group);
-  static constexpr int vectors = multi_tensor_group / Packed<T>::count;  // of a group
-  Packed<T> held[groups][vectors];
+  Packed<T> held[groups][G::vectors];
 
   __device__ __forceinline__ explicit WholeChunk(const T* elements) {
 #pragma unroll
     for (int i = 0; i < groups; ++i) {
-      const T* group = elements + (i * multi_tensor_threads + threadIdx.x) * multi_tensor_group;
+      const T* group = elements + i * multi_tensor_threads * multi_tensor_group + G::first();
 #pragma unroll
-      for (int j = 0; j < vectors; ++j) held[i][j] = load_packed<Cache::streamed>(group + j * Packed<T>::count);
+      for (int j = 0; j < G::vectors; ++j) held[i][j] = load_packed<Cache::streamed>(group + j * G::stride);
     }
   }
   template <class Body>

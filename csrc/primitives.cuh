@@ -104,9 +104,10 @@ __device__ __forceinline__ Packed<T> pack(const float (&values)[Packed<T>::count
 // cached: read again soon (gamma, tables). streamed: evicted first, it would only push others out of L2.
 enum class Cache { cached, streamed };
 
-template <Cache POLICY = Cache::cached>
-__device__ __forceinline__ uint4 load_16_bytes(const void* address) {
-  const auto* words = static_cast<const uint4*>(address);
+// As one access: Words is uint4 for 16 bytes, uint2 for 8.
+template <class Words, Cache POLICY = Cache::cached>
+__device__ __forceinline__ Words load_words(const void* address) {
+  const auto* words = static_cast<const Words*>(address);
 #ifdef K2_EMULATION
   return emulation::load(words);
 #else
@@ -115,15 +116,20 @@ __device__ __forceinline__ uint4 load_16_bytes(const void* address) {
 #endif
 }
 
-template <Cache POLICY = Cache::cached>
-__device__ __forceinline__ void store_16_bytes(void* address, uint4 value) {
-  auto* words = static_cast<uint4*>(address);
+template <Cache POLICY = Cache::cached, class Words>
+__device__ __forceinline__ void store_words(void* address, Words value) {
+  auto* words = static_cast<Words*>(address);
 #ifdef K2_EMULATION
   emulation::store(words, value);
 #else
   if constexpr (POLICY == Cache::streamed) __stcs(words, value);
   else *words = value;
 #endif
+}
+
+template <Cache POLICY = Cache::cached>
+__device__ __forceinline__ uint4 load_16_bytes(const void* address) {
+  return load_words<uint4, POLICY>(address);
 }
 
 template <Cache POLICY = Cache::cached, class T>
@@ -134,7 +140,7 @@ __device__ __forceinline__ Packed<T> load_packed(const T* address) {
 
 template <Cache POLICY = Cache::cached, class T>
 __device__ __forceinline__ void store_packed(T* address, const Packed<T>& packed) {
-  store_16_bytes<POLICY>(address, reinterpret_cast<const uint4&>(packed));
+  store_words<POLICY>(address, reinterpret_cast<const uint4&>(packed));
 }
 
 // Vector `index` of a row of `columns` elements. Not ALIGNED: the same elements to the same thread, one at a time, so

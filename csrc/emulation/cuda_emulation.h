@@ -12,7 +12,8 @@
 // Caught: divergent or missing barriers, divergent collectives, reading what nobody wrote, copies not waited for,
 // misaligned vector accesses; with AddressSanitizer, anything out of bounds in global, shared and local memory.
 // Not seen: races between blocks beyond what the order of whole blocks shows (they run one after another, in the order
-// that K2_EMULATION_ORDER names; no kernel here waits for another block), memory ordering, bank conflicts, coalescing.
+// that K2_EMULATION_ORDER names; no kernel here waits for another block), memory ordering, bank conflicts, coalescing;
+// tests/kernels/ptx, which runs what nvcc makes of the same sources, sees all of these but the ordering.
 #pragma once
 #include <cuda_runtime.h>
 

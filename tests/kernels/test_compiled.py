@@ -187,8 +187,10 @@ WIDE_ACCESSES = [
     ("cross_entropy", STATISTICS, r"LDG\.E.*128", 8),
     ("cross_entropy", "gradient_kernel<__nv_bfloat16>", r"LDG\.E.*128", 4),
     ("cross_entropy", "gradient_kernel<__nv_bfloat16>", r"STG\.E.*128", 4),
-    ("adamw", "adamw_kernel<__nv_bfloat16, __nv_bfloat16>", r"LDG\.E.*128", 7),  # 2 each: p, m, v; gradient
-    ("adamw", "adamw_kernel<__nv_bfloat16, __nv_bfloat16>", r"STG\.E.*128", 7),  # 2 each: p, m, v; copy
+    ("adamw", "adamw_kernel<__nv_bfloat16, __nv_bfloat16>", r"LDG\.E.*128", 6),  # 2 each: p, m, v
+    ("adamw", "adamw_kernel<__nv_bfloat16, __nv_bfloat16>", r"LDG\.E.*64", 2),  # the gradient's vectors of 4
+    ("adamw", "adamw_kernel<__nv_bfloat16, __nv_bfloat16>", r"STG\.E.*128", 6),
+    ("adamw", "adamw_kernel<__nv_bfloat16, __nv_bfloat16>", r"STG\.E.*64", 2),  # the copy's
     ("gradient_norm", "chunk_norms_kernel<__nv_bfloat16>", r"LDG\.E.*128", 1),
 ]
 
@@ -232,7 +234,7 @@ IN_FLIGHT = [
     ("rotary", "rotary_kernel<__nv_bfloat16, true, false>", 8, 1),  # 4 of the tables, at a position, and two heads
     ("cross_entropy", STATISTICS, 8, 0),
     ("cross_entropy", "gradient_kernel<__nv_bfloat16>", 4, 0),
-    ("adamw", "adamw_kernel<__nv_bfloat16, __nv_bfloat16>", 7, 1),  # after the scale of the gradient
+    ("adamw", "adamw_kernel<__nv_bfloat16, __nv_bfloat16>", 6, 1),  # after the scale of the gradient
     ("gradient_norm", "chunk_norms_kernel<__nv_bfloat16>", 4, 3),  # after the code of unaligned parts
 ]
 

@@ -1,35 +1,36 @@
-"""The module `_cuda` whose kernels run from PTX, as a fixture: compiled once a session."""
+"""The module `_cuda` whose kernels run from PTX, as a fixture: compiled once a session.
+
+For sm_80; K2_PTX_ARCHITECTURE names another (sm_90 differs in how one bf16 number becomes fp32).
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parent
-sys.path[:0] = [str(FOLDER), str(FOLDER.parent), str(FOLDER.parent / "emulated")]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import emulated_build  # noqa: E402
-import ptx_build  # noqa: E402
-from launches import PtxModule  # noqa: E402
+import ptx_build
+from launches import PtxModule
 
 
 @pytest.fixture(scope="session")
-def ptx_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    reason = ptx_build.reason_not_to_compile() or emulated_build.reason_not_to_build()
+def ptx_folder(build_folder: Path) -> Path:
+    reason = ptx_build.reason_not_to_compile()
     if reason:
         pytest.skip(f"the kernels cannot be compiled to PTX: {reason}")
-    kept = os.environ.get("K2_EMULATION_BUILD")
-    return Path(kept) if kept else tmp_path_factory.mktemp("ptx")
+    return build_folder
 
 
 @pytest.fixture(scope="session")
-def loaded_module(ptx_folder: Path) -> PtxModule:
-    library = emulated_build.build_module(ptx_folder)
-    files = ptx_build.compile_ptx(sorted(ptx_build.CSRC.glob("*.cu")), ptx_folder)
-    return PtxModule(emulated_build.load_module(library), library, files)
+def loaded_module(ptx_folder: Path, emulated_module: ModuleType) -> PtxModule:
+    architecture = os.environ.get("K2_PTX_ARCHITECTURE", "sm_80")
+    files = ptx_build.compile_ptx(sorted(ptx_build.CSRC.glob("*.cu")), ptx_folder, architecture)
+    return PtxModule(emulated_module, Path(emulated_module.__file__), files)
 
 
 @pytest.fixture

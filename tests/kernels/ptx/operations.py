@@ -109,8 +109,9 @@ _EXACT: dict[str, Operation] = {
     "max.f32": Operation("f32", ("f32", "f32"), a.greater),
 }
 _TWO = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, "mul.lo": operator.mul, "div": a.divide,
-        "min": np.minimum, "and": operator.and_, "or": operator.or_, "xor": operator.xor}  # fmt: skip
-_INTEGER_ONLY = {"mul.lo", "div", "min", "and", "or", "xor"}
+        "min": np.minimum, "max": np.maximum, "and": operator.and_, "or": operator.or_,
+        "xor": operator.xor}  # fmt: skip
+_INTEGER_ONLY = {"mul.lo", "div", "min", "max", "and", "or", "xor"}
 _ONE = {"neg": operator.neg, "abs": np.abs, "not": operator.invert, "mov": lambda x: x, "cvta.to.global": lambda x: x}
 
 

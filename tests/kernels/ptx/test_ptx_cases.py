@@ -10,12 +10,19 @@ import numpy as np
 import pytest
 import torch
 from arithmetic import Approximation
-from kernel_cases import CASES, assert_as_good_as_reference
+from kernel_cases import CASES, Case, assert_as_good_as_reference
 
 from k2_megatron.kernels import library
+from k2_megatron.kernels.gradient_norm import gradient_statistics
 
 BF16 = torch.bfloat16
-LARGE = 10_000  # elements: such cases take seconds here, and have smaller ones of the same kernels beside them
+LARGE = 30_000  # elements: such cases take seconds here
+# In their place: rows just too long for registers, by element and by vector; and for two vectors a thread.
+LONG_ROWS = [
+    Case("rms_norm", (2, 16_392), BF16, options={"add": True}),
+    Case("rms_norm", (2, 8_199), options={"add": True}),
+    Case("rms_norm", (3, 4_104), options={"zero_centered": True}),
+]
 
 
 @pytest.fixture
@@ -25,10 +32,10 @@ def ptx_on_cpu_tensors(ptx_module, monkeypatch):
 
 
 def is_small(case) -> bool:
-    return case.op in ("adamw", "clip_gradients") or int(np.prod(case.shape)) <= 3 * LARGE
+    return case.op in ("adamw", "clip_gradients") or int(np.prod(case.shape)) <= LARGE
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if is_small(case)], ids=str)
+@pytest.mark.parametrize("case", [*filter(is_small, CASES), *LONG_ROWS], ids=str)
 def test_error_is_at_most_twice_the_references(ptx_on_cpu_tensors, case):
     exact, reference = case.run("torch", exact=True), case.run("torch")
     assert_as_good_as_reference(case.run("cpu"), reference, exact, case)
@@ -62,3 +69,17 @@ def test_results_do_not_depend_on_the_order_of_blocks(ptx_on_cpu_tensors, case):
     ptx_on_cpu_tensors.order = lambda blocks: np.arange(blocks)[::-1]
     for name, value in case.run("cpu").items():
         assert torch.equal(value, expected[name]), f"{case}: {name} differs"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_the_gradient_norm_adds_in_fp64(ptx_on_cpu_tensors, dtype, offset):
+    """Whole chunks of 8192, parts of one, vectors and elements; the cases above begin behind the norm."""
+    generator = torch.Generator().manual_seed(offset)
+    tensors = [torch.randn(size + offset, generator=generator).to(dtype)[offset:] for size in (0, 1, 7, 8192, 9001)]
+    total, not_finite = gradient_statistics(tensors, backend="cpu").tolist()
+    assert total == pytest.approx(sum(float(tensor.double().square().sum()) for tensor in tensors), rel=1e-14)
+    assert not_finite == 0
+    tensors[3][5], tensors[4][9000] = torch.inf, torch.nan
+    assert gradient_statistics(tensors, backend="cpu")[1] == 2
+    assert any("add_chunks_kernel" in name for name in ptx_on_cpu_tensors.launched)
