@@ -2,6 +2,7 @@
 #
 ## make pretrain   install into .venv, turn real text into tokens, train the toy, let it speak
 ## make test       the same environment, then the whole test suite
+## make certify    prove that the toy's layout computes the steps of one process
 ## make check      ruff, format, types
 ## make drill      kill and wound a small run eighty times; what was lost
 ## make soak       2,000 steps with a fault every twenty; goodput and what was lost (90 minutes)
@@ -30,11 +31,16 @@ endif
 
 SOURCES := setup.py pyproject.toml constraints-cpu.txt $(wildcard csrc/*.* csrc/cpu/*)
 
-.PHONY: pretrain test check drill soak spikes clean help
+.PHONY: pretrain test certify check drill soak spikes clean help
 
 pretrain: $(VENV)/installed $(DATA)/train
 	$(BIN)/python pretrain_k2.py examples/toy/toy.toml $(SETTINGS)
 	$(BIN)/python tools/continue_text.py $(RUN) --prompt "My fellow citizens, the state of the Union is"
+
+# That TP 2 x PP 2 computes what one process does, to rounding: a table, and runs/certificate.json.
+certify: $(VENV)/installed $(DATA)/train
+	$(BIN)/python tools/certify_layout.py examples/toy/toy.toml $(SETTINGS) --layouts tp2-pp2-sp \
+	  --output runs/certificate.json
 
 # Two processes: half of a test's time is waiting, for ranks, the disk or Slurm. A file stays whole, for what it shares.
 TESTS_AT_ONCE ?= 2

@@ -16,6 +16,8 @@ _USELESS = (
     (FutureWarning, r".*Please use.*(DTensor|ShardedTensor|all_gather_into_tensor).*"),
     (UserWarning, r".*TypedStorage is deprecated.*"),
     (UserWarning, r".*barrier\(\): using the device under current context.*"),
+    # megatron-core's distributed optimizer asks its float32 shards, views of a parameter, for gradients that it sets.
+    (UserWarning, r".*\.grad attribute of a Tensor that is not a leaf Tensor.*"),
     (UserWarning, r".*MLP requires ffn_hidden_size.*"),
     (UserWarning, r".*full scope is deprecated.*"),  # raised for megatron-core's own default
     (DeprecationWarning, r".*"),

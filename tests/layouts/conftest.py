@@ -6,16 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from layout_training import Training, train_layout
+from layout_training import train_layout
 from rank_processes import results_of, run_ranks
 from small_run import checkpoint_tensors, overrides
+
+from k2_megatron.certify.first_steps import FirstSteps
 
 
 @dataclass(frozen=True)
 class Trained:
     """What rank 0 reports, whether all ranks report the same, and the (clipped) gradient of the first step by name."""
 
-    training: Training
+    training: FirstSteps
     ranks_agree: bool
     gradients: dict[str, torch.Tensor]
 

@@ -10,8 +10,9 @@ import math
 import layout_faults
 import pytest
 import torch
-from layout_training import Training
 from small_run import VOCABULARY
+
+from k2_megatron.certify.first_steps import FirstSteps
 
 ONE_PROCESS: dict[str, object] = {}
 LAYOUTS = {
@@ -58,7 +59,7 @@ def differences(expected, found, first_loss=FIRST_LOSS, losses=LATER_LOSSES, gra
     return lines
 
 
-def detail_differences(expected: Training, found: Training, first: float, later: float) -> list[str]:
+def detail_differences(expected: FirstSteps, found: FirstSteps, first: float, later: float) -> list[str]:
     """Steps whose losses by sample or norms by layer are not those of `expected`, with the largest relative error."""
     lines = []
     for step, (a, b) in enumerate(zip(details(expected), details(found), strict=True), 1):
@@ -69,7 +70,7 @@ def detail_differences(expected: Training, found: Training, first: float, later:
     return lines
 
 
-def details(training: Training) -> list[dict[str, tuple[float, ...]]]:
+def details(training: FirstSteps) -> list[dict[str, tuple[float, ...]]]:
     return [
         {
             "sample losses": losses,
