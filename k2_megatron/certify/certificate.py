@@ -128,7 +128,7 @@ def _meaning(first: Judged, verdict: Verdict) -> str:
     parameters = sum(one.quantity == GRADIENTS for one in verdict.judged)
     return (
         f"The losses were the same, and the gradients of {len(wrong)} of {parameters} parameters are not: look at the "
-        "backward pass, and at how gradients are added up over ranks and clipped."
+        "backward pass, and at how gradients are added up over ranks, or clipped."
     )
 
 

@@ -5,7 +5,8 @@ that is too large is the nearest to the fault.
 
 A single number deviates relative to itself. A parameter's gradient, or its weights, deviate twice: the norm of the
 difference relative to their norm, and the largest difference of an element relative to the largest element. Both are
-read layer by layer in blocks of rows, so that no model is too large.
+read layer by layer in blocks of rows, so that no model is too large. The clipping of gradients is undone by the norm
+that each record tells, so that a wrong gradient of one parameter is not one of all.
 """
 
 import math
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from k2_megatron.certify.first_steps import FirstSteps
 from k2_megatron.certify.record import Record
@@ -21,6 +23,7 @@ from k2_megatron.convert.names import Place, places
 from k2_megatron.convert.numbers import to_float32
 from k2_megatron.convert.source import Kind
 from k2_megatron.convert.torch_dist import TorchDistSource, read_manifest
+from k2_megatron.kernels.gradient_norm import clip_factor
 from k2_megatron.train.layer_norms import LayerNorms
 
 _BLOCK_ELEMENTS = 1 << 22
@@ -65,13 +68,20 @@ def deviations(expected: Record, found: Record) -> dict[Key, Deviation]:
     for step in range(1, last + 1):
         told.update(_of_forward(one, other, step))
         if step == 1:
-            told.update(_of_parameters(expected.after_first_step, found.after_first_step, "exp_avg", step))
+            scale = _clipping(found) and _clipping(expected) / _clipping(found)
+            told.update(_of_parameters(expected.after_first_step, found.after_first_step, "exp_avg", step, scale))
         told.update(_of_backward(one, other, step))
     told.update(_of_parameters(expected.after_last_step, found.after_last_step, "main", last))
     if one.held_out_loss is not None and other.held_out_loss is not None:
         told[Key(HELD_OUT_LOSS, last)] = Deviation(_relative(one.held_out_loss, other.held_out_loss), "")
     told[Key(RANKS, last)] = Deviation(0.0 if found.ranks_agree else math.inf, "")
     return told
+
+
+def _clipping(record: Record) -> float:
+    """What the gradient of the first step was multiplied by; its norm is told as it was before."""
+    largest, norm = record.facts["config"]["optimizer"].get("clip_grad_norm"), record.first_steps.grad_norms[0]
+    return float(clip_factor(torch.tensor(norm), largest)) if largest else 1.0
 
 
 def _of_forward(one: FirstSteps, other: FirstSteps, step: int) -> Iterator[tuple[Key, Deviation]]:
@@ -105,20 +115,23 @@ def _relative(expected: float, found: float) -> float:
     return _ratio(abs(found - expected), abs(expected))
 
 
-def _of_parameters(expected: Path, found: Path, kind: Kind, step: int) -> Iterator[tuple[Key, Deviation]]:
+def _of_parameters(
+    expected: Path, found: Path, kind: Kind, step: int, scale: float = 1.0
+) -> Iterator[tuple[Key, Deviation]]:
+    """`scale`: what the found numbers are multiplied by first."""
     one, other = (TorchDistSource(folder, read_manifest(folder)) for folder in (expected, found))
     by_norm, by_element = {"exp_avg": (GRADIENTS, GRADIENT_ELEMENTS), "main": (WEIGHTS, WEIGHT_ELEMENTS)}[kind]
     for place in places(one.shape):
         name = place.entry.key(one.implementation)
         if place.layer is not None:
             name = name.replace("layers.", f"layers.{place.layer}.", 1)
-        norm, element = _of_parameter(one, other, kind, place, name)
+        norm, element = _of_parameter(one, other, kind, place, name, scale)
         yield Key(by_norm, step, name), norm
         yield Key(by_element, step, name), element
 
 
 def _of_parameter(
-    one: TorchDistSource, other: TorchDistSource, kind: Kind, place: Place, name: str
+    one: TorchDistSource, other: TorchDistSource, kind: Kind, place: Place, name: str, scale: float
 ) -> tuple[Deviation, Deviation]:
     rows, columns = place.entry.size(one.shape)
     squares = expected_squares = largest = expected_largest = 0.0
@@ -129,7 +142,7 @@ def _of_parameter(
             to_float32(source.read(kind, place, first, last), source.dtypes[kind]).astype(np.float64)
             for source in (one, other)
         )
-        difference = np.abs(b - a)
+        difference = np.abs(scale * b - a)
         difference[~np.isfinite(difference)] = math.inf
         squares, expected_squares = squares + float((difference**2).sum()), expected_squares + float((a**2).sum())
         expected_largest = max(expected_largest, float(np.abs(a).max()))
