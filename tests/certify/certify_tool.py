@@ -1,28 +1,19 @@
 """tools/certify_layout.py as the tests call it: its own code in this process, its ranks in forked ones."""
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 
-from rank_processes import REPOSITORY, run_ranks
+from loaded_tool import loaded_tool
+from rank_processes import run_ranks
 
 from k2_megatron.runtime.mistakes import leave, run_program
-
-
-def load_tool() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("certify_layout", REPOSITORY / "tools" / "certify_layout.py")
-    assert specification and specification.loader
-    tool = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(tool)
-    return tool
 
 
 def run_record(arguments: Sequence[str], fault: Callable[[], None] | None = None) -> None:
     """certify_layout.py record, in this process, and its exit."""
     if fault is not None:
         fault()
-    leave(lambda: run_program(load_tool().record, arguments))
+    leave(lambda: run_program(loaded_tool("certify_layout").record, arguments))
 
 
 def record_on_ranks(

@@ -6,11 +6,12 @@ import re
 import certify_tool
 import layout_faults
 import pytest
+from loaded_tool import loaded_tool
 
 from k2_megatron.certify.verdict import FACTOR
 from k2_megatron.runtime import launch
 
-TOOL = certify_tool.load_tool()
+TOOL = loaded_tool("certify_layout")
 
 
 @pytest.fixture
