@@ -42,13 +42,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int
 
     Raises ValueError with all problems at once (file unreadable, unknown key, wrong type, layout that does not fit).
     """
-    problems: list[Problem] = []
     tables = _read(Path(path))
-    for override in overrides:
-        problems.extend(_apply(tables, override))
     if isinstance(tables.get("train"), dict):
         tables["train"].pop("history", None)
-    return _config(str(path), tables, problems, world_size)
+    return config_of_tables(str(path), tables, overrides, world_size)
+
+
+def config_of_tables(
+    source: str, tables: dict[str, Any], overrides: Sequence[str] = (), world_size: int | None = None
+) -> Config:
+    """The same of tables that were read already, and are changed here; `source` names them in errors."""
+    problems: list[Problem] = []
+    for override in overrides:
+        problems.extend(_apply(tables, override))
+    return _config(source, tables, problems, world_size)
 
 
 def _config(path: str, tables: dict[str, Any], problems: list[Problem], world_size: int | None) -> Config:

@@ -31,7 +31,7 @@ class Journal:
         self._unwritten = b""
         if writer:
             folder.mkdir(parents=True, exist_ok=True)
-            self._unwritten = _end_of_last_line(self.path)
+            self._unwritten = end_of_last_line(self.path)
             self._file = self.path.open("ab", buffering=0)
             sync(folder)  # the name of a new journal
 
@@ -40,7 +40,7 @@ class Journal:
         if self._file is None:
             return
         line = {"event": event, "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **fields}
-        self._unwritten += _strict_json(line).encode() + b"\n"
+        self._unwritten += strict_json(line).encode() + b"\n"
         try:
             self._write()
             if event != "step":  # those are many, and are synced together
@@ -72,7 +72,7 @@ class Journal:
             self._file.close()
 
 
-def _strict_json(event: dict) -> str:
+def strict_json(event: dict) -> str:
     """One JSON object. JSON has no NaN and no infinity: such a number becomes a string, "nan", "inf" or "-inf"."""
     try:
         return json.dumps(event, allow_nan=False)
@@ -97,7 +97,7 @@ def _numbers(value: object) -> object:
     return float(value) if isinstance(value, str) and value in _NOT_FINITE else value
 
 
-def _end_of_last_line(path: Path) -> bytes:
+def end_of_last_line(path: Path) -> bytes:
     """What the last line lacks, which a kill or a full disk may have cut: the next event starts a line of its own."""
     if not path.exists() or not path.stat().st_size:
         return b""

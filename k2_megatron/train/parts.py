@@ -1,4 +1,4 @@
-"""What one rank trains with, in one value: what steps, saves and loads are given."""
+"""What one rank trains with, or evaluates with, in one value: what steps, saves and loads are given."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,3 +18,15 @@ class Parts:
     chunks: Sequence
     optimizer: MegatronOptimizer
     device: torch.device
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """What one rank evaluates with: the same without an optimizer, and `chunks` wrapped for their precision alone."""
+
+    groups: Groups
+    chunks: Sequence
+    device: torch.device
+
+
+AnyParts = Parts | ModelParts

@@ -148,7 +148,7 @@ def open_run_data(config: Config, *, writer: bool = False) -> RunData:
     _check_rows("data.train", config.data.train, train, config.total_samples, "train.steps or train.global_batch")
     held_out = None
     if config.train.evaluate_every_steps and config.data.held_out and config.train.evaluate_batches:
-        held_out = _open(config, config.data.held_out, "held_out" if split else "all", None, None)
+        held_out = open_evaluated(config, config.data.held_out, "held_out" if split else "all")
         needed = config.train.evaluate_batches * config.train.global_batch
         if _are_the_same(config, train, held_out):
             raise ValueError(
@@ -195,6 +195,11 @@ def _open(config: Config, path: str, part: str, ledger: Ledger | None, row_lengt
         part=part,
         ledger=ledger,
     )
+
+
+def open_evaluated(config: Config, path: str, part: str) -> AnyFeed:
+    """The rows that a model of this configuration is evaluated on: no ledger amends them. ValueError as above."""
+    return _open(config, path, part, None, None)
 
 
 def _check_tokenizer(path: str, vocab_size: int) -> None:

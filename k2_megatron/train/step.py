@@ -5,7 +5,7 @@ Out: a `StepResult` that is equal on every rank, but for the wait for rows.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from k2_megatron.model.context_parallel import context_positions
 from k2_megatron.runtime.groups import Groups
 from k2_megatron.train.layer_norms import ActivationSquares, LayerNorms, layer_norms
 from k2_megatron.train.optimizer import gradient_squares, update
-from k2_megatron.train.parts import Parts
+from k2_megatron.train.parts import AnyParts, Parts
 from k2_megatron.train.phases import StepPhases
 from k2_megatron.train.replica_gradients import Apart, OwnGradients, find_apart
 from k2_megatron.train.replicas import Difference, compare_replicas
@@ -54,7 +54,7 @@ class StepResult:
 
 
 def micro_batches(
-    config: Config, parts: Parts, feed: AnyFeed, first_sample: int, global_batch: int
+    config: Config, parts: AnyParts, feed: AnyFeed, first_sample: int, global_batch: int
 ) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]]:
     """This rank's (tokens [B, S / C], labels [B, S / C]) int64, one micro-batch at a time.
 
@@ -102,9 +102,40 @@ def _forward(groups, scale, iterator, model):
     return loss_BS, mean_loss
 
 
+def through_pipeline(
+    config: Config,
+    parts: AnyParts,
+    forward_step: Callable,
+    iterators: Sequence[Iterator],
+    *,
+    micro_batches: int,
+    micro_batch: int,
+    sequence_length: int,
+    forward_only: bool,
+) -> list[dict]:
+    """What `forward_step` tells of each of this rank's `micro_batches` in its last stage; [] in the others. One
+    iterator a chunk."""
+    groups, chunks = parts.groups, parts.chunks
+    interleaved = len(chunks) > 1
+    schedule = get_forward_backward_func(
+        groups.pipeline_size, config.parallel.virtual_pipeline if interleaved else None
+    )
+    return schedule(
+        forward_step_func=forward_step,
+        data_iterator=list(iterators) if interleaved else iterators[0],
+        model=list(chunks) if interleaved else chunks[0],
+        num_microbatches=micro_batches,
+        seq_length=sequence_length,
+        micro_batch_size=micro_batch,
+        forward_only=forward_only,
+        p2p_communicator=P2PCommunicator(groups.collection.pp, chunks[0].config),
+        pg_collection=groups.collection,
+    )
+
+
 def _run_schedule(
     config: Config,
-    parts: Parts,
+    parts: AnyParts,
     feed: AnyFeed,
     first_sample: int,
     global_batch: int,
@@ -115,27 +146,21 @@ def _run_schedule(
     """Forward (and backward) over one global batch; (the mean loss, that of each sample), equal on every rank."""
     groups, chunks = parts.groups, parts.chunks
     count, leaves = global_batch // config.train.micro_batch, config.train.gradient_leaves
-    iterators = [micro_batches(config, parts, feed, first_sample, global_batch) for _ in chunks]
-    schedule = get_forward_backward_func(
-        groups.pipeline_size, config.parallel.virtual_pipeline if len(chunks) > 1 else None
-    )
-    settings = chunks[0].config
     scale = None
     if leaves is not None:
         scale = groups.context_size * count
-        for chunk in chunks:
+        for chunk in [] if forward_only else chunks:
             chunk.begin(count // leaves)
-    settings.finalize_model_grads_func = None if forward_only else own or _finalizer(config)
-    losses = schedule(
-        forward_step_func=partial(_forward, groups, scale),
-        data_iterator=iterators if len(chunks) > 1 else iterators[0],
-        model=list(chunks) if len(chunks) > 1 else chunks[0],
-        num_microbatches=count // groups.data_size,
-        seq_length=config.model.sequence_length,
-        micro_batch_size=config.train.micro_batch,
+    chunks[0].config.finalize_model_grads_func = None if forward_only else own or _finalizer(config)
+    losses = through_pipeline(
+        config,
+        parts,
+        partial(_forward, groups, scale),
+        [micro_batches(config, parts, feed, first_sample, global_batch) for _ in chunks],
+        micro_batches=count // groups.data_size,
+        micro_batch=config.train.micro_batch,
+        sequence_length=config.model.sequence_length,
         forward_only=forward_only,
-        p2p_communicator=P2PCommunicator(groups.collection.pp, settings),
-        pg_collection=groups.collection,
     )
     # Of the tensor ranks, which hold the same, one speaks.
     speaks = groups.is_last_stage and groups.tensor_rank == 0
@@ -154,7 +179,7 @@ def _finalize_unscaled(model, _tokens, **keywords) -> None:
 
 
 def _gathered_losses(
-    config: Config, parts: Parts, losses: list[dict], global_batch: int
+    config: Config, parts: AnyParts, losses: list[dict], global_batch: int
 ) -> tuple[float, tuple[float, ...]]:
     """(the mean loss, that of each sample). Each data rank's last stage holds its mean, in shares over its context
     ranks; without `losses` it is another rank."""
@@ -169,7 +194,7 @@ def _gathered_losses(
 
 
 def _gathered_losses_in_order(
-    config: Config, parts: Parts, losses: list[dict], global_batch: int
+    config: Config, parts: AnyParts, losses: list[dict], global_batch: int
 ) -> tuple[float, tuple[float, ...]]:
     """The same, so that no order of ranks matters: each number has one giver, and the mean is over the samples."""
     groups = parts.groups
@@ -241,17 +266,25 @@ def train_step(
     return StepResult(loss, grad_norm, updated, waited, sample_losses, layers, difference, apart)
 
 
-def evaluate(config: Config, parts: Parts, feed: AnyFeed) -> float:
+def evaluate(config: Config, parts: AnyParts, feed: AnyFeed) -> float:
     """Mean loss in nats a token over the first `train.evaluate_batches` global batches of the held-out feed."""
+    loss, _ = evaluate_samples(config, parts, feed)
+    return loss
+
+
+def evaluate_samples(config: Config, parts: AnyParts, feed: AnyFeed) -> tuple[float, list[float]]:
+    """The same, and the mean of each sample in their order."""
     for chunk in parts.chunks:
         chunk.eval()
     batch, batches = config.train.global_batch, config.train.evaluate_batches
     assert batches, "evaluation was asked for without evaluate_batches; the configuration should have refused that"
-    losses = []
+    losses: list[float] = []
+    of_samples: list[float] = []
     with torch.no_grad():
         for index in range(batches):
-            loss, _ = _run_schedule(config, parts, feed, index * batch, batch, forward_only=True)
+            loss, sample_losses = _run_schedule(config, parts, feed, index * batch, batch, forward_only=True)
             losses.append(loss)
+            of_samples += sample_losses
     for chunk in parts.chunks:
         chunk.train()
-    return sum(losses) / len(losses)
+    return sum(losses) / len(losses), of_samples
