@@ -5,11 +5,13 @@ Every rank runs the harness on all requests, and the scorer shares them out: the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch.distributed as distributed
 from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
@@ -23,6 +25,7 @@ from k2_megatron.evaluate.windows import Window, continuation_window, document_w
 if TYPE_CHECKING:
     from k2_megatron.evaluate.texts import HarnessWanted
 
+BOOTSTRAPS = 1000  # for standard errors of what is no mean
 NEW_TOKENS = 256  # of generate_until, where a task does not say: lm-eval's own default
 
 
@@ -112,6 +115,7 @@ class HarnessTask:
     """A task or group of lm-evaluation-harness, as texts.py has its `Text`s."""
 
     kind = "lm_eval"
+    tokens = None
 
     def __init__(self, name: str, wanted: HarnessWanted, manager: TaskManager, tokenizer: Tokenizer) -> None:
         self.name, self.path = name, ""
@@ -121,6 +125,9 @@ class HarnessTask:
 
     def figures(self, scorer: Scorer) -> dict[str, Figure]:
         """ValueError when the task fails, as where its data set is not at hand."""
+        os.environ.setdefault(
+            "DISABLE_MULTIPROC", "1"
+        )  # for standard errors it would fork a process a core, in each rank
         try:
             results = simple_evaluate(
                 model=HarnessModel(scorer, self._tokenizer),
@@ -129,23 +136,27 @@ class HarnessTask:
                 limit=self._wanted.limit,
                 task_manager=self._manager,
                 log_samples=False,
-                bootstrap_iters=0,
+                bootstrap_iters=BOOTSTRAPS,
             )
         except Exception as error:  # of data sets, of the network, of code that comes with a task
             reason = (str(error).splitlines() or [""])[0][:300]
             raise ValueError(f"--lm-eval {self.name}: {type(error).__name__}: {reason}") from error
-        if self.name not in results["results"]:
-            raise ValueError(f"--lm-eval {self.name}: has no figures of its own; name {', '.join(results['results'])}")
-        return {**_figures(results["results"][self.name]), "tokens": scorer.tokens}
+        told: list[Any] = [None if results is None else results["results"]]  # the harness gives them to local rank 0 alone
+        distributed.broadcast_object_list(told)
+        if self.name not in told[0]:
+            raise ValueError(f"--lm-eval {self.name}: has no figures of its own; name {', '.join(told[0])}")
+        return {**_figures(told[0][self.name]), "tokens": scorer.tokens}
 
 
 def _figures(told: dict[str, Any]) -> dict[str, Figure]:
-    """Numbers alone, "acc" for the harness's "acc,none"."""
-    return {
-        key.removesuffix(",none"): value
+    """Numbers alone, those of metrics before the counts; "acc" for the harness's "acc,none"."""
+    numbers = {
+        key: int(value) if isinstance(value, int) else float(value)  # numpy's among them
         for key, value in told.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
+    of_metrics = {key.removesuffix(",none"): value for key, value in numbers.items() if "," in key}
+    return {**of_metrics, **{key: value for key, value in numbers.items() if "," not in key}}
 
 
 def open_tasks(wanted: HarnessWanted, tokenizer: Tokenizer, settings: dict[str, Any]) -> list[HarnessTask]:

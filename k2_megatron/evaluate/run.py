@@ -41,6 +41,8 @@ from k2_megatron.train.run_folder import provenance
 RENDEZVOUS_TIMEOUT_SECONDS = 600.0
 COLLECTIVE_TIMEOUT_SECONDS = 3600.0  # a rank may read a text, or wait for a slow file system, while others wait
 
+SECONDS_BETWEEN_LINES = 30.0
+
 
 @dataclass(frozen=True)
 class Request:
@@ -115,6 +117,25 @@ def _say_nothing(_text: str) -> None:
     """Of the ranks, one speaks."""
 
 
+class Progress:
+    """Says now and then how far a text is, whose `tokens` are None where nobody knows how many they will be."""
+
+    def __init__(self, scorer: Scorer, what: str, tokens: int | None, say: Callable[[str], None]) -> None:
+        self._scorer, self._what, self._tokens, self._say = scorer, what, tokens, say
+        self._next_seconds = SECONDS_BETWEEN_LINES
+
+    def __call__(self) -> None:
+        done, seconds = self._scorer.tokens, self._scorer.seconds
+        if seconds < self._next_seconds or done == self._tokens:
+            return
+        self._next_seconds = seconds + SECONDS_BETWEEN_LINES
+        line = f"{self._what}: {done:,} tokens, {done / seconds:,.0f} a second"
+        if self._tokens is not None:
+            left = (self._tokens - done) * seconds / done
+            line += f", {done / self._tokens:.0%} in {seconds / 60:.1f} minutes, {left / 60:.1f} left"
+        self._say(line)
+
+
 class Evaluation:
     """The evaluation of a run's checkpoints by the ranks of `groups`. `say` prints on one rank."""
 
@@ -181,6 +202,7 @@ class Evaluation:
     def _result(self, manifest: dict[str, Any], checkpoint: dict[str, str], text: Text) -> dict[str, Any]:
         scorer = self._model()
         scorer.tokens, scorer.seconds = 0, 0.0
+        scorer.tell = Progress(scorer, f"step {manifest['step']}  {text.name}", text.tokens, self.say)
         figures = text.figures(scorer)
         result = {
             "step": manifest["step"],

@@ -42,7 +42,8 @@ class Scored(NamedTuple):
 
 
 class Scorer:
-    """One model in evaluation. `tokens` counts the predictions made so far, `seconds` the time they took."""
+    """One model in evaluation. `tokens` counts the predictions made so far, `seconds` the time they took; `tell` is
+    called after every batch."""
 
     def __init__(self, config: Config, parts: ModelParts) -> None:
         self.config, self.parts = config, parts
@@ -59,12 +60,13 @@ class Scorer:
             2 * parallel.context if parallel.context > 1 else 1,
         )
         self.tokens, self.seconds = 0, 0.0
+        self.tell: Callable[[], None] = lambda: None
 
     def score(self, windows: Iterable[Window], *, greedy: bool = False) -> Iterator[Scored]:
         """What the model says of each window, in their order."""
         waiting = iter(windows)
         while block := list(islice(waiting, self._rows_a_call * CALLS_A_BLOCK)):
-            yield from self.timed(partial(self._score_block, block, greedy), sum(window.counted for window in block))
+            yield from self._score_block(block, greedy)
 
     def timed(self, action: Callable[[], T], tokens: int) -> T:
         """What `action`, which makes so many predictions, returns."""
@@ -72,6 +74,7 @@ class Scorer:
         found = action()
         self.seconds += time.monotonic() - began
         self.tokens += tokens
+        self.tell()
         return found
 
     def _score_block(self, block: Sequence[Window], greedy: bool) -> list[Scored]:
@@ -79,10 +82,12 @@ class Scorer:
         found: dict[int, Scored] = {}
         for start in range(0, len(order), self._rows_a_call):
             numbers = order[start : start + self._rows_a_call]
-            losses, likeliest = self._run([block[number].tokens for number in numbers], greedy)
+            rows = [block[number].tokens for number in numbers]
+            counted = sum(block[number].counted for number in numbers)
+            losses, likeliest = self.timed(partial(self._run, rows, greedy), counted)
             for row, number in enumerate(numbers):
-                counted = slice(block[number].first, block[number].length)
-                found[number] = Scored(losses[row, counted], likeliest[row, counted] if greedy else likeliest[0])
+                of_row = slice(block[number].first, block[number].length)
+                found[number] = Scored(losses[row, of_row], likeliest[row, of_row] if greedy else likeliest[0])
         return [found[number] for number in range(len(block))]
 
     def _run(self, rows: Sequence[np.ndarray], greedy: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -18,10 +18,12 @@ from k2_megatron.evaluate.windows import Window, continuation_window
 
 
 class Item(NamedTuple):
-    """What may follow the context: one completion (answer None), or choices, of which number `answer` is right."""
+    """What may follow the context: one completion (answer None), or choices, of which number `answer` is right.
+    `joint` stands between; None leaves it to `_joined`."""
 
     line: int
     context: str
+    joint: str | None
     endings: tuple[str, ...]
     answer: int | None
 
@@ -56,18 +58,21 @@ def _item(line: int, found: Any) -> Item:
     context = found.get("context")
     if not isinstance(context, str):
         raise ValueError(f'"context" is {context!r}, and must be text')
+    joint = found.get("joint")
+    if not isinstance(joint, str | None):
+        raise ValueError(f'"joint" is {joint!r}, and must be text: what stands between the context and what follows it')
     if ("choices" in found) == ("completion" in found):
         raise ValueError('must have "choices" and "answer", or "completion"')
     if "completion" in found:
         if not isinstance(found["completion"], str) or not found["completion"]:
             raise ValueError(f'"completion" is {found["completion"]!r}, and must be text')
-        return Item(line, context, (found["completion"],), None)
+        return Item(line, context, joint, (found["completion"],), None)
     choices, answer = found["choices"], found.get("answer")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(one, str) and one for one in choices):
         raise ValueError('"choices" must be a list of two texts or more')
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise ValueError(f'"answer" is {answer!r}, and must be the number of a choice, 0 to {len(choices) - 1}')
-    return Item(line, context, tuple(choices), answer)
+    return Item(line, context, joint, tuple(choices), answer)
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, ending: str) -> tuple[list[int], list[int]]:
@@ -84,9 +89,13 @@ def encode_pair(tokenizer: Tokenizer, context: str, ending: str) -> tuple[list[i
     return (alone, following) if following else (alone, tokenizer.encode(ending))
 
 
-def _joint(context: str, ending: str) -> str:
-    """lm-evaluation-harness's target_delimiter, unless there is a space already."""
-    return "" if not context or context[-1].isspace() or ending[0].isspace() else " "
+def _joined(item: Item, ending: str) -> str:
+    """What follows the context with what stands between: a space, lm-evaluation-harness's default of
+    target_delimiter, unless there is one already."""
+    if item.joint is not None:
+        return item.joint + ending
+    has_space = not item.context or item.context[-1].isspace() or ending[0].isspace()
+    return ending if has_space else f" {ending}"
 
 
 class Task:
@@ -98,7 +107,7 @@ class Task:
         self.windows: list[Window] = []
         self.cut = 0
         for item in self.items:
-            pairs = [encode_pair(tokenizer, item.context, _joint(item.context, end) + end) for end in item.endings]
+            pairs = [encode_pair(tokenizer, item.context, _joined(item, end)) for end in item.endings]
             for _, following in pairs:
                 if not 0 < len(following) <= longest:
                     raise ValueError(

@@ -66,13 +66,17 @@ class Wanted:
 
 
 class Text(Protocol):
-    """`kind` says which figures it has; `hash` is of its content; equal settings give equal figures."""
+    """`kind` says which figures it has; `hash` is of its content; equal settings give equal figures; `tokens` are to be
+    predicted, None where only the scoring tells."""
 
     name: str
     kind: str
     path: str
     hash: str
     settings: dict[str, Any]
+
+    @property
+    def tokens(self) -> int | None: ...
 
     def figures(self, scorer: Scorer) -> dict[str, Figure]: ...
 
@@ -85,6 +89,7 @@ class Rows:
 
     def __init__(self, name: str, path: str, feed: AnyFeed, rows: int, config: Config, *, in_training: bool) -> None:
         self.name, self.path, self._feed, self._rows, self._in_training = name, path, feed, rows, in_training
+        self.tokens = rows * config.model.sequence_length
         self.hash = self._hash()
         self.settings = _settings(config, rows=rows)
 
@@ -122,36 +127,37 @@ class Documents:
         self.name, self.path = name, path
         self._before, self._longest, self._context = tokenizer.end_of_document, longest, context
         digest, self.bytes = xxhash.xxh3_128(), 0
-        self._tokens: list[np.ndarray] = []
+        self._ids: list[np.ndarray] = []
         for text in documents(find_sources([path]), key):
             content = text.encode()
             digest.update(len(content).to_bytes(8, "little") + content)
             self.bytes += len(content)
-            self._tokens.append(np.array(tokenizer.encode(text), dtype=np.int32))
-        if not any(map(len, self._tokens)):
+            self._ids.append(np.array(tokenizer.encode(text), dtype=np.int32))
+        self.tokens = sum(map(len, self._ids))
+        if not self.tokens:
             raise ValueError(f"{path}: holds no text; leave it out, or name another key with --text-key")
         self.hash = digest.hexdigest()
         self.settings = _settings(
-            config, longest, context_tokens=context, tokenizer=tokenizer.fingerprint, documents=len(self._tokens)
+            config, longest, context_tokens=context, tokenizer=tokenizer.fingerprint, documents=len(self._ids)
         )
 
     @cached_property
     def _windows_of(self) -> list[int]:
-        return [len(list(spans(len(tokens), self._longest, self._context))) for tokens in self._tokens]
+        return [len(list(spans(len(tokens), self._longest, self._context))) for tokens in self._ids]
 
     def figures(self, scorer: Scorer) -> dict[str, Figure]:
         windows = (
             window
-            for tokens in self._tokens
+            for tokens in self._ids
             for window in document_windows(tokens, self._before, self._longest, self._context)
         )
         sums = np.array([scored.losses.sum() for scored in scorer.score(windows)])
         bounds = np.cumsum([0, *self._windows_of]).tolist()
         nats = [float(sums[first:end].sum()) for first, end in pairwise(bounds)]
         return {
-            **loss_figures(nats, list(map(len, self._tokens)), self.bytes),
+            **loss_figures(nats, list(map(len, self._ids)), self.bytes),
             "bytes": self.bytes,
-            "documents": len(self._tokens),
+            "documents": len(self._ids),
             "windows": bounds[-1],
         }
 
@@ -163,6 +169,7 @@ class TaskText:
         self.name, self.path = name, path
         self._task = Task(Path(path), tokenizer, longest)
         self.kind = "choices" if self._task.has_choices else "completions"
+        self.tokens = sum(window.counted for window in self._task.windows)
         self.hash = xxhash.xxh3_128_hexdigest(Path(path).read_bytes())
         self.settings = _settings(config, longest, tokenizer=tokenizer.fingerprint)
 
