@@ -141,7 +141,8 @@ class HarnessTask:
         except Exception as error:  # of data sets, of the network, of code that comes with a task
             reason = (str(error).splitlines() or [""])[0][:300]
             raise ValueError(f"--lm-eval {self.name}: {type(error).__name__}: {reason}") from error
-        told: list[Any] = [None if results is None else results["results"]]  # the harness gives them to local rank 0 alone
+        # The harness gives its results to local rank 0 alone.
+        told: list[Any] = [None if results is None else results["results"]]
         distributed.broadcast_object_list(told)
         if self.name not in told[0]:
             raise ValueError(f"--lm-eval {self.name}: has no figures of its own; name {', '.join(told[0])}")
