@@ -74,8 +74,8 @@ def main(arguments: list[str]) -> int:
     config = load_config(options.config, options.set, world_size=environment.world_size if environment else None)
     given = keys_given(options.set)
     if options.plan or options.dry_run:
-        from k2_megatron.plan import plan_text
         from k2_megatron.plan.dry_run import dry_run_text
+        from k2_megatron.plan.text import plan_text
 
         print(plan_text(with_past(config)) if options.plan else dry_run_text(config))
         if config.checkpoint.start_from:

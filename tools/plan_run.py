@@ -26,7 +26,7 @@ def main() -> int:
 def plan(arguments: argparse.Namespace) -> int:
     silence_dependencies()
     from k2_megatron.config import load_config
-    from k2_megatron.plan import plan_text
+    from k2_megatron.plan.text import plan_text
 
     config = load_config(arguments.config, arguments.overrides, arguments.ranks)
     print(plan_text(config))

@@ -13,10 +13,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Generic, TypeVar
+
+import orjson
 
 from k2_megatron.runtime.durable import sync
 
+T = TypeVar("T")
 JOURNAL = "journal.jsonl"
 _NOT_FINITE = ("nan", "inf", "-inf")
 
@@ -116,9 +119,12 @@ def read_events(path: Path, wanted: Callable[[str], bool] | None = None) -> Iter
 def _events(lines: Iterable[str]) -> Iterator[dict]:
     for line in lines:
         try:
-            event = json.loads(line)
+            event = orjson.loads(line)  # a journal of a long run has hundreds of megabytes
         except ValueError:
-            continue
+            try:
+                event = json.loads(line)  # takes more, such as a bare NaN
+            except ValueError:
+                continue
         if isinstance(event, dict) and "event" in event:
             if any(f'"{name}"' in line for name in _NOT_FINITE):
                 event = {key: _numbers(value) for key, value in event.items()}
@@ -134,14 +140,26 @@ def read_steps(path: Path) -> dict[int, dict]:
 def standing_events(path: Path, *kinds: str, undone_by: Sequence[str] = ("resume", "rollback")) -> list[dict]:
     """The events of `kinds`, all of which have a step, that still stand: those of later steps than a resume or rollback
     goes on from do not, nor does what was told of a step, or a later one, before it is told again."""
-    standing: list[dict] = []
+    standing: Standing[dict] = Standing(undone_by)
     for event in read_events(path):
+        standing.take_back(event)
+        if event["event"] in kinds:
+            standing.told.append((event["step"], event))
+    return [event for _, event in standing.told]
+
+
+class Standing(Generic[T]):
+    """(step, what is kept of an event) of the events that stand, of a journal that is read line by line."""
+
+    def __init__(self, undone_by: Sequence[str] = ("resume", "rollback")) -> None:
+        self.told: list[tuple[int, T]] = []
+        self._undone_by = undone_by
+
+    def take_back(self, event: dict) -> None:
+        """Forget what this event, the next of the journal, takes back."""
         kind = event["event"]
-        if kind in undone_by:
-            standing = [told for told in standing if told["step"] <= event["step"]]
+        if kind in self._undone_by:
+            self.told = [told for told in self.told if told[0] <= event["step"]]
         elif kind == "step":
-            while standing and standing[-1]["step"] >= event["step"]:
-                standing.pop()
-        if kind in kinds:
-            standing.append(event)
-    return standing
+            while self.told and self.told[-1][0] >= event["step"]:
+                self.told.pop()

@@ -87,6 +87,7 @@ def summary_text(config: Config, journal: Path) -> str:
     if held_out:
         lines.append(f"  held-out loss {held_out[-1]:.4f}")
     lines.append(f"  {speeds[len(speeds) // 2]:,.0f} tokens/s (median step), {last['consumed_tokens']:,} tokens in all")
+    lines.append(f"  its report: python tools/report_run.py {config.run.folder}")
     return "\n".join(lines)
 
 

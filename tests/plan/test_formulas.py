@@ -7,11 +7,10 @@ import pytest
 
 from k2_megatron.config import load_config
 from k2_megatron.config.flops import flops_per_token, hardware_flops_per_token
-from k2_megatron.plan import plan_text
 from k2_megatron.plan.memory import layer_activation_bytes, rank_memory
 from k2_megatron.plan.parameters import model_parameters, rank_parameters
 from k2_megatron.plan.schedule import bubble, chunks_in_flight
-from k2_megatron.plan.text import checkpoint_bytes, kept_checkpoints
+from k2_megatron.plan.text import checkpoint_bytes, kept_checkpoints, plan_text
 from k2_megatron.plan.time import training_seconds
 
 TOY, STAGE1 = "examples/toy/toy.toml", "examples/k2_65b/stage1.toml"

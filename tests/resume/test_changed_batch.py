@@ -23,7 +23,7 @@ from k2_megatron.data.inspect import document_lines, mix_lines, step_lines
 from k2_megatron.data.inspected_run import Run
 from k2_megatron.data.ledger import Ledger
 from k2_megatron.data.open_feed import open_feed
-from k2_megatron.plan import plan_text
+from k2_megatron.plan.text import plan_text
 from k2_megatron.train.checkpoints.manifest import read_manifest
 from k2_megatron.train.run_folder import with_past
 from k2_megatron.train.verify_data import verify_lines
