@@ -13,6 +13,7 @@ from rank_processes import REPOSITORY
 
 from k2_megatron.report.facts import facts_of
 from k2_megatron.report.one_run import run_page
+from k2_megatron.report.page import pictures
 from k2_megatron.report.run import read_run
 from k2_megatron.report.several_runs import differences, loss_at
 
@@ -100,6 +101,13 @@ def test_nothing_of_a_file_becomes_a_tag_and_nothing_is_fetched(run):
     assert not re.findall(r'(?:src|href)="(?!dossiers/)[^"]*"', ours)
     assert not re.findall(r"https?://", ours)
     figures_of(page)
+
+
+def test_the_json_of_a_picture_cannot_end_its_script():
+    figure = {"data": [], "layout": {"height": 300, "title": {"text": NASTY}}}
+    part = pictures([(figure, True)]).text
+    assert part.count("</script>") == 1
+    assert figures_of(part).keys() == {NASTY}
 
 
 def test_evaluations_are_the_last_line_of_each_step_and_text(run):
