@@ -18,8 +18,9 @@ import numpy as np
 import xxhash
 
 from k2_megatron.config import Config
-from k2_megatron.data.feed import AnyFeed, Feed
+from k2_megatron.data.feed import Feed
 from k2_megatron.data.manifest import manifest_path, read_manifest
+from k2_megatron.data.open_feed import AnyFeed
 from k2_megatron.data.order import EpochOrder
 from k2_megatron.data.plan import Plan
 from k2_megatron.data.readers import documents
