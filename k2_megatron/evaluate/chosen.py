@@ -6,8 +6,8 @@ from typing import Any
 
 from k2_megatron.config import Config
 from k2_megatron.config.load import config_of_tables
-from k2_megatron.train.checkpoint_files import complete_checkpoints, latest_checkpoint
-from k2_megatron.train.checkpoint_manifest import read_manifest, step_of
+from k2_megatron.train.checkpoints.folders import complete_checkpoints, latest_checkpoint
+from k2_megatron.train.checkpoints.manifest import read_manifest, step_of
 
 # What --set may change: how it is computed, not what. All else is the checkpoint's own.
 SETTABLE = ("parallel.", "model.kernels", "model.loss_chunk_tokens", "train.deterministic")

@@ -9,8 +9,8 @@ from k2_megatron.kernels.dispatch import choose_backends
 from k2_megatron.model import build_model
 from k2_megatron.runtime.devices import Device
 from k2_megatron.runtime.groups import Groups
-from k2_megatron.train.checkpoint import load_weights, shared_problems
-from k2_megatron.train.checkpoint_manifest import MANIFEST, CheckpointError, CheckpointVersionError
+from k2_megatron.train.checkpoints.load import load_weights, shared_problems
+from k2_megatron.train.checkpoints.manifest import MANIFEST, CheckpointError, CheckpointVersionError
 from k2_megatron.train.parts import ModelParts
 
 

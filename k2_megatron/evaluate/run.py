@@ -27,15 +27,15 @@ from k2_megatron.runtime.journal import JOURNAL, standing_events
 from k2_megatron.runtime.launch import RankEnvironment
 from k2_megatron.runtime.seeds import require_determinism, seed_everything
 from k2_megatron.train.agreement import code_and_configuration, require_agreement
-from k2_megatron.train.checkpoint import as_rank_0_sees
-from k2_megatron.train.checkpoint_manifest import (
+from k2_megatron.train.checkpoints.load import as_rank_0_sees
+from k2_megatron.train.checkpoints.manifest import (
     MANIFEST,
     CheckpointError,
     CheckpointVersionError,
     content_hash,
     read_manifest,
 )
-from k2_megatron.train.checkpoint_state import layout_name
+from k2_megatron.train.checkpoints.state import layout_name
 from k2_megatron.train.run_folder import provenance
 
 RENDEZVOUS_TIMEOUT_SECONDS = 600.0

@@ -22,7 +22,7 @@ from k2_megatron.evaluate.windows import Window
 from k2_megatron.kernels.cross_entropy import vocab_parallel_cross_entropy
 from k2_megatron.model.context_parallel import context_positions
 from k2_megatron.model.gpt import RotaryTables
-from k2_megatron.train.checkpoint_state import unwrapped
+from k2_megatron.train.model_chunks import unwrapped
 from k2_megatron.train.parts import ModelParts
 from k2_megatron.train.step import through_pipeline
 

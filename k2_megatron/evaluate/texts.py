@@ -30,7 +30,7 @@ from k2_megatron.evaluate.figures import Figure, loss_figures
 from k2_megatron.evaluate.scorer import Scorer
 from k2_megatron.evaluate.tasks import Task
 from k2_megatron.evaluate.windows import Window, document_windows, spans
-from k2_megatron.train.imported_record import TOKENIZER
+from k2_megatron.train.checkpoints.imported_record import TOKENIZER
 from k2_megatron.train.run_data import open_evaluated
 from k2_megatron.train.step import evaluate_samples
 
