@@ -42,11 +42,12 @@ certify: $(VENV)/installed $(DATA)/train
 	$(BIN)/python tools/certify_layout.py examples/toy/toy.toml $(SETTINGS) --layouts tp2-pp2-sp \
 	  --output runs/certificate.json
 
-# Two processes: half of a test's time is waiting, for ranks, the disk or Slurm. A file stays whole, for what it shares.
+# Two processes: half of a test's time is waiting, for ranks, the disk or Slurm. A file stays whole, for what it shares;
+# tests/conftest.py says which come first.
 TESTS_AT_ONCE ?= 2
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile
+	$(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile --no-loadscope-reorder
 
 # Kill a small run fifty times, wound it thirty times in other ways; ends with a table of what was lost (nothing).
 drill: $(VENV)/installed-dev
@@ -64,6 +65,7 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@! find tests -name 'test_*.py' -printf '%f\n' | sort | uniq -d | sed 's/$$/: two test files of one name/' | grep .
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)

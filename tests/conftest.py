@@ -5,6 +5,12 @@ from pathlib import Path
 import pytest
 from small_run import write_small_config, write_text
 
+WAIT_LONGEST = ("toy", "slurm")  # folders whose files take minutes: begun last, one would end the suite alone
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.parent.name not in WAIT_LONGEST)
+
 
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
