@@ -211,7 +211,7 @@ class Evaluation:
             "text": {**_text_facts(text), "path": text.path},
             "settings": text.settings,
             "figures": figures,
-            "tokens_per_second": scorer.tokens / scorer.seconds,
+            "tokens_per_second": scorer.tokens / scorer.seconds if scorer.seconds else 0.0,  # lm-eval may ask nothing
             "seconds": scorer.seconds,
             "layout": layout_name(scorer.config),
             "device": self.device.name,

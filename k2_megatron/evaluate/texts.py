@@ -230,6 +230,8 @@ def _held_out(config: Config, path: str, rows: int | None) -> Rows:
     in_training = rows is None and batches is not None
     if rows is None and batches is not None:
         rows = batches * config.train.global_batch
+        if feed.rows is None:  # training reads on from the first row where a prefix ends
+            return Rows("held_out", path, feed, rows, config, in_training=True)
     return Rows("held_out", path, feed, _rows_of(feed, path, rows), config, in_training=in_training)
 
 

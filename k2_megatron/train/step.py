@@ -274,6 +274,7 @@ def evaluate(config: Config, parts: AnyParts, feed: AnyFeed) -> float:
 
 def evaluate_samples(config: Config, parts: AnyParts, feed: AnyFeed) -> tuple[float, list[float]]:
     """The same, and the mean of each sample in their order."""
+    was_training = [chunk.training for chunk in parts.chunks]
     for chunk in parts.chunks:
         chunk.eval()
     batch, batches = config.train.global_batch, config.train.evaluate_batches
@@ -285,6 +286,6 @@ def evaluate_samples(config: Config, parts: AnyParts, feed: AnyFeed) -> tuple[fl
             loss, sample_losses = _run_schedule(config, parts, feed, index * batch, batch, forward_only=True)
             losses.append(loss)
             of_samples += sample_losses
-    for chunk in parts.chunks:
-        chunk.train()
+    for chunk, training in zip(parts.chunks, was_training, strict=True):
+        chunk.train(training)
     return sum(losses) / len(losses), of_samples

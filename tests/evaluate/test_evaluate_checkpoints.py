@@ -39,7 +39,9 @@ def figures_of(path: Path) -> dict[tuple[int, str], dict]:
     return {(one["step"], one["text"]["name"]): one["figures"] for one in read_results(path)}
 
 
-@pytest.mark.parametrize(("ranks", "settings"), [(1, {}), (2, TP2), (2, {"train.gradient_leaves": 4})])
+@pytest.mark.parametrize(
+    ("ranks", "settings"), [(1, {}), (2, TP2), (2, {"train.gradient_leaves": 4}), (1, {"train.precision": "bfloat16"})]
+)
 def test_held_out_loss_is_the_journals_to_the_bit_in_its_layout(trained, evaluation, tmp_path, ranks, settings):
     """Two data-parallel ranks with gradient leaves add up their losses by another rule."""
     run, output = trained(ranks, settings), tmp_path / "results.jsonl"
@@ -141,6 +143,44 @@ def test_checkpoints_that_retention_removes_are_passed_over(trained, evaluation,
     for step in (4, 6):
         assert f"step_0000000{step} was removed meanwhile, and is passed over" in said.stdout
     assert [one["step"] for one in read_results(run / "evaluations.jsonl")] == [2]
+
+
+def gone_for_rank_1(run: Path, before: bool) -> None:
+    """Retention comes as rank 1 ends its load, or (`before`) alone keeps it from the load that rank 0 is in."""
+    from torch import distributed
+
+    from k2_megatron.evaluate import model
+    from k2_megatron.train.checkpoints.manifest import CheckpointError
+
+    load_weights = model.load_weights
+
+    def load(folder, chunks, device):
+        if distributed.get_rank() == 1 and before:
+            raise CheckpointError("k2.json is gone")
+        load_weights(folder, chunks, device)
+        if distributed.get_rank() == 1:
+            shutil.rmtree(run / "checkpoints" / folder.name)
+            raise CheckpointError("k2.json is gone")
+
+    model.load_weights = load
+    model.WAITING_SECONDS = 1.0 if before else 60.0
+
+
+def test_ranks_agree_on_a_checkpoint_that_one_of_them_finds_removed(trained, evaluation, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained(), run)
+    outcomes = evaluation(run, "--newest", ranks=2, fault=partial(gone_for_rank_1, run, False))
+    assert [outcome.exit_code for outcome in outcomes] == [0, 0], outcomes[1].stderr
+    assert "step_00000006 was removed meanwhile, and is passed over" in outcomes[0].stdout
+    assert not (run / "evaluations.jsonl").exists()
+
+
+def test_rank_that_waits_for_one_that_does_not_come_says_so(trained, evaluation, tmp_path):
+    outcomes = evaluation(
+        trained(), "--output", tmp_path / "results", ranks=2, fault=partial(gone_for_rank_1, "", True)
+    )
+    assert outcomes[1].exit_code == 2
+    assert "k2.json is gone; other ranks have told nothing of theirs for 1 s" in outcomes[1].stderr
 
 
 def test_damaged_checkpoint_is_named_and_the_others_are_evaluated(trained, evaluation, tmp_path):

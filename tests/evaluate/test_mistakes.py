@@ -4,10 +4,12 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
 from evaluation_ranks import evaluation_tool
 from rank_processes import REPOSITORY
 
+from k2_megatron.data.store import TokenWriter
 from k2_megatron.data.tokenizer import load_tokenizer
 from k2_megatron.evaluate.texts import open_texts
 from k2_megatron.runtime.mistakes import run_program
@@ -105,3 +107,14 @@ def test_tokenizer_that_did_not_make_the_training_data(tool, trained, texts, tmp
     request = tool.request_of(tool.parse([str(trained()), *texts[2:], "--tokenizer", str(other)]))
     with pytest.raises(ValueError, match="is not the tokenizer that made"):
         open_texts(request.wanted, config, request.run)
+
+
+def test_held_out_prefix_that_training_reads_more_than_once(tool, trained, tmp_path):
+    writer = TokenWriter(str(tmp_path / "short"), np.dtype("<u2"))
+    writer.add(np.arange(1, 200), np.array([199]), end_of_document=0)  # 6 rows, of which one batch takes 8
+    writer.finish()
+    request = tool.request_of(tool.parse([str(trained())]))
+    config = request.any_config(tool.chosen_checkpoints(request.run), None)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"held_out": str(tmp_path / "short")})})
+    (held_out,) = open_texts(request.wanted, config, request.run)
+    assert held_out.tokens == 8 * 32
