@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 from k2_megatron.evaluate.chosen import chosen_checkpoints
+from k2_megatron.evaluate.evaluation import COLLECTIVE_TIMEOUT_SECONDS, Request, evaluate_all
 from k2_megatron.evaluate.results import RESULTS
-from k2_megatron.evaluate.run import COLLECTIVE_TIMEOUT_SECONDS, Request, evaluate_all
 from k2_megatron.evaluate.texts import HarnessWanted, Wanted, named_paths, open_texts
 from k2_megatron.runtime.launch import read_environment, run_local_ranks, single_rank
 from k2_megatron.runtime.mistakes import leave, run_program

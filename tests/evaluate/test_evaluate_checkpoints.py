@@ -118,9 +118,9 @@ def test_what_stands_in_the_results_is_not_computed_again(trained, evaluation, t
 
 def remove_after_the_first(run: Path) -> None:
     """Retention comes when the first checkpoint has been evaluated: one goes before its turn, one while it is read."""
-    from k2_megatron.evaluate import run as evaluate_run
+    from k2_megatron.evaluate import evaluation
 
-    fill, calls = evaluate_run.fill, []
+    fill, calls = evaluation.fill, []
 
     def fill_and_remove(folder, parts):
         calls.append(folder)
@@ -132,7 +132,7 @@ def remove_after_the_first(run: Path) -> None:
         shutil.rmtree(folder)
         fill(folder, parts)
 
-    evaluate_run.fill = fill_and_remove
+    evaluation.fill = fill_and_remove
 
 
 def test_checkpoints_that_retention_removes_are_passed_over(trained, evaluation, tmp_path):
@@ -149,10 +149,10 @@ def gone_for_rank_1(run: Path, before: bool) -> None:
     """Retention comes as rank 1 ends its load, or (`before`) alone keeps it from the load that rank 0 is in."""
     from torch import distributed
 
-    from k2_megatron.evaluate import model
+    from k2_megatron.evaluate import weights
     from k2_megatron.train.checkpoints.manifest import CheckpointError
 
-    load_weights = model.load_weights
+    load_weights = weights.load_weights
 
     def load(folder, chunks, device):
         if distributed.get_rank() == 1 and before:
@@ -162,8 +162,8 @@ def gone_for_rank_1(run: Path, before: bool) -> None:
             shutil.rmtree(run / "checkpoints" / folder.name)
             raise CheckpointError("k2.json is gone")
 
-    model.load_weights = load
-    model.WAITING_SECONDS = 1.0 if before else 60.0
+    weights.load_weights = load
+    weights.WAITING_SECONDS = 1.0 if before else 60.0
 
 
 def test_ranks_agree_on_a_checkpoint_that_one_of_them_finds_removed(trained, evaluation, tmp_path):

@@ -14,11 +14,11 @@ from rich.console import Console
 
 from k2_megatron.config import Config
 from k2_megatron.evaluate.chosen import evaluation_config
-from k2_megatron.evaluate.model import Damaged, Removed, build_parts, fill
 from k2_megatron.evaluate.results import append_result, identity, identity_of, read_results
 from k2_megatron.evaluate.scorer import Scorer
 from k2_megatron.evaluate.table import in_words, results_table
 from k2_megatron.evaluate.texts import Text, Wanted, open_texts
+from k2_megatron.evaluate.weights import Damaged, Removed, build_parts, fill
 from k2_megatron.kernels.dispatch import choices
 from k2_megatron.runtime.cpu_stand_in import cpu_stands_in_for_cuda
 from k2_megatron.runtime.devices import Device, find_device
