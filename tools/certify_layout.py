@@ -13,6 +13,7 @@ the certificate proves. Exit code: 0 same, 1 different, 2 not possible.
 
 import argparse
 import contextlib
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ def main(arguments: list[str]) -> int:
     silence_dependencies()
     command = arguments[0] if arguments else ""
     if command == "record":
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is to be saved, and no rank is to say so
         from k2_megatron.runtime.mistakes import leave, run_program
 
         leave(lambda: run_program(record, arguments[1:]))
@@ -90,10 +92,11 @@ def certify(options: argparse.Namespace) -> int:
     from k2_megatron.certify.layouts import layout_named, layouts_of
     from k2_megatron.certify.one_machine import certify as certified
     from k2_megatron.config import load_config
-    from k2_megatron.runtime.launch import run_local_ranks
+    from k2_megatron.runtime.launch import Remedies, run_local_ranks
     from k2_megatron.train.watchdog import collective_timeout_seconds
 
     check_numbers(("--steps", options.steps, 1), ("--repeats", options.repeats, 1))
+    remedies = Remedies(*["There is no certificate of this; start again."] * 2)
     check_output(options.output)
     config = load_config(options.config, options.overrides)
     layouts = [config.parallel]
@@ -110,7 +113,7 @@ def certify(options: argparse.Namespace) -> int:
             steps=options.steps,
             repeats=options.repeats,
             folder=folder,
-            launch=lambda given, ranks: run_local_ranks([__file__, "record", *given], ranks, leaving_seconds),
+            launch=lambda given, ranks: run_local_ranks([__file__, "record", *given], ranks, leaving_seconds, remedies),
             say=partial(print, flush=True),
         )
     return finish(found, options.output)
@@ -119,11 +122,11 @@ def certify(options: argparse.Namespace) -> int:
 def record(arguments: list[str]) -> int:
     """Be one rank of a record, or start its local ranks."""
     from k2_megatron.certify.layouts import in_layout
-    from k2_megatron.certify.one_machine import check_before
+    from k2_megatron.certify.one_machine import check_before, check_steps
     from k2_megatron.certify.record import record as recorded
     from k2_megatron.config import load_config
     from k2_megatron.runtime.devices import find_device
-    from k2_megatron.runtime.launch import read_environment, run_local_ranks, single_rank
+    from k2_megatron.runtime.launch import Remedies, read_environment, run_local_ranks, single_rank
     from k2_megatron.train.watchdog import collective_timeout_seconds
 
     options = record_parser().parse_args(arguments)
@@ -131,11 +134,13 @@ def record(arguments: list[str]) -> int:
     environment = read_environment()
     config = load_config(options.config, options.overrides, world_size=environment.world_size if environment else None)
     config = in_layout(config, config.parallel)
+    check_steps(config, options.steps)
     if environment is None:
-        check_before(config, [config], options.steps)
+        check_before(config, [config])
         if config.world_size > 1:
             limit = collective_timeout_seconds(config.watchdog)
-            return run_local_ranks([__file__, "record", *arguments], config.world_size, limit)
+            remedies = Remedies(*["The record is not whole; start again with another --output."] * 2)
+            return run_local_ranks([__file__, "record", *arguments], config.world_size, limit, remedies)
         environment = single_rank()
     device = find_device(environment.local_rank)
     recorded(config, environment, device, options.output, steps=options.steps, repeats=options.repeats)
@@ -177,8 +182,12 @@ def check_output(output: Path) -> None:
 def folder_for(kept: Path | None, output: Path) -> Iterator[Path]:
     """The folder of the records: `kept`, which must be new or empty; or one beside the certificate, and removed."""
     if kept is None:
-        with tempfile.TemporaryDirectory(prefix=".certify_", dir=output.resolve().parent) as folder:
-            yield Path(folder)
+        before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # or it would be left
+        try:
+            with tempfile.TemporaryDirectory(prefix=".certify_", dir=output.resolve().parent) as folder:
+                yield Path(folder)
+        finally:
+            signal.signal(signal.SIGTERM, before)
         return
     if kept.exists() and (not kept.is_dir() or any(kept.iterdir())):
         raise ValueError(f"--records {kept} is there and is no empty folder: name one that does not exist")

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from k2_megatron.certify.deviations import (
+    COPIES,
     GRADIENT_ELEMENTS,
     GRADIENTS,
     HELD_OUT_LOSS,
     INITIAL_WEIGHTS,
     LAYER_OUTPUTS,
+    LEFT_OUT,
     LOSS,
     RANKS,
     SAMPLE_LOSSES,
@@ -29,6 +31,10 @@ from k2_megatron.data.ledger import now
 from k2_megatron.runtime.durable import write_file
 
 _WIDTHS = (35, 11, 11, 11)
+_UNLIKE = {
+    INITIAL_WEIGHTS: "the fingerprints differ",
+    RANKS: "losses, norms or weights differ from rank to rank",
+}
 
 
 @dataclass(frozen=True)
@@ -89,9 +95,9 @@ def _columns(quantity: str, *cells: str) -> str:
 def _line(one: Judged) -> str:
     place = f"step {one.step}" + (f", {one.where}" if one.where else "") if one.difference else ""
     if one.quantity in TO_THE_BIT:
-        cells, place = ("none" if one.same else "yes", "", "to the bit"), "" if one.same else "the fingerprints differ"
-        if one.quantity == RANKS:
-            place = "" if one.same else "losses, norms or weights differ from rank to rank"
+        cells = ("none" if one.same else "yes", "", "to the bit")
+        if not one.same:
+            place = _UNLIKE.get(one.quantity, place)
     else:
         cells = (_number(one.difference), _number(one.rounding), _number(one.bound))
     return _columns(one.quantity, *cells, f"{'same' if one.same else 'DIFFERENT':<9}  {place}")
@@ -114,6 +120,8 @@ def _meaning(first: Judged, verdict: Verdict) -> str:
         return ""
     if first.quantity == HELD_OUT_LOSS:
         return "All of training was the same: look at the evaluation."
+    if first.quantity == COPIES:
+        return "What is computed from was the same: look at whether each copy's gradients are added up over ranks."
     if first.quantity in (WEIGHTS, WEIGHT_ELEMENTS):
         return "The losses and gradients were the same: look at the update."
     if first.step > 1:
@@ -150,8 +158,8 @@ def _tree(certificate: Certificate) -> dict[str, Any]:
         "seconds": certificate.seconds,
         "bounds": (
             f"{FACTOR} times the largest deviation of the reference's perturbed repeats, each result of which is moved "
-            f"by up to one unit in its last place, and at least {FACTOR} times 2^-23; of weights at least one element, "
-            "moved by twice the learning rate in each step"
+            f"by up to one unit in its last place, and at least {FACTOR} times 2^-23; of each parameter's weights "
+            f"{LEFT_OUT} elements are not counted that differ by no more than twice the learning rates together"
         ),
         "factor": FACTOR,
         "least_rounding": LAST_PLACE,

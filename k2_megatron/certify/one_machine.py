@@ -47,17 +47,22 @@ def certify(
         raise ValueError(f"{ONE_PROCESS} is the reference itself; name --layouts of more ranks, or a number of --ranks")
     reference_config = in_layout(config, Parallel())
     configs = [in_layout(config, parallel) for parallel in layouts]
-    check_before(reference_config, configs, steps)
+    check_steps(reference_config, steps)
+    check_before(reference_config, configs)
     say(f"recording one process and {repeats} repeats of it, moved by rounding alone, then {len(configs)} of layouts")
     reference = _record(reference_config, steps, repeats, folder / "one_process", launch)
     recorded = (_record(layout, steps, 0, folder / name_of(layout.parallel), launch) for layout in configs)
     return judged(reference, recorded, began, say)
 
 
-def check_before(reference: Config, configs: Sequence[Config], steps: int) -> None:
+def check_steps(config: Config, steps: int) -> None:
+    """ValueError where the run has fewer steps."""
+    if steps > config.train.steps:
+        raise ValueError(f"--steps {steps}: the run has train.steps = {config.train.steps}; ask for no more")
+
+
+def check_before(reference: Config, configs: Sequence[Config]) -> None:
     """ValueError for what would end the ranks with a mistake."""
-    if steps > reference.train.steps:
-        raise ValueError(f"--steps {steps}: the run has train.steps = {reference.train.steps}; ask for no more")
     open_run_data(reference)
     choices(reference.model.kernels, "cuda" if torch.cuda.is_available() else "cpu")
     most = max(configs, key=lambda config: config.world_size)

@@ -24,6 +24,20 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
+class Remedies:
+    """What to do, told after a rank was killed, and after some have not ended when others had."""
+
+    killed: str
+    late: str
+
+
+RESUME = Remedies(
+    "Start again to resume.",
+    "All was saved before the first one left; start again to resume, or to see that the run is finished.",
+)
+
+
+@dataclass(frozen=True)
 class RankEnvironment:
     """`launcher` is "torchrun", "srun", "local" (a rank that a plain start began) or "single" (no other ranks)."""
 
@@ -74,7 +88,9 @@ def single_rank() -> RankEnvironment:
     return RankEnvironment("single", 0, 1, 0, "127.0.0.1", 0)
 
 
-def run_local_ranks(arguments: Sequence[str], world_size: int, leaving_seconds: float) -> int:
+def run_local_ranks(
+    arguments: Sequence[str], world_size: int, leaving_seconds: float, remedies: Remedies = RESUME
+) -> int:
     """Start `world_size` ranks of `python arguments...` on this machine, wait for them, return an exit code.
 
     When a rank dies, the others have `TERMINATE_GRACE_SECONDS` to end by themselves, then they are killed. When one has
@@ -103,10 +119,10 @@ def run_local_ranks(arguments: Sequence[str], world_size: int, leaving_seconds: 
         # A session of their own: Ctrl-C reaches this process alone, which passes it on once.
         program = [sys.executable, *arguments]
         ranks.append(subprocess.Popen(program, env=environment, start_new_session=True, preexec_fn=end_with_launcher))
-    return _supervise(ranks, leaving_seconds)
+    return _supervise(ranks, leaving_seconds, remedies)
 
 
-def _supervise(ranks: Sequence[subprocess.Popen], leaving_seconds: float) -> int:
+def _supervise(ranks: Sequence[subprocess.Popen], leaving_seconds: float, remedies: Remedies = RESUME) -> int:
     def pass_on(number: int, _frame) -> None:
         for process in ranks:
             if process.poll() is None:
@@ -121,13 +137,13 @@ def _supervise(ranks: Sequence[subprocess.Popen], leaving_seconds: float) -> int
             codes = [process.poll() for process in ranks]
             failed = [(rank, code) for rank, code in enumerate(codes) if code not in (None, 0)]
             if failed:
-                return _end_all(ranks, failed)
+                return _end_all(ranks, failed, remedies.killed)
             if all(code == 0 for code in codes):
                 return 0
             if 0 in codes:
                 first_left = min(first_left, time.monotonic())
             if time.monotonic() - first_left > leaving_seconds:
-                return _tell_of_late(codes, leaving_seconds)
+                return _tell_of_late(codes, leaving_seconds, remedies.late)
             time.sleep(_POLL_SECONDS)
     finally:
         for process in ranks:
@@ -137,19 +153,18 @@ def _supervise(ranks: Sequence[subprocess.Popen], leaving_seconds: float) -> int
             signal.signal(number, handler)
 
 
-def _tell_of_late(codes: Sequence[int | None], leaving_seconds: float) -> int:
+def _tell_of_late(codes: Sequence[int | None], leaving_seconds: float, remedy: str) -> int:
     """Some ranks have ended well, and the others, which are to be killed, have not: stopped by the system, or in a call
     that does not return. Returns the exit code."""
     late = ", ".join(str(rank) for rank, code in enumerate(codes) if code is None)
     print(
-        f"not ended {leaving_seconds:.0f} s after the first that did, and killed: rank {late}. All was saved before "
-        "the first one left; start again to resume, or to see that the run is finished.",
+        f"not ended {leaving_seconds:.0f} s after the first that did, and killed: rank {late}. {remedy}",
         file=sys.stderr,
     )
     return HUNG
 
 
-def _end_all(ranks: Sequence[subprocess.Popen], failed: list[tuple[int, int]]) -> int:
+def _end_all(ranks: Sequence[subprocess.Popen], failed: list[tuple[int, int]], remedy: str) -> int:
     """After a death: give the others a moment to report the same mistake, then end them. Returns the exit code."""
     deadline = time.monotonic() + TERMINATE_GRACE_SECONDS
     while time.monotonic() < deadline and any(process.poll() is None for process in ranks):
@@ -165,7 +180,7 @@ def _end_all(ranks: Sequence[subprocess.Popen], failed: list[tuple[int, int]]) -
         name = signal.Signals(-code).name
         memory = " Unless somebody did that, dmesg tells whether it was for want of memory." if code == -9 else ""
         print(
-            f"rank {rank} was killed by {name}; the other ranks were ended. Start again to resume.{memory}",
+            f"rank {rank} was killed by {name}; the other ranks were ended. {remedy}{memory}",
             file=sys.stderr,
         )
         return 128 - code

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 
 import certify_tool
 import layout_faults
@@ -19,7 +20,7 @@ def local_ranks(monkeypatch, tmp_path):
     """A plain start of ranks forks them, which have their imports behind them."""
     started = []
 
-    def fork(arguments, ranks, _leaving_seconds):
+    def fork(arguments, ranks, *_):
         assert arguments[1] == "record"
         started.append(ranks)
         folder = tmp_path / "ranks" / str(len(started))
@@ -38,7 +39,7 @@ def rows(screen: str) -> list[list[str]]:
 def test_sound_layouts_are_certified_and_the_run_folder_is_not_touched(local_ranks, small_config, tmp_path, capsys):
     output, run = tmp_path / "certificate.json", tmp_path / "run"
     arguments = [str(small_config), "--set", f"run.folder={run}", "--layouts", "tp2,dp2-do,tp2", "--steps", "1"]
-    assert TOOL.main([*arguments, "--repeats", "2", "--output", str(output)]) == 0
+    assert TOOL.main([*arguments, "--repeats", "1", "--output", str(output)]) == 0
     assert local_ranks == [1, 2, 2]
     told, screen = json.loads(output.read_text()), capsys.readouterr().out
     assert not run.exists() and not list(tmp_path.glob(".certify_*"))
@@ -46,7 +47,7 @@ def test_sound_layouts_are_certified_and_the_run_folder_is_not_touched(local_ran
     assert screen.splitlines()[-1] == f"SAME as one process, to rounding: tp2, dp2-do; {output}"
 
     quantities = [one for layout in told["layouts"] for one in layout["quantities"]]
-    assert len(rows(screen)) == len(quantities) == 24
+    assert len(rows(screen)) == len(quantities) == 26
     for cells, one in zip(rows(screen), quantities, strict=True):
         assert cells[0] == one["quantity"]
         assert one["same"] and "same" in cells and "DIFFERENT" not in cells
@@ -74,6 +75,7 @@ FAULTS = [
     (layout_faults.weights_drawn_from_the_generator_of_the_rank, "pp2", "initial weights", "initialized"),
     (layout_faults.samples_in_the_order_of_the_ranks, "dp2", "loss of each sample", "Their mean was the same"),
     (layout_faults.copies_of_hidden_states_counted_twice, "tp2", "output of each layer (RMS)", "outputs of layers are"),
+    (layout_faults.a_copy_of_the_norms_has_other_gradients, "tp2", "copies that ranks hold", "added up over ranks"),
     (layout_faults.norms_unmarked_for_sequence_parallelism, "tp2-sp", "gradient of each parameter, norm", "layernorm"),
 ]
 
@@ -157,6 +159,22 @@ def test_a_folder_of_records_is_kept_where_it_is_asked_for(small_config, tmp_pat
     arguments = [str(small_config), "--layouts", "tp2", "--records", str(tmp_path / "kept")]
     assert TOOL.main(arguments) == 2
     assert "is there and is no empty folder" in capsys.readouterr().err
+
+
+def test_records_are_removed_when_the_tool_is_terminated(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"), TOOL.folder_for(None, tmp_path / "certificate.json"):  # noqa: PT012
+        assert len(list(tmp_path.iterdir())) == 1
+        signal.raise_signal(signal.SIGTERM)
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_rank_of_a_launcher_refuses_more_steps_than_the_run_has(small_config, tmp_path):
+    arguments = [str(small_config), "--steps", "6", "--output", str(tmp_path / "record")]
+    assert certify_tool.record_on_ranks(1, arguments, tmp_path / "ranks") == [2]
+    assert "--steps 6: the run has train.steps = 5" in (tmp_path / "ranks" / "rank_0" / "stderr").read_text()
+    assert not (tmp_path / "record").exists()
 
 
 def test_a_record_is_not_written_over(small_config, reference, tmp_path):

@@ -18,7 +18,7 @@ from k2_megatron.convert.names import places
 from k2_megatron.convert.torch_dist import TorchDistSource, read_manifest
 from k2_megatron.runtime.groups import Groups
 
-CHANGE = 1.0001
+CHANGES = {float: lambda value: 1.0001 * value, bool: lambda value: not value, str: lambda value: f"another{value}"}
 
 
 @pytest.fixture(scope="session")
@@ -26,10 +26,23 @@ def rounding(reference):
     return rounding_of(read_record(reference))
 
 
-def set_in(told, keys, change):
+def change_in(told, keys):
     for key in keys[:-1]:
         told = told[key]
-    told[keys[-1]] = change(told[keys[-1]])
+    told[keys[-1]] = CHANGES[type(told[keys[-1]])](told[keys[-1]])
+
+
+def projection_in(folder, kind, layer=2):
+    """The elements of a layer's attention projection in a checkpoint, to be written, and where their first stands."""
+    source = TorchDistSource(folder, read_manifest(folder))
+    place = next(one for one in places(source.shape) if one.layer == layer and "linear_proj" in one.entry.ours)
+    key = source.key(kind, place)
+    chunk = max(
+        (one for one in source.stored.tensors[key].chunks if one.offsets[0] == layer), key=lambda one: one.offsets
+    )
+    start = source._payload(key, chunk, source.dtypes[kind]).position
+    elements = np.memmap(folder / chunk.file, np.float32, "r+", start, (chunk.sizes[-2], chunk.sizes[-1]))
+    return elements, chunk.offsets[-2:]
 
 
 NUMBERS = {
@@ -55,6 +68,7 @@ NUMBERS = {
     ),
     # Of the second step: by the first's the clipping of its gradients is undone, and all of them would be off.
     deviations.GRADIENT_NORM: (["first_steps", "grad_norms", 1], 2, "", "The first step was the same"),
+    deviations.COPIES: (["first_steps", "unlike_copies", 0], 1, "another", "each copy's gradients"),
     deviations.HELD_OUT_LOSS: (["first_steps", "held_out_loss"], 2, "", "look at the evaluation"),
     deviations.RANKS: (["ranks_agree"], 2, "", "ranks tell the same in step 2."),
 }
@@ -66,7 +80,7 @@ def test_a_number_that_is_off_by_a_ten_thousandth_is_found(reference, sound, rou
     shutil.copytree(sound, tmp_path / "record")
     path = tmp_path / "record" / RECORD
     told = json.loads(path.read_text())
-    set_in(told, keys, lambda value: value * CHANGE if isinstance(value, float) else value == "")
+    change_in(told, keys)
     path.write_text(json.dumps(told))
     base, record = read_record(reference), read_record(tmp_path / "record")
     verdict = judge(base, rounding, record)
@@ -88,23 +102,38 @@ def test_a_number_that_is_off_by_a_ten_thousandth_is_found(reference, sound, rou
 )
 def test_one_wrong_element_is_found_and_placed(reference, sound, rounding, tmp_path, step, kind, quantities, said):
     shutil.copytree(sound, tmp_path / "record")
-    folder = tmp_path / "record" / f"step_{step:08d}"
-    source = TorchDistSource(folder, read_manifest(folder))
-    place = next(one for one in places(source.shape) if one.layer == 2 and "linear_proj" in one.entry.ours)
-    key = source.key(kind, place)
-    chunk = max((one for one in source.stored.tensors[key].chunks if one.offsets[0] == 2), key=lambda one: one.offsets)
-    start = source._payload(key, chunk, source.dtypes[kind]).position
-    elements = np.memmap(folder / chunk.file, np.float32, "r+", start, (chunk.sizes[-2], chunk.sizes[-1]))
+    elements, (row, column) = projection_in(tmp_path / "record" / f"step_{step:08d}", kind)
     elements[3, 1] += np.abs(elements).max()
     elements.flush()
     name = "decoder.layers.2.self_attention.linear_proj.weight"
-    where = f"{name} [{chunk.offsets[-2] + 3}, {chunk.offsets[-1] + 1}]"
+    where = f"{name} [{row + 3}, {column + 1}]"
     base, record = read_record(reference), read_record(tmp_path / "record")
     verdict = judge(base, rounding, record)
     assert said in table(base, verdict, record).splitlines()[-1]
     assert [(one.quantity, one.where) for one in verdict.judged if not one.same] == list(
         zip(quantities, [name, where], strict=True)
     )
+
+
+@pytest.mark.parametrize(
+    ("turned", "moved", "counted"),
+    [
+        (deviations.LEFT_OUT, 0.0, []),
+        (deviations.LEFT_OUT + 1, 0.0, [deviations.WEIGHTS, deviations.WEIGHT_ELEMENTS]),
+        (0, 1e-5, [deviations.WEIGHTS]),
+    ],
+    ids=["as many as may turn", "one more", "all by a little"],
+)
+def test_weights_may_differ_by_a_few_elements_that_adam_turned_and_not_by_a_little_everywhere(
+    reference, sound, rounding, tmp_path, turned, moved, counted
+):
+    shutil.copytree(sound, tmp_path / "record")
+    elements, _ = projection_in(tmp_path / "record" / "step_00000002", "main")
+    elements[0, :turned] += 2 * (1.5e-3 + 3e-3)  # the learning rates of the two steps
+    elements *= 1 + moved
+    elements.flush()
+    verdict = judge(read_record(reference), rounding, read_record(tmp_path / "record"))
+    assert [one.quantity for one in verdict.judged if not one.same] == counted
 
 
 def test_what_is_not_finite_is_different_and_no_reference(reference, rounding):

@@ -104,6 +104,23 @@ def each_context_rank_reports_its_own_mean() -> None:
     step._forward = whole
 
 
+def a_copy_of_the_norms_has_other_gradients() -> None:
+    """Tensor rank 1 doubles the gradients of its norms, which no other rank sees: Adam divides by their size."""
+    right = step._finalizer
+
+    def finalizer(config):
+        def finalize(model, *arguments, **keywords) -> None:
+            right(config)(model, *arguments, **keywords)
+            for chunk in model:
+                for name, parameter in chunk.named_parameters():
+                    if "norm" in name and keywords["pg_collection"].tp.rank() == 1:
+                        parameter.main_grad.mul_(2)
+
+        return finalize
+
+    step._finalizer = finalizer
+
+
 def copies_of_hidden_states_counted_twice() -> None:
     """Every tensor rank adds the hidden states that all of them hold."""
     right = layer_norms.ActivationSquares.__init__

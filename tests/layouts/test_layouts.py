@@ -105,6 +105,7 @@ def test_losses_and_gradient_norms_are_those_of_one_process(train, ranks, settin
     found = train(ranks, settings)
     assert differences(train(1, ONE_PROCESS).training, found.training) == []
     assert found.ranks_agree, "ranks report different losses, norms or weights"
+    assert not any(found.training.unlike_copies)
 
 
 @in_every_layout

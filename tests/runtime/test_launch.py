@@ -168,6 +168,16 @@ def test_launcher_ends_with_the_code_of_the_rank_that_knows_why(ends, code):
     assert launch._supervise(ranks, 60.0) == code
 
 
+@pytest.mark.parametrize(("end", "told"), [("SIGKILL", "were ended. Do this."), ("SIGSTOP", "Do that.")])
+def test_launcher_says_what_to_do_in_the_words_of_the_program(capsys, end, told):
+    ends = ("sys.exit(0)", f"os.kill(os.getpid(), signal.{end})")
+    ranks = [subprocess.Popen([sys.executable, "-c", f"import os, signal, sys; {end}"]) for end in ends]
+    assert ranks[0].wait() == 0
+    assert launch._supervise(ranks, 0.5, launch.Remedies("Do this.", "Do that."))
+    assert told in capsys.readouterr().err
+    assert ranks[1].wait() == -signal.SIGKILL
+
+
 @pytest.mark.parametrize(
     ("last", "leaving_seconds", "code"),
     [
@@ -183,7 +193,7 @@ def test_rank_that_does_not_leave_when_another_has_is_named_and_killed(capsys, l
     ends_the_test.start()
     assert launch._supervise(ranks, leaving_seconds) == code
     ends_the_test.cancel()
-    assert ("killed: rank 1." in capsys.readouterr().err) == (code != 0)
+    assert ("killed: rank 1. All was saved" in capsys.readouterr().err) == (code != 0)
     assert ranks[1].wait() == (-signal.SIGKILL if code else 0)
 
 
