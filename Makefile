@@ -1,6 +1,6 @@
 # Two commands: `make pretrain` and `make test`. The rest is for those who change the code.
 #
-## make pretrain   install into .venv, turn real text into tokens, train the toy, let it speak
+## make pretrain   install into .venv, turn real text into tokens, train the toy, let it speak, write its report
 ## make test       the same environment, then the whole test suite
 ## make certify    prove that the toy's layout computes the steps of one process
 ## make check      ruff, format, types
@@ -36,6 +36,7 @@ SOURCES := setup.py pyproject.toml constraints-cpu.txt $(wildcard csrc/*.* csrc/
 pretrain: $(VENV)/installed $(DATA)/train
 	$(BIN)/python pretrain_k2.py examples/toy/toy.toml $(SETTINGS)
 	$(BIN)/python tools/continue_text.py $(RUN) --prompt "My fellow citizens, the state of the Union is"
+	$(BIN)/python tools/report_run.py $(RUN)
 
 # That TP 2 x PP 2 computes what one process does, to rounding: a table, and runs/certificate.json. One thread a rank:
 # two of them on busy cores wait for each other, and more than doubled the CPU time of the reference.

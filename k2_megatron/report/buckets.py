@@ -69,8 +69,13 @@ def reduce(steps: np.ndarray, values: np.ndarray, width: int) -> Buckets:
 
 
 def running_median(values: np.ndarray, window: int) -> np.ndarray:
-    """The median of each value and those around it, `window` (odd) in all, fewer at the ends."""
-    half = window // 2
-    padded = np.pad(values.astype(float), half, constant_values=np.nan)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, window)
-    return np.nanmedian(windows, axis=1) if len(values) else values
+    """The median of each value and those around it, `window` (odd) in all; at the ends of fewer, as many before as
+    after, for the first values of a falling loss are far above the next ones. NaN where there is no number."""
+    half, found = window // 2, np.full(len(values), np.nan)
+    for place in range(len(values)):
+        reach = min(half, place, len(values) - 1 - place)
+        around = values[place - reach : place + reach + 1]
+        around = around[~np.isnan(around)]
+        if len(around):
+            found[place] = np.median(around)
+    return found

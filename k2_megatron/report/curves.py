@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from k2_megatron.evaluate.table import main_figure
 from k2_megatron.report.buckets import Buckets, reduce, running_median, width_for
 from k2_megatron.report.loss_marks import marks_of_loss, shapes_of_loss
 from k2_megatron.report.run import ReportedRun
@@ -42,6 +43,11 @@ def curves(run: ReportedRun) -> Iterator[Figure]:
     """The pictures of numbers that every step has."""
     yield with_run_tokens(run, loss_picture(run))
     yield with_run_tokens(run, held_out_picture(run))
+    if tasks := _evaluated(run, of_loss=False):
+        title = "tasks, evaluated" if len(tasks) > 1 else tasks[0]["name"]  # one line has no legend
+        yield with_run_tokens(
+            run, figure(title, tasks, xaxis=over_steps(last_step(run)), yaxis=axis(rangemode="tozero"))
+        )
     for name, title, scale in MEASURED:
         if np.isfinite(run.told.standing(name)).any():
             yield with_run_tokens(run, _curve(run, name, title, scale))
@@ -103,7 +109,14 @@ def _curve(run: ReportedRun, name: str, title: str, scale: str) -> Figure:
     data = [*_taken_back(run, name), *raw_and_median(run, name, BLUE)]
     if name in ("learning_rate", "batch"):  # what was asked for has no noise: its steps are what is to be seen
         data = [*_taken_back(run, name), {**data[-2], "opacity": 1.0, "line": {"color": BLUE, "width": 2}}]
-    return figure(title, data, xaxis=over_steps(last_step(run)), yaxis=axis(type=scale, rangemode="tozero"))
+    yaxis = axis(type=scale, rangemode="tozero", **(_few_ticks(run.told.standing(name)) if scale == "log" else {}))
+    return figure(title, data, xaxis=over_steps(last_step(run)), yaxis=yaxis)
+
+
+def _few_ticks(values: np.ndarray) -> dict[str, str]:
+    """1, 2, 5, 10 ... on a logarithmic axis; plotly writes every digit up to some powers, one above the other."""
+    values = values[np.isfinite(values) & (values > 0)]
+    return {"dtick": "D2"} if len(values) and 5 <= values.max() / values.min() <= 1e4 else {}
 
 
 def loss_picture(run: ReportedRun) -> Figure:
@@ -123,19 +136,27 @@ def held_out_picture(run: ReportedRun) -> Figure:
             x, y = [event["step"] for event in part], [event["held_out_loss"] for event in part]
             mode = "lines+markers" if stands else "markers"
             data.append(line(name, x, y, colour, mode=mode, marker={"size": 6}, width=2))
-    texts: dict[str, list[tuple[int, float]]] = {}
-    for event in run.evaluations:
-        loss = event["figures"].get("loss")
-        if isinstance(loss, int | float):
-            texts.setdefault(str(event["text"].get("name")), []).append((event["step"], loss))
-    for number, (name, values) in enumerate(sorted(texts.items())):
-        x, y = [step for step, _ in values], [loss for _, loss in values]
-        colour = SERIES[1 + number % (len(SERIES) - 1)]
-        data.append(
-            line(f"{name}, evaluated", x, y, colour, mode="lines+markers", marker={"size": 7, "symbol": "square"})
-        )
+    data += _evaluated(run, of_loss=True)
     note = [] if data else [_note("nothing was evaluated")]
     return figure("held-out loss, nats a token", data, xaxis=over_steps(last_step(run)), yaxis=axis(), annotations=note)
+
+
+def _evaluated(run: ReportedRun, *, of_loss: bool) -> list[Trace]:
+    """A line for each text of evaluations.jsonl: of those whose main figure is the loss, or of all others."""
+    texts: dict[str, list[tuple[int, float]]] = {}
+    for event in run.evaluations:
+        name = main_figure(event)
+        value = event["figures"].get(name)
+        if (name == "loss") is of_loss and isinstance(value, int | float):
+            of_what = "" if of_loss else f": {name}"
+            texts.setdefault(f"{event['text'].get('name')}{of_what}, evaluated", []).append((event["step"], value))
+    traces = []
+    for number, (name, values) in enumerate(sorted(texts.items())):
+        x, y = [step for step, _ in values], [value for _, value in values]
+        colour = SERIES[1 + number % (len(SERIES) - 1)]
+        look = {"mode": "lines+markers", "marker": {"size": 7, "symbol": "square"}}
+        traces.append(line(name, x, y, colour, **look))
+    return traces
 
 
 def _note(text: str) -> dict:
@@ -151,7 +172,7 @@ def _seconds_picture(run: ReportedRun) -> Figure:
     found = reduce(steps, told.standing("step_seconds"), wide)
     x = middle_of(found)
     data = [
-        line(f"largest of {wide:,}", *_largest(found), PALE, width=1),
+        line(f"largest of {wide:,} steps", *_largest(found), PALE, width=1),
         line("95th percentile", x, found.p95, ORANGE, width=1.6),
         line(f"median of {wide:,} steps", x, found.median, BLUE, width=2),
     ]

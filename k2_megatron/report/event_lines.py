@@ -33,10 +33,13 @@ def event_lines(told: Told, folder: Path) -> list[Line]:
 
 def _line(rare: Rare, folder: Path) -> Line:
     event = rare.event
-    tell = _TEXTS.get(rare.kind, _as_it_is)
+    try:
+        text = _TEXTS.get(rare.kind, _as_it_is)(event)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):  # written by another version, or by hand
+        text = _as_it_is(event)
     step = event.get("step") if rare.kind != "start_from" else None
     kind = "straggler" if rare.kind == "phases" else rare.kind
-    return Line(rare.time, kind, step, tell(event), _path(event, folder), rare.stands)
+    return Line(rare.time, kind, step, text, _path(event, folder), rare.stands)
 
 
 def _path(event: Mapping, folder: Path) -> str | None:

@@ -33,6 +33,8 @@ def moment(seconds: float) -> str:
 
 def duration(seconds: float) -> str:
     """12.3 s, 5 min 2 s, 3 h 4 min, 2 d 5 h."""
+    if math.isnan(seconds):
+        return "not told"
     if abs(seconds) < 60:
         return f"{seconds:.1f} s"
     whole = round(abs(seconds))
@@ -148,7 +150,7 @@ def _results(run: ReportedRun) -> Iterator[Fact]:
         f"{losses[0]:.4f} at step {told.steps[0]:,}, {losses[-1]:.4f} at step {told.steps[-1]:,}",
     )
     evaluation = told.last("evaluation")
-    if evaluation:
+    if evaluation and "held_out_loss" in evaluation.event:
         yield "held-out loss", f"{evaluation.event['held_out_loss']:.4f} at step {evaluation.event['step']:,}"
     if np.isfinite(speeds).any():
         used = told.standing("model_flops_utilization")

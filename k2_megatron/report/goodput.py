@@ -46,12 +46,13 @@ class Account:
         if math.isnan(time) or by_hand(event) or (math.isnan(self.began) and kind != "start"):
             return
         gap = 0.0 if math.isnan(self.ended) else max(0.0, time - self.ended)
+        stall = event.get("stall_seconds", 0.0) if kind == "checkpoint" else 0.0
         if kind == "start":
             self.began = time if math.isnan(self.began) else self.began
             self._add("down", gap)
             self._until_step = "starting"
         elif self._until_step:
-            took = event.get("step_seconds", 0.0) if kind == "step" else 0.0
+            took = event.get("step_seconds", 0.0) if kind == "step" else stall
             self._add(self._until_step, max(0.0, gap - took))
             self._until_step = None if kind == "step" else self._until_step
         elif kind in _GAPS:
@@ -59,8 +60,8 @@ class Account:
             self._until_step = "going back" if kind == "rollback" else None
         elif kind == "incident":
             self._add(_INCIDENTS.get(event.get("kind", ""), "between"), gap)
-        if kind == "checkpoint":
-            self._add("saving", event.get("stall_seconds", 0.0))
+        if stall:
+            self._add("saving", stall)
         self.ended = time
 
     def _add(self, part: str, seconds: float) -> None:

@@ -68,7 +68,7 @@ def rounded(values: np.ndarray) -> np.ndarray:
     """To five significant digits, as many as the journal has of layers; NaN stays."""
     with np.errstate(divide="ignore", invalid="ignore"):
         digits = 10.0 ** (4 - np.floor(np.log10(np.abs(values))))
-    return np.where(np.isfinite(digits), np.round(values * digits) / digits, values)
+        return np.where(np.isfinite(digits), np.round(values * digits) / digits, values)
 
 
 def _log_ticks(low: float, high: float) -> dict:

@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from k2_megatron.report.buckets import width_for
-from k2_megatron.report.reading import Told, sound_events
+from k2_megatron.report.reading import LAYER_SIGNALS, Told, sound_events
 from k2_megatron.runtime.journal import read_events
 
 COLUMNS = 400
-LAYER_SIGNALS = ("gradient_norm", "activation_rms")
 WORK = ("data", "forward", "backward", "optimizer")  # the phases of a step; saving is none
 
 
@@ -111,7 +110,7 @@ def matrices_of(events: Iterable[dict], told: Told) -> Matrices:
                     layers[signal].take(event["step"], values)
             step += 1
         elif event["event"] == "phases":
-            if told.phases_stand[report]:
+            if told.phases_stand[report] and event.get("seconds"):
                 latest, latest_step = event["seconds"], event["step"]
                 work.take(latest_step, np.sum([latest[phase] for phase in WORK if phase in latest], axis=0).tolist())
             report += 1

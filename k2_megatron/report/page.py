@@ -32,6 +32,7 @@ td.first { white-space: nowrap; color: #444; } tr.pale td { color: #999; }
 .swatch { display: inline-block; width: 11px; height: 11px; margin-right: 7px; }
 .holds { color: #006b4f; } .fails { color: #b33c00; font-weight: 600; }
 @media (max-width: 900px) { .pictures { grid-template-columns: 1fr; } }
+.bar, .swatch { print-color-adjust: exact; }
 @media print { body { max-width: none; padding: 0; font-size: 11px; } .scroll { max-height: none; overflow: visible; }
        .picture, tr { break-inside: avoid; } h2 { break-after: avoid; } .modebar { display: none; }
        .pictures { grid-template-columns: 1fr; } }

@@ -32,6 +32,20 @@ MEASURES = (
     "tokens_per_second",
     "model_flops_utilization",
 )
+LAYER_SIGNALS = ("gradient_norm", "activation_rms")  # of the layers of a step
+NEED_STEP = ("step", "resume", "rollback", "evaluation", "spike", "phases")
+NUMBER = (int, float)
+# What is reckoned with, and so must be of its type: a journal may be of another version, or written by other hands
+KEYS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
+    "step": {"step_seconds": NUMBER},
+    "resume": {"changes": list, "doubts": list, "position_change": (dict, type(None))},
+    "checkpoint": {"stall_seconds": NUMBER},
+    "evaluation": {"held_out_loss": NUMBER},
+    "spike": {"trip": int, "onset": int},
+    "rollback": {"from_step": int},
+    "incident": {"kind": str},
+    "phases": {"seconds": dict},
+}
 
 
 @dataclass(frozen=True)
@@ -117,7 +131,7 @@ def told_of(events: Iterable[dict]) -> Told:
         account.tell(event, time)
         if kind == "start":
             life += 1
-        if event.get("ledger", mark) != mark:
+        if isinstance(event.get("ledger"), dict) and event["ledger"] != mark:
             mark = event["ledger"]
             marks.append((mark, f"the journal tells of {kind} {event.get('step', '')}".rstrip()))
         if kind == "step":
@@ -162,11 +176,20 @@ def _with_standing(rare: list[tuple[dict, float, int, int]], stand: np.ndarray) 
 
 
 def sound_events(events: Iterable[dict]) -> Iterator[dict]:
-    """The events but those whose step is no number, or lacks where it must be."""
+    """The events but those whose kind is no text, or whose step is no number or lacks where it must be. What is of
+    another type than this version writes (see KEYS) is left out of an event, as if it were not told."""
     for event in events:
-        step = event.get("step", 0)
-        if type(step) is int and ("step" in event or event["event"] not in ("step", "resume", "rollback")):
-            yield event
+        kind, step = event["event"], event.get("step", 0)
+        if not isinstance(kind, str) or type(step) is not int or ("step" not in event and kind in NEED_STEP):
+            continue
+        wrong = [key for key, of in KEYS.get(kind, {}).items() if key in event and not isinstance(event[key], of)]
+        if kind == "step" and not _tells_of_layers(event.get("layers")):
+            wrong.append("layers")
+        yield {key: value for key, value in event.items() if key not in wrong} if wrong else event
+
+
+def _tells_of_layers(layers: object) -> bool:
+    return isinstance(layers, dict) and all(isinstance(layers.get(signal), list) for signal in LAYER_SIGNALS)
 
 
 def _append(columns: Mapping[str, array], event: Mapping, time: float, life: int) -> None:

@@ -3,7 +3,7 @@
 In:  the folder; nothing in it is changed, and the run may be at work. Out: a `ReportedRun`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,13 +45,18 @@ class ReportedRun:
         return goodput_of(self.told.account, self.told.columns["step_seconds"], self.told.stands)
 
     @cached_property
-    def evaluations(self) -> list[Mapping]:
+    def evaluations(self) -> list[dict]:
         """The last line of each (step, text) of evaluations.jsonl; none where nothing was evaluated."""
         path = self.folder / EVALUATIONS
         found = {}
         for event in read_events(path) if path.is_file() else ():
             text, figures = event.get("text"), event.get("figures")
-            if isinstance(text, dict) and isinstance(figures, dict) and type(event.get("step")) is int:
+            if (
+                isinstance(text, dict)
+                and isinstance(text.get("kind"), str)
+                and isinstance(figures, dict)
+                and type(event.get("step")) is int
+            ):
                 found[event["step"], str(text.get("name"))] = event
         return [found[key] for key in sorted(found)]
 

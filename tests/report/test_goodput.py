@@ -65,3 +65,9 @@ def test_what_is_done_by_hand_to_a_stopped_run_is_no_time_of_it():
 def test_a_journal_without_a_start_has_no_goodput():
     assert time_of([])[2] is None
     assert time_of([step(1, 5)])[2] is None
+
+
+def test_a_save_before_the_first_step_is_not_counted_twice():
+    save = event("checkpoint", 8, step=0, stall_seconds=3.0, seconds=3.0, bytes=1)
+    _, parts, _ = time_of([start(0), save, step(1, 12, 2.0)])
+    assert parts == pytest.approx({"kept": 2, "starting": 7, "saving": 3})

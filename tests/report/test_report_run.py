@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import sys
+from dataclasses import replace
 from html import escape
 
 import pytest
@@ -11,11 +12,16 @@ from journals import event, resume, start, step, write_run
 from plotly import graph_objects
 from rank_processes import REPOSITORY
 
-from k2_megatron.report.facts import facts_of
+from k2_megatron.report.curves import curves
+from k2_megatron.report.event_lines import event_lines
+from k2_megatron.report.facts import facts_of, time_lines
+from k2_megatron.report.matrices import matrices_of
 from k2_megatron.report.one_run import run_page
 from k2_megatron.report.page import pictures
+from k2_megatron.report.reading import sound_events, told_of
 from k2_megatron.report.run import read_run
 from k2_megatron.report.several_runs import differences, loss_at
+from k2_megatron.report.time_axis import time_picture
 
 NASTY = "</script><script>alert(1)</script><b>&"
 
@@ -115,9 +121,16 @@ def test_evaluations_are_the_last_line_of_each_step_and_text(run):
         {"event": "evaluation", "step": 6, "text": {"name": "news", "kind": "rows"}, "figures": {"loss": loss}}
         for loss in (3.0, 2.5)
     ]
+    for name, figures in (("quiz", {"acc": 0.75, "tokens": 9}), ("rest", {"acc": 0.5, "acc_norm": 0.25})):
+        lines.append({"event": "evaluation", "step": 6, "text": {"name": name, "kind": "choices"}, "figures": figures})
     (run / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"event": "ev')
     figures = figures_of(run_page(read_run(run), run / "report.html"))
     assert traces_of(figures["held-out loss, nats a token"])["news, evaluated"]["y"] == [2.5]
+    tasks = traces_of(figures["tasks, evaluated"])
+    assert {name: trace["y"] for name, trace in tasks.items()} == {
+        "quiz: acc, evaluated": [0.75],
+        "rest: acc, evaluated": [0.5],
+    }
 
 
 @pytest.mark.parametrize("tail", ["", '{"event": "sta'])
@@ -128,6 +141,43 @@ def test_a_run_that_has_told_nothing_has_a_report(tmp_path, tail, capsys):
     assert "the journal tells of nothing yet" in page
     assert "the journal tells of no step" in page
     assert report_run(run, "--text") == 0
+
+
+WHAT_ELSE_A_JOURNAL_TELLS = [
+    event("start_from", 36, step=3, checkpoint="other", optimizer="reset"),
+    event("phases", 36, step=7, seconds={"forward": [1.0, 2.0]}, slow={"place": "rank 1", "phase": "forward"}),
+    step(8, 38, layers={"gradient_norm": [1.0, 0.0], "activation_rms": [1.0, 2.0]}, ledger={"lines": 0}),
+    event("incident", 43, kind="in doubt", step=8, loss=3.0, grad_norm=1.0, made_again=True, ranks=[1]),
+    event("amendment", 44, reason="by hand"),
+    event("stop", 45, reason="finished", saved_step=8),
+]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_journal_of_another_version_has_a_report(tmp_path):
+    """Each key of each kind of event missing, and with values of other types."""
+    folder = write_run(tmp_path / "run", EVENTS)
+    read = read_run(folder)
+    whole = [*EVENTS, *WHAT_ELSE_A_JOURNAL_TELLS]
+    firsts = {told["event"]: number for number, told in reversed(list(enumerate(whole)))}
+    for number in firsts.values():
+        for key in whole[number].keys() - {"event"}:
+            kept = {name: value for name, value in whole[number].items() if name != key}
+            for changed in (kept, *({**kept, key: wrong} for wrong in ("text", None, {}, float("nan")))):
+                told = told_of([*whole[:number], changed, *whole[number + 1 :]])
+                run = replace(read, told=told)
+                tuple(facts_of(run)), time_lines(run), event_lines(told, folder)
+                (
+                    tuple(curves(run)),
+                    [life.changes for life in run.lives],
+                    matrices_of(sound_events([*whole[:number], changed]), told),
+                )
+                time_picture(run, event_lines(told, folder))
+
+
+def test_an_event_of_unknown_shape_is_told_as_it_is():
+    told = told_of([start(0), resume(1, 0, changes="none"), event("rollback", 2, step=0, amendment={"samples": 3})])
+    assert [line.text for line in event_lines(told, REPOSITORY)][2] == "{'amendment': {'samples': 3}}"
 
 
 def test_several_runs_differ_where_their_configurations_do(run, tmp_path, capsys):
