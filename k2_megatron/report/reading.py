@@ -183,7 +183,7 @@ def sound_events(events: Iterable[dict]) -> Iterator[dict]:
         if not isinstance(kind, str) or type(step) is not int or ("step" not in event and kind in NEED_STEP):
             continue
         wrong = [key for key, of in KEYS.get(kind, {}).items() if key in event and not isinstance(event[key], of)]
-        if kind == "step" and not _tells_of_layers(event.get("layers")):
+        if kind == "step" and "layers" in event and not _tells_of_layers(event.get("layers")):
             wrong.append("layers")
         yield {key: value for key, value in event.items() if key not in wrong} if wrong else event
 
