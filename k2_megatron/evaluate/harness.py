@@ -125,9 +125,8 @@ class HarnessTask:
 
     def figures(self, scorer: Scorer) -> dict[str, Figure]:
         """ValueError when the task fails, as where its data set is not at hand."""
-        os.environ.setdefault(
-            "DISABLE_MULTIPROC", "1"
-        )  # for standard errors it would fork a process a core, in each rank
+        # For standard errors it would fork a process a core, in each rank.
+        os.environ.setdefault("DISABLE_MULTIPROC", "1")
         try:
             results = simple_evaluate(
                 model=HarnessModel(scorer, self._tokenizer),
